@@ -1,0 +1,252 @@
+"""What a training run is: frozen dataclasses, checked when they are built.
+
+A flag of the command line, a key of a YAML file and a field here are the same word. Field docstrings are the help.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from localprop.errors import ConfigError, suggestion
+
+# The backbone where none is named: timm's Swin-Tiny, made small enough for images of 16 to 96 pixels.
+DEFAULT_MODEL = "swin_tiny_patch4_window7_224"
+SMALL_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": [2, 2], "num_heads": [3, 6]}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone."""
+
+    model: str = DEFAULT_MODEL
+    """Name of a timm model."""
+    model_kwargs: dict[str, Any] | None = None
+    """key=value ... for timm.create_model (default: a small Swin for the default model, else nothing)."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights."""
+    img_size: int | None = None
+    """Side of the square input in pixels (default: the dataset's own size; for a folder, the model's)."""
+    drop_path: float = 0.0
+    """Stochastic depth rate, for models that have it."""
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Local learning."""
+
+    method: str = "feature-reconstruction"
+    """How modules learn: feature-reconstruction, infopro, greedy, end-to-end."""
+    modules: int | None = None
+    """Number of local modules (default: 4, or 1 for end-to-end)."""
+    decoder: str = "conv"
+    """What rebuilds the target: conv, deconv, pixel-shuffle, transformer."""
+    head: str = "mlp"
+    """What predicts the label inside the network: linear, mlp, conv."""
+    partition: Literal["balanced", "stage"] = "balanced"
+    """Where to cut: balanced (the largest module as small as can be) or stage (where the resolution changes)."""
+    cuts: tuple[str, ...] | None = None
+    """Names of units or blocks of units to cut after, instead of --modules and --partition."""
+    method_kwargs: dict[str, Any] | None = None
+    """key=value ... for the method, such as weight=0.5."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data and augmentation."""
+
+    data: str = "digits"
+    """digits, cifar10, cifar100, stl10, svhn, fashion-mnist, or folder:PATH with train/ and test/ or val/."""
+    data_dir: Path = Path("data")
+    """Where torchvision's datasets lie or are downloaded to."""
+    download: bool = False
+    """Download the dataset if it is not there."""
+    workers: int = 2
+    """Processes that decode images, for data that is not held in memory."""
+    crop_pad: int | None = None
+    """Padding in pixels before the random crop of small images (default: an eighth of the image)."""
+    hflip: float | None = None
+    """Chance of a horizontal flip (default: 0.5, or 0 for digits and svhn)."""
+    mixup: float = 0.0
+    """Mixup alpha; 0 is off."""
+    cutmix: float = 0.0
+    """CutMix alpha; 0 is off."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    bad_images: int = 10
+    """Unreadable training images that are skipped before the run stops."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimization."""
+
+    epochs: int = 50
+    """Epochs to train."""
+    batch_size: int = 32
+    """Images per step."""
+    opt: str = "adamw"
+    """Any optimizer of timm."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Weight decay, not applied to biases, norms and what the model exempts."""
+    sched: str = "cosine"
+    """Any scheduler of timm, stepped per update: cosine, linear, step, ... or none."""
+    warmup_epochs: int = 3
+    """Epochs over which the learning rate rises linearly."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the schedule."""
+    clip_grad: float | None = None
+    """Largest gradient norm of a local module."""
+    model_ema: bool = False
+    """Keep a moving average of the backbone's weights, and evaluate and save that."""
+    model_ema_decay: float = 0.9998
+    """Decay of the moving average per step."""
+    amp: bool = False
+    """Automatic mixed precision."""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Type of mixed precision; float16 needs CUDA."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run."""
+
+    output: Path = Path("runs")
+    """Folder that holds the run folders."""
+    experiment: str | None = None
+    """Name of the run folder (default: from date, method and model). A run never writes into an old one."""
+    resume: str | None = None
+    """Go on with a run: its folder, or nothing for the newest in --output."""
+    seed: int = 42
+    """Seed of weights, data order, augmentation and dropout."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
+    checkpoint_steps: int | None = None
+    """Save a checkpoint every so many steps as well as after each epoch."""
+    checkpoint_hist: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything needed to do a run again."""
+
+    backbone: ModelConfig = field(default_factory=ModelConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        optim, data, run = self.optim, self.data, self.run
+        for name, value, least in [
+            ("epochs", optim.epochs, 1),
+            ("batch_size", optim.batch_size, 1),
+            ("modules", self.local.modules, 1),
+            ("img_size", self.backbone.img_size, 1),
+            ("checkpoint_steps", run.checkpoint_steps, 1),
+            ("checkpoint_hist", run.checkpoint_hist, 1),
+            ("workers", data.workers, 0),
+            ("warmup_epochs", optim.warmup_epochs, 0),
+            ("lr", optim.lr, 0),
+            ("weight_decay", optim.weight_decay, 0),
+            ("mixup", data.mixup, 0),
+            ("cutmix", data.cutmix, 0),
+            ("bad_images", data.bad_images, 0),
+        ]:
+            if value is not None and not value >= least:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        if not 0 <= data.smoothing < 1:
+            raise ConfigError(f"--smoothing is {data.smoothing}; it must be at least 0 and below 1")
+        if optim.clip_grad is not None and optim.clip_grad <= 0:
+            raise ConfigError(f"--clip-grad is {optim.clip_grad}; it must be above 0")
+
+
+GROUPS = [f.name for f in dataclasses.fields(TrainConfig)]
+
+
+def to_flat(config: TrainConfig) -> dict[str, Any]:
+    """The settings as one flat dict of YAML-friendly values, keyed by flag names with underscores."""
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    return {
+        f.name: plain(getattr(group, f.name))
+        for group in (getattr(config, name) for name in GROUPS)
+        for f in dataclasses.fields(group)
+    }
+
+
+def from_flat(settings: dict[str, Any], source: str, base: TrainConfig | None = None) -> TrainConfig:
+    """Builds a config from flat `settings`, over `base` (default: the defaults).
+
+    Raises:
+        ConfigError: an unknown key or an impossible value; the line names `source`.
+    """
+    base = base or TrainConfig()
+    settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
+    known = to_flat(base)
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"{source}: unknown setting {key!r}; {suggestion(key, known)}")
+    groups = {}
+    for name in GROUPS:
+        group = getattr(base, name)
+        own = {f.name: f for f in dataclasses.fields(group)}
+        values = {k: _typed(k, v, str(own[k].type), source) for k, v in settings.items() if k in own}
+        groups[name] = dataclasses.replace(group, **values)
+    return TrainConfig(**groups)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a flat YAML file of settings.
+
+    Raises:
+        ConfigError: the file is missing or not a mapping of settings.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read settings from {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where} is not valid YAML; write one 'key: value' per line") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} is not a mapping; write one 'key: value' per line")
+    return settings
+
+
+def _typed(key: str, value: Any, annotation: str, source: str) -> Any:
+    """Converts one YAML value to the type its field is annotated with (YAML reads 1e-3 as a string)."""
+    if value is None and "None" in annotation:
+        return None
+    wanted: type
+    for word, wanted in (("tuple", list), ("dict", dict), ("bool", bool), ("float", float), ("int", int)):
+        if word in annotation:
+            break
+    else:
+        wanted = str
+    try:
+        if wanted is list and isinstance(value, (list, tuple)):
+            return tuple(str(v) for v in value)
+        if wanted is float and not isinstance(value, bool):
+            return float(value)
+        if wanted is str and isinstance(value, (str, int, float, Path)):
+            if "Literal" in annotation and (options := annotation.partition("[")[2]) and repr(value) not in (
+                options.replace('"', "'")
+            ):
+                raise ValueError
+            return Path(value) if "Path" in annotation else str(value)
+        if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+            return value
+        raise ValueError
+    except (ValueError, TypeError):
+        raise ConfigError(f"{source}: {key} is {value!r}, expected {annotation}") from None

@@ -1,0 +1,39 @@
+"""Every error a user can meet.
+
+A message is one line: what is wrong, where, and what to do. The command line prints it without a traceback
+and exits with code 2. An error of any other type is a defect of localprop and keeps its traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LocalpropError(Exception):
+    """A mistake of the user, or of the surroundings, with its remedy."""
+
+
+class ConfigError(LocalpropError):
+    """A setting that does not exist or has no meaning."""
+
+
+class ChainError(LocalpropError):
+    """A backbone that cannot be cut, or not where or as often as asked."""
+
+
+class DataError(LocalpropError):
+    """A dataset that is missing, damaged or inconsistent."""
+
+
+class CheckpointError(LocalpropError):
+    """A checkpoint or run folder that is missing, damaged or of another run."""
+
+
+class NonFiniteLossError(LocalpropError):
+    """A local loss that is NaN or infinite; raised before the weights of its module are touched."""
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Names what `word` may have meant among the `known` words, for the end of an error's line."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
