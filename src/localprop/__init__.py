@@ -1,0 +1,20 @@
+"""Train transformers, and any other timm or torch model, without end-to-end backpropagation."""
+
+from localprop.chain import Chain, Unit, chain
+from localprop.errors import LocalpropError
+from localprop.localize import localize
+from localprop.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
+
+__version__ = "0.1.0"
+__all__ = [
+    "Chain",
+    "LocalLoss",
+    "LocalModule",
+    "LocalNetwork",
+    "LocalOutput",
+    "LocalpropError",
+    "ModuleSpec",
+    "Unit",
+    "chain",
+    "localize",
+]

@@ -1,0 +1,42 @@
+"""Methods of local learning. To add one: a file with a `LocalLoss`, and a line here."""
+
+import inspect
+from typing import Any
+
+from localprop.errors import ConfigError, suggestion
+from localprop.methods.end_to_end import EndToEnd
+from localprop.methods.feature_reconstruction import FeatureReconstruction
+from localprop.methods.greedy import Greedy
+from localprop.methods.infopro import InfoPro
+from localprop.network import Classification, LocalLoss, ModuleSpec
+
+METHODS: dict[str, type[LocalLoss]] = {
+    "feature-reconstruction": FeatureReconstruction,
+    "infopro": InfoPro,
+    "greedy": Greedy,
+    "end-to-end": EndToEnd,
+}
+
+
+def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int:
+    """Checks a method's name and options, and gives the number of modules (default 4).
+
+    Raises:
+        ConfigError: no such method or option, or a number of modules that the method does not allow.
+    """
+    if name not in METHODS:
+        raise ConfigError(f"no method is called {name!r}; {suggestion(name, METHODS)}")
+    known = list(inspect.signature(METHODS[name]).parameters)[1:]
+    for option in options:
+        if option not in known:
+            hint = suggestion(option, known) if known else "it has none"
+            raise ConfigError(f"method {name} has no option {option!r}; {hint}")
+    only = getattr(METHODS[name], "only_modules", None)
+    if only and modules not in (None, only):
+        raise ConfigError(f"method {name} has {only} module, not {modules}; leave out modules, or choose a method")
+    return modules or only or 4
+
+
+def build_loss(name: str, spec: ModuleSpec, options: dict[str, Any]) -> LocalLoss:
+    """The local loss of one module; the last has the backbone's own classifier, whatever the method."""
+    return Classification(spec) if spec.last else METHODS[name](spec, **options)

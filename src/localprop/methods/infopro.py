@@ -1,0 +1,121 @@
+"""InfoPro: each module predicts the label and rebuilds the input image.
+
+Source: Wang et al., Revisiting Locally Supervised Learning: an Alternative to End-to-end Training, ICLR 2021
+(equations 5 to 8). On a Swin backbone it is the InfoPro-Transformer that arXiv 2212.14215 compares with.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from localprop.decoders import build_decoder
+from localprop.errors import ConfigError
+from localprop.heads import build_head
+from localprop.network import LocalLoss, ModuleSpec
+
+# (first, last) weights of image reconstruction and of the task by the number of modules, as the authors tuned them
+# for a ResNet-110 on CIFAR-10.
+_PUBLISHED_WEIGHTS = {
+    2: ((5.0, 5.0), (0.5, 0.5)),
+    4: ((1.0, 0.0), (0.0, 1.0)),
+    8: ((5.0, 0.0), (0.0, 1.0)),
+    16: ((5.0, 0.5), (0.0, 1.0)),
+}
+
+
+class InfoPro(LocalLoss):
+    """lambda_reconstruction x cross-entropy of the rebuilt image + lambda_task x task term.
+
+    Both weights go linearly from the first module to the last but one. A task term of weight 0 is left out.
+
+    Args:
+        spec: the module it is built for.
+        task: "softmax", the criterion on a head's prediction; or "contrast", supervised contrast of a head's
+            128 features (Khosla et al., NeurIPS 2020), which needs integer labels.
+        lambda_reconstruction: (first, last) weight of the reconstruction; default as published for the nearest K.
+        lambda_task: (first, last) weight of the task term; likewise.
+        temperature: temperature of the contrast.
+    """
+
+    def __init__(
+        self,
+        spec: ModuleSpec,
+        task: Literal["softmax", "contrast"] = "softmax",
+        lambda_reconstruction: tuple[float, float] | None = None,
+        lambda_task: tuple[float, float] | None = None,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        if task not in ("softmax", "contrast"):
+            raise ConfigError(f"infopro: task is {task!r}; it is softmax or contrast")
+        published = _PUBLISHED_WEIGHTS[min(_PUBLISHED_WEIGHTS, key=lambda count: abs(count - spec.count))]
+        self.reconstruction_weight = _at(lambda_reconstruction or published[0], spec, "lambda_reconstruction")
+        self.task_weight = _at(lambda_task or published[1], spec, "lambda_task")
+        self.criterion = spec.criterion
+        self.task = task
+        self.temperature = temperature
+        self.head = self.decoder = None
+        if self.task_weight:
+            outputs = spec.num_classes if task == "softmax" else 128
+            self.head = build_head(spec.head, spec.output, outputs)
+        if self.reconstruction_weight:
+            self.decoder = build_decoder(spec.decoder, spec.output, spec.image)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
+
+    def forward(
+        self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `LocalLoss.forward`."""
+        loss, logits = output.new_zeros((), dtype=torch.float32), None
+        if self.decoder is not None:
+            pixels = (images * self.std + self.mean).clamp(0, 1)
+            rebuilt = self.decoder(output).float()
+            loss = loss + self.reconstruction_weight * F.binary_cross_entropy_with_logits(rebuilt, pixels.float())
+        if self.head is not None:
+            head = self.head(output)
+            if self.task == "softmax":
+                logits = head
+                loss = loss + self.task_weight * self.criterion(logits, labels)
+            else:
+                loss = loss + self.task_weight * supervised_contrast(head.float(), labels, self.temperature)
+        return loss, logits
+
+    def classify(self, output: Tensor) -> Tensor | None:
+        """The head's logits; None for contrast, whose head predicts no label."""
+        return self.head(output) if self.head is not None and self.task == "softmax" else None
+
+
+def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Supervised contrastive loss on L2-normalised features (Khosla et al., NeurIPS 2020, equation 2).
+
+    Args:
+        features: (B, D).
+        labels: (B,) integers.
+        temperature: divides the similarities.
+
+    Returns:
+        The mean over those images that share their label with another image of the batch; 0 if none does.
+    """
+    if labels.is_floating_point():
+        raise ConfigError("infopro with task=contrast needs integer labels; switch off mixup and cutmix")
+    features = F.normalize(features, dim=1)
+    similarity = features @ features.T / temperature
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    log_probability = similarity.masked_fill(itself, float("-inf")).log_softmax(1).masked_fill(itself, 0)
+    same = (labels[:, None] == labels[None]) & ~itself
+    partners = same.sum(1)
+    per_image = -(log_probability * same).sum(1) / partners.clamp(min=1)
+    return per_image.sum() / (partners > 0).sum().clamp(min=1)
+
+
+def _at(ends: tuple[float, float], spec: ModuleSpec, name: str) -> float:
+    """The weight of this module, on the line from the first module to the last but one."""
+    try:
+        first, last = (float(value) for value in ends)
+    except (TypeError, ValueError):
+        raise ConfigError(f"infopro: {name} is {ends!r}; it takes two numbers, for the first and last") from None
+    ratio = spec.index / (spec.count - 2) if spec.count > 2 else 0.0
+    return first + (last - first) * ratio

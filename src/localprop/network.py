@@ -1,0 +1,240 @@
+"""A backbone divided into gradient-isolated local modules, and the one place where gradients are cut."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from localprop.chain import Unit
+from localprop.features import Layout
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, C), labels: (B,) integers or (B, C) probabilities) -> a scalar loss."""
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """What a local loss may know of the module it is built for.
+
+    Attributes:
+        index: which module, from 0.
+        count: number of modules, K.
+        input: layout of the module's input, the image's for the first.
+        output: layout of the module's output.
+        image: layout of the image batch.
+        num_classes: number of labels.
+        criterion: the loss of predicted labels.
+        head: name of the auxiliary head.
+        decoder: name of the decoder.
+        mean, std: per channel, with which the images are normalised.
+    """
+
+    index: int
+    count: int
+    input: Layout
+    output: Layout
+    image: Layout
+    num_classes: int
+    criterion: Criterion
+    head: str
+    decoder: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the module with the backbone's own classifier."""
+        return self.index == self.count - 1
+
+
+class LocalLoss(nn.Module, ABC):
+    """A module's local loss, with the auxiliary nets that it needs and inference does not."""
+
+    @abstractmethod
+    def forward(
+        self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the local loss.
+
+        Args:
+            output: the module's output; gradients flow back through it.
+            inputs: the module's input, detached.
+            images: the batch of images, normalised.
+            labels: (B,) integers, or (B, C) probabilities.
+
+        Returns:
+            The loss (a scalar), and the logits (B, C) of the head if there is one, else None.
+        """
+
+    @abstractmethod
+    def classify(self, output: Tensor) -> Tensor | None:
+        """The head's logits (B, C) for a module's output; None without a head that predicts labels."""
+
+
+class Classification(LocalLoss):
+    """The last module's loss under every method: the criterion on the backbone's own logits."""
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        super().__init__()
+        self.criterion = spec.criterion
+
+    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LocalLoss.forward`; the output is the logits."""
+        return self.criterion(output, labels), output
+
+    def classify(self, output: Tensor) -> Tensor:
+        """The output itself."""
+        return output
+
+
+class LocalModule(nn.Module):
+    """Consecutive units of a backbone, trained by one local loss.
+
+    Attributes:
+        units: names of the units.
+        auxiliary: the local loss with its auxiliary nets (an empty module in the last).
+        output: layout of the module's output.
+    """
+
+    auxiliary: LocalLoss
+
+    def __init__(self, backbone: nn.Module, units: Sequence[Unit], auxiliary: LocalLoss, output: Layout) -> None:
+        super().__init__()
+        # In tuples, so that the backbone is not registered a second time: its state_dict keys stay its own.
+        self._backbone = (backbone,)
+        self._units = tuple(units)
+        self.auxiliary = auxiliary
+        self.output = output
+
+    @property
+    def units(self) -> list[str]:
+        """Names of the units."""
+        return [unit.name for unit in self._units]
+
+    def forward(self, features: Tensor, context: dict[str, Any]) -> Tensor:
+        """Runs the units; `context` is what they hand along beside the features (see `Unit`)."""
+        for unit in self._units:
+            features = unit(self._backbone[0], features, context)
+        return features
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this module trains: its share of the backbone, under the backbone's names, and its auxiliary net."""
+        prefix = f"{prefix}." if prefix else ""
+        for unit in self._units:
+            for name in unit.parameters:
+                yield prefix + name, self._backbone[0].get_parameter(name)
+        yield from self.auxiliary.named_parameters(f"{prefix}auxiliary", recurse, remove_duplicate)
+
+
+@dataclass(frozen=True)
+class LocalOutput:
+    """What one `LocalNetwork.backward` computed.
+
+    Attributes:
+        losses: (K,) local losses, detached.
+        module_logits: logits (B, C) of each module's head, detached; None where it has none.
+    """
+
+    losses: Tensor
+    module_logits: list[Tensor | None]
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, C) logits of the network, detached."""
+        logits = self.module_logits[-1]
+        assert logits is not None  # the last module is the classifier
+        return logits
+
+
+class LocalNetwork(nn.Module):
+    """A backbone and its local modules. Build it with `localprop.localize`.
+
+    Attributes:
+        backbone: the very model that was passed in.
+        local_modules: its local modules, in order.
+    """
+
+    def __init__(self, backbone: nn.Module, local_modules: Sequence[LocalModule]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.local_modules = nn.ModuleList(local_modules)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits (B, C), as the backbone gives them, differentiable from end to end."""
+        context: dict[str, Any] = {}
+        features = images
+        for module in self.local_modules:
+            features = module(features, context)
+        return features
+
+    def module_logits(self, images: Tensor) -> list[Tensor | None]:
+        """The logits (B, C) of every module's head (None where there is none); the last are the network's."""
+        context: dict[str, Any] = {}
+        features, logits = images, []
+        for module in self.local_modules:
+            features = module(features, context)
+            logits.append(module.auxiliary.classify(features))
+        return logits
+
+    def backward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        seed: int | None = None,
+        after_module: Callable[[int, Tensor], None] | None = None,
+    ) -> LocalOutput:
+        """Forward and local backward, module by module; gradients are added to `.grad`.
+
+        A module's graph is gone before the next module starts. Under `torch.autocast` the forward and the losses
+        run in mixed precision, the backward outside of it, as PyTorch advises.
+
+        Args:
+            images: (B, channels, height, width).
+            labels: (B,) integers, or (B, C) probabilities.
+            scaler: scales each local loss before its backward (float16).
+            seed: where given, module k draws its random numbers (dropout, stochastic depth) from a stream of its
+                own, made from the seed and k. It sets PyTorch's global generators.
+            after_module: called with k and the local loss (detached) as soon as module k's gradients are there:
+                the place to step module k's optimizer and free its gradients, so that only one module's are alive.
+        """
+        context: dict[str, Any] = {}
+        features, losses, logits = images, [], []
+        for k, module in enumerate(self.local_modules):
+            if seed is not None:
+                torch.manual_seed(derive_seed(seed, k))
+            output = module(features, context)
+            loss, head_logits = module.auxiliary(output, features, images, labels)
+            _backward(scaler.scale(loss) if scaler else loss)
+            losses.append(loss.detach())
+            logits.append(None if head_logits is None else head_logits.detach())
+            # Gradient isolation. Everywhere: no other line cuts gradients, and nothing else crosses with one.
+            features = output.detach()
+            del output, loss, head_logits
+            if after_module:
+                after_module(k, losses[-1])
+        return LocalOutput(torch.stack([loss.float() for loss in losses]), logits)
+
+
+def derive_seed(*numbers: int) -> int:
+    """An independent 63-bit seed for each tuple of numbers, such as (run seed, step, module)."""
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _backward(loss: Tensor) -> None:
+    device = loss.device.type
+    if torch.is_autocast_enabled(device):
+        # Weights change right after this backward: casts of them that autocast has kept would be stale.
+        torch.clear_autocast_cache()
+        with torch.autocast(device, enabled=False):
+            loss.backward()
+    else:
+        loss.backward()
