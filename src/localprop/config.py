@@ -3,14 +3,44 @@
 A flag of the command line, a key of a YAML file and a field here are the same word. Field docstrings are the help.
 """
 
+import ast
+import contextlib
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from tyro.constructors import PrimitiveConstructorSpec
 
 from localprop.errors import ConfigError, suggestion
+
+
+def _read_pairs(words: list[str]) -> dict[str, Any]:
+    """Reads key=value words, values as Python literals where they are some, as timm's flags do."""
+    pairs = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not key=value")
+        try:
+            pairs[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pairs[key] = value
+    return pairs
+
+
+Pairs = Annotated[
+    dict[str, Any] | None,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY=VALUE ...",
+        instance_from_str=_read_pairs,
+        is_instance=lambda value: value is None or isinstance(value, dict),
+        str_from_instance=lambda value: [f"{k}={v}" for k, v in (value or {}).items()] or ["None"],
+    ),
+]
 
 # The backbone where none is named: timm's Swin-Tiny, made small enough for images of 16 to 96 pixels.
 DEFAULT_MODEL = "swin_tiny_patch4_window7_224"
@@ -23,8 +53,8 @@ class ModelConfig:
 
     model: str = DEFAULT_MODEL
     """Name of a timm model."""
-    model_kwargs: dict[str, Any] | None = None
-    """key=value ... for timm.create_model (default: a small Swin for the default model, else nothing)."""
+    model_kwargs: Pairs = None
+    """For timm.create_model (default: a small Swin for the default model, else nothing)."""
     pretrained: bool = False
     """Start from timm's pretrained weights."""
     img_size: int | None = None
@@ -49,8 +79,8 @@ class LocalConfig:
     """Where to cut: balanced (the largest module as small as can be) or stage (where the resolution changes)."""
     cuts: tuple[str, ...] | None = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
-    method_kwargs: dict[str, Any] | None = None
-    """key=value ... for the method, such as weight=0.5."""
+    method_kwargs: Pairs = None
+    """For the method, such as weight=0.5."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +125,8 @@ class OptimConfig:
     """Weight decay, not applied to biases, norms and what the model exempts."""
     sched: str = "cosine"
     """Any scheduler of timm, stepped per update: cosine, linear, step, ... or none."""
-    warmup_epochs: int = 3
-    """Epochs over which the learning rate rises linearly."""
+    warmup_epochs: int | None = None
+    """Epochs over which the learning rate rises linearly (default: 3, at most a tenth of --epochs)."""
     min_lr: float = 1e-6
     """Learning rate at the end of the schedule."""
     clip_grad: float | None = None
@@ -198,7 +228,7 @@ def from_flat(settings: dict[str, Any], source: str, base: TrainConfig | None = 
     for name in GROUPS:
         group = getattr(base, name)
         own = {f.name: f for f in dataclasses.fields(group)}
-        values = {k: _typed(k, v, str(own[k].type), source) for k, v in settings.items() if k in own}
+        values = {k: _typed(k, v, own[k].type, source) for k, v in settings.items() if k in own}
         groups[name] = dataclasses.replace(group, **values)
     return TrainConfig(**groups)
 
@@ -224,29 +254,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _typed(key: str, value: Any, annotation: str, source: str) -> Any:
+def _typed(key: str, value: Any, hint: Any, source: str) -> Any:
     """Converts one YAML value to the type its field is annotated with (YAML reads 1e-3 as a string)."""
-    if value is None and "None" in annotation:
-        return None
-    wanted: type
-    for word, wanted in (("tuple", list), ("dict", dict), ("bool", bool), ("float", float), ("int", int)):
-        if word in annotation:
-            break
-    else:
-        wanted = str
-    try:
-        if wanted is list and isinstance(value, (list, tuple)):
-            return tuple(str(v) for v in value)
-        if wanted is float and not isinstance(value, bool):
-            return float(value)
-        if wanted is str and isinstance(value, (str, int, float, Path)):
-            if "Literal" in annotation and (options := annotation.partition("[")[2]) and repr(value) not in (
-                options.replace('"', "'")
-            ):
-                raise ValueError
-            return Path(value) if "Path" in annotation else str(value)
-        if isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
+    options = (
+        [hint] if not typing.get_args(hint) or typing.get_origin(hint) is Literal else typing.get_args(hint)
+    )
+    if typing.get_origin(hint) is Annotated:
+        options = typing.get_args(options[0])
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if value is None and option is type(None):
+            return None
+        if kind is Literal and value in typing.get_args(option):
             return value
-        raise ValueError
-    except (ValueError, TypeError):
-        raise ConfigError(f"{source}: {key} is {value!r}, expected {annotation}") from None
+        if kind in (float, int, bool, dict):
+            with contextlib.suppress(TypeError, ValueError):
+                if kind is float and not isinstance(value, bool):
+                    return float(value)
+                if type(value) is kind:
+                    return value
+        if kind is tuple and isinstance(value, (list, tuple)):
+            return tuple(str(item) for item in value)
+        if kind in (str, Path) and isinstance(value, (str, int, Path)):
+            return kind(str(value))
+    names = [
+        str(getattr(o, "__name__", o))
+        if typing.get_origin(o) is not Literal
+        else " or ".join(typing.get_args(o))
+        for o in options
+        if o is not type(None)
+    ]
+    raise ConfigError(f"{source}: {key} is {value!r}, expected {' or '.join(names)}")

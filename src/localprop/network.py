@@ -1,6 +1,5 @@
 """A backbone divided into gradient-isolated local modules, and the one place where gradients are cut."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from localprop.chain import Unit
 from localprop.features import Layout
+from localprop.seeding import derive_seed
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, C), labels: (B,) integers or (B, C) probabilities) -> a scalar loss."""
@@ -121,6 +121,11 @@ class LocalModule(nn.Module):
             features = unit(self._backbone[0], features, context)
         return features
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that the backbone exempts from weight decay; timm's optimizers ask for them."""
+        exempt = getattr(self._backbone[0], "no_weight_decay", None)
+        return set(exempt()) if exempt else set()
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -209,7 +214,7 @@ class LocalNetwork(nn.Module):
         features, losses, logits = images, [], []
         for k, module in enumerate(self.local_modules):
             if seed is not None:
-                torch.manual_seed(derive_seed(seed, k))
+                torch.manual_seed(derive_seed(seed, "module", k))
             output = module(features, context)
             loss, head_logits = module.auxiliary(output, features, images, labels)
             _backward(scaler.scale(loss) if scaler else loss)
@@ -221,12 +226,6 @@ class LocalNetwork(nn.Module):
             if after_module:
                 after_module(k, losses[-1])
         return LocalOutput(torch.stack([loss.float() for loss in losses]), logits)
-
-
-def derive_seed(*numbers: int) -> int:
-    """An independent 63-bit seed for each tuple of numbers, such as (run seed, step, module)."""
-    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _backward(loss: Tensor) -> None:

@@ -1,0 +1,7 @@
+"""`python -m localprop`, the same as `localprop`."""
+
+import sys
+
+from localprop.cli import main
+
+sys.exit(main())

@@ -1,0 +1,397 @@
+"""Checkpoints and weights on disk: written aside, synced, renamed, checked by SHA-256; never a pickle.
+
+A checkpoint is a folder of parts, so that every process of a parallel run can write its own:
+
+    step-00001234/
+      module-0.safetensors ...   a part: its tensors, and in the header everything else of it as JSON
+      manifest.json              step, names of the parts, meta
+      SHA256SUMS                 of all of these; `sha256sum --check SHA256SUMS` verifies them too
+
+The same state gives the same bytes, whichever process wrote them.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from localprop.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+CHECKSUMS = "SHA256SUMS"
+FORMAT = 1
+# "step-00001234.old" exists only while a checkpoint of the same step takes its place.
+_NAME = re.compile(r"step-(\d{8,})(\.old)?")
+# safetensors has the error number in its text alone: "(os error 28)", or "Os { code: 28, ..." before 0.5.
+_OS_ERROR = re.compile(r"(?:os error|code:) (\d+)")
+_UNTOUCHED = "; earlier checkpoints are untouched, go on with --resume"
+_REMEDIES = {
+    errno.ENOSPC: "free some disk space",
+    errno.EDQUOT: "free some disk space of yours, your quota is used up",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that can be written to",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole.
+
+    Args:
+        step: optimizer steps done.
+        meta: what was saved as `meta`.
+        parts: what was saved as `parts`, sorted by name.
+        path: its folder.
+    """
+
+    step: int
+    meta: dict[str, Any]
+    parts: dict[str, Any]
+    path: Path
+
+
+def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
+    """Saves a checkpoint of one process: `write_parts`, then `publish`.
+
+    Args:
+        folder: holds the checkpoints of one run.
+        step: optimizer steps done.
+        parts: name of a part to its state: dicts with str or int keys, lists and tuples, nested at will, of
+            tensors, None, bool, int, float, str and torch.dtype. All comes back bit for bit; tensors come
+            back contiguous, and those that share memory as separate ones.
+        meta: the same, without tensors.
+        keep: checkpoints to keep, this one included.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        CheckpointError: the disk is full, fails or may not be written, or a state holds something else.
+            Nothing is left behind, and earlier checkpoints are untouched.
+    """
+    return publish(folder, step, write_parts(folder, step, parts), meta, keep)
+
+
+def write_parts(folder: Path, step: int, parts: dict[str, Any]) -> dict[str, str]:
+    """Writes and syncs parts of a checkpoint that does not count yet; every process writes its own.
+
+    Returns:
+        File names and their SHA-256, for `publish`.
+
+    Raises:
+        CheckpointError: as `save_checkpoint`.
+    """
+    temporary = _temporary(folder, step)
+    checksums = {}
+    with _all_or_nothing(_final(folder, step), temporary, _UNTOUCHED):
+        temporary.mkdir(parents=True, exist_ok=True)
+        for name, state in parts.items():
+            path = temporary / f"{name}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            structure = _split(state, name, tensors)
+            _write_tensors(path, tensors, {"structure": json.dumps(structure)})
+            _sync(path)
+            checksums[path.name] = _sha256(path)
+    return checksums
+
+
+def publish(folder: Path, step: int, checksums: dict[str, str], meta: dict[str, Any], keep: int) -> Path:
+    """Makes the parts that were written for `step` a checkpoint, then removes what is no longer needed.
+
+    One process calls it once all have written their parts, while the others wait. Besides checkpoints beyond
+    `keep` it removes those of later steps: training went on from before them, they are damaged or given up.
+
+    Args:
+        folder: holds the checkpoints of one run.
+        step: optimizer steps done.
+        checksums: what `write_parts` returned, of all processes together.
+        meta: see `save_checkpoint`.
+        keep: checkpoints to keep, this one included.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        CheckpointError: as `save_checkpoint`.
+    """
+    final, temporary = _final(folder, step), _temporary(folder, step)
+    with _all_or_nothing(final, temporary, _UNTOUCHED):
+        for file in temporary.iterdir():
+            if file.name not in checksums:  # left by an interrupted save
+                file.unlink()
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "parts": sorted(checksums),
+            "meta": _split(meta, "meta", None),
+        }
+        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        sums = {**checksums, MANIFEST: _sha256(temporary / MANIFEST)}
+        _write_synced(temporary / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+        _sync(temporary)
+        if final.exists():
+            old = final.with_suffix(".old")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        temporary.rename(final)
+        _sync(folder)
+    _prune(folder, final, keep)
+    return final
+
+
+def load_checkpoint(
+    path: Path, device: str | torch.device = "cpu", only: Collection[str] | None = None
+) -> Checkpoint:
+    """Verifies a checkpoint and reads it.
+
+    Args:
+        path: the checkpoint's folder.
+        device: where the tensors go.
+        only: names of the parts to read (default: all). All are verified, so that processes that read
+            different parts agree on what is valid.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; the line names it.
+    """
+    try:
+        lines = (path / CHECKSUMS).read_text(encoding="utf-8", errors="replace").split("\n")
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        _verify(path / MANIFEST, sums)
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path} is of another version of localprop; resume it with that version")
+        files = [path / name for name in manifest["parts"]]
+        for file in files:
+            _verify(file, sums)
+        parts = {file.stem: _read_part(file, device) for file in files if only is None or file.stem in only}
+    except OSError as error:
+        cause = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
+        raise CheckpointError(f"{error.filename or path} {cause}; resume from another checkpoint") from None
+    return Checkpoint(manifest["step"], _join(manifest["meta"], {}), parts, path)
+
+
+def newest_checkpoint(
+    folder: Path, device: str | torch.device = "cpu", only: Collection[str] | None = None
+) -> tuple[Checkpoint | None, list[str]]:
+    """Reads the newest valid checkpoint of `folder`; `device` and `only` as in `load_checkpoint`.
+
+    Returns:
+        It, or None, and for each newer one that was passed over a line that says why.
+    """
+    passed_over: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            return load_checkpoint(path, device, only), passed_over
+        except CheckpointError as error:
+            passed_over.append(str(error))
+    return None, passed_over
+
+
+def save_weights(path: Path, state_dict: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Saves a plain state dict that timm reads, as one safetensors file, whole or not at all.
+
+    Tensors that share memory (tied weights) are written under each of their names, so that
+    `load_state_dict(strict=True)` finds all of them.
+
+    Raises:
+        CheckpointError: the disk is full, may not be written or fails.
+    """
+    with _aside(path) as temporary:
+        _write_tensors(temporary, state_dict, metadata or {})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file, whole or not at all.
+
+    Raises:
+        CheckpointError: the disk is full, may not be written or fails.
+    """
+    with _aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def _final(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def _temporary(folder: Path, step: int) -> Path:
+    return folder / f".step-{step:08d}.tmp"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of `folder`, valid or not; of one step, the one being replaced comes second."""
+    matches = [match for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    matches.sort(key=lambda match: (int(match[1]), match[2] is None), reverse=True)
+    return [folder / match[0] for match in matches]
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    found = _newest_first(folder)
+    older = [path for path in found[found.index(newest) + 1 :] if path.suffix != ".old"]
+    unneeded = set(found) - {newest, *older[: keep - 1]}
+    for path in [*unneeded, *folder.glob(".step-*.tmp")]:
+        # The new checkpoint is safe: what cannot be removed now is tried again after the next one.
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _split(value: Any, place: str, tensors: dict[str, Tensor] | None) -> Any:
+    """Moves the tensors of a nested `value` into `tensors`, named by their place; returns the rest as JSON.
+
+    What JSON lacks becomes an object whose only key starts with "$".
+    """
+    if isinstance(value, Tensor) and tensors is not None:
+        while place in tensors:  # {"a/b": ..., "a": {"b": ...}}, or the keys 0 and "0"
+            place += "'"
+        tensors[place] = value
+        return {"$tensor": place}
+    if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
+        items = [(key, _split(item, f"{place}/{key}", tensors)) for key, item in value.items()]
+        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+        return dict(items) if plain else {"$dict": items}
+    if type(value) in (list, tuple):
+        entries = [_split(item, f"{place}/{index}", tensors) for index, item in enumerate(value)]
+        return {"$tuple": entries} if isinstance(value, tuple) else entries
+    if type(value) is float and not math.isfinite(value):
+        return {"$float": repr(value)}
+    if isinstance(value, torch.dtype):  # timm's Adafactor keeps one among its settings
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise CheckpointError(
+        f"cannot save the {type(value).__name__} at {place}; a checkpoint takes tensors (not in meta), "
+        "dicts with str or int keys, lists, tuples, None, bool, int, float, str and torch.dtype"
+    )
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_split`."""
+    if isinstance(value, list):
+        return [_join(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match next(iter(value.items()), None):
+        case ("$tensor", name):
+            return tensors[name]
+        case ("$dict", items):
+            return {key: _join(item, tensors) for key, item in items}
+        case ("$tuple", items):
+            return tuple(_join(item, tensors) for item in items)
+        case ("$float", text):
+            return float(text)
+        case ("$dtype", name):
+            return getattr(torch, name)
+    return {key: _join(item, tensors) for key, item in value.items()}
+
+
+def _read_part(path: Path, device: str | torch.device) -> Any:
+    with safe_open(path, framework="pt") as file:
+        # The copy frees memory from the file, which may be removed, and aligns it as torch does: misaligned
+        # tensors may take other kernels than before the interruption, with other rounding.
+        tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+        return _join(json.loads(file.metadata()["structure"]), tensors)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file whose bytes depend on nothing but what is written."""
+    dense, memory = {}, set()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+            raise CheckpointError(f"cannot save the {tensor.type()} at {name}; make it dense and real")
+        dense[name] = tensor.detach().cpu().contiguous()
+        address = dense[name].untyped_storage().data_ptr()
+        if address in memory:  # safetensors refuses tensors that share memory
+            dense[name] = dense[name].clone()
+        memory.add(address)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dense, path, metadata)
+    path.chmod(mode)  # safetensors creates its files for the owner alone
+    if len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a safetensors header, which the library writes in random order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def _write_synced(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _verify(path: Path, sums: dict[str, str]) -> None:
+    if path.name not in sums:
+        place, flaw = path.parent / CHECKSUMS, f"it has no line for {path.name}"
+    elif _sha256(path) != sums[path.name]:
+        place, flaw = path, f"its SHA-256 is not the one in {CHECKSUMS}"
+    else:
+        return
+    raise CheckpointError(f"{place} is damaged, {flaw}; resume from another checkpoint")
+
+
+@contextlib.contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """Yields a path in a hidden folder beside `path`; the file written there is synced and replaces it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _all_or_nothing(path, temporary):
+        temporary.mkdir(parents=True, exist_ok=True)
+        yield temporary / path.name
+        _sync(temporary / path.name)
+        os.replace(temporary / path.name, path)
+        _sync(path.parent)
+        shutil.rmtree(temporary)
+
+
+@contextlib.contextmanager
+def _all_or_nothing(target: Path, temporary: Path, then: str = "") -> Iterator[None]:
+    """Removes `temporary` if what is done inside fails, and says in one line why `target` is not written."""
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            code = error.errno
+        elif isinstance(error, SafetensorError) and (found := _OS_ERROR.search(str(error))):
+            code = int(found[1])
+        else:
+            raise
+        cause = os.strerror(code) if code else str(error)
+        remedy = _REMEDIES.get(code or 0, "check the disk and the path")
+        raise CheckpointError(f"cannot write {target}: {cause}; {remedy}{then}") from None

@@ -1,0 +1,223 @@
+"""The command line: `localprop train | eval | export | chain`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from localprop.config import ModelConfig, TrainConfig, from_flat, read_yaml, to_flat
+from localprop.errors import ConfigError, LocalpropError, suggestion
+
+USAGE = """\
+usage: localprop COMMAND [OPTIONS]
+
+Train transformers, and any other timm model, without end-to-end backpropagation.
+
+  train          train a model by local learning; without options, a small Swin on digits (2 minutes)
+  eval RUN       accuracy of a run's weights
+  export RUN     a run's weights as a folder that timm.create_model loads
+  chain MODEL    the units that a timm model can be cut into
+
+localprop COMMAND --help tells a command's options.
+"""
+
+NEWEST = "newest"
+# What may differ when a run goes on: where it runs, not what it computes.
+_FREE_ON_RESUME = {"resume", "device", "workers", "data_dir", "output", "checkpoint_steps", "checkpoint_hist"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, or 2 for a user's mistake, or 128 + signal."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    try:
+        if argv[0] == "--version":
+            from localprop import __version__
+
+            print(f"localprop {__version__}")
+            return 0
+        if argv[0] not in COMMANDS:
+            raise ConfigError(f"no command is called {argv[0]!r}; {suggestion(argv[0], COMMANDS)}")
+        return COMMANDS[argv[0]](argv[1:])
+    except LocalpropError as error:
+        print(f"localprop: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(kind: Any, command: str, argv: Sequence[str], default: Any = tyro.MISSING) -> Any:
+    """Reads flags into a dataclass; its default, where given, holds the flags' defaults."""
+    return tyro.cli(
+        kind,
+        prog=f"localprop {command}",
+        args=argv,
+        **({} if default is tyro.MISSING else {"default": default}),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _train(argv: Sequence[str]) -> int:
+    """Train a model by local learning. -c FILE.yaml sets defaults; flags win."""
+    argv, defaults = _take_config_file(argv)
+    argv = _bare_resume(argv)
+    config: TrainConfig = _parse(TrainConfig, "train", argv, defaults)
+    if config.run.resume is None:
+        return _run(config, None)
+    from localprop.experiment import newest_run, read_config
+
+    folder = newest_run(config.run.output) if config.run.resume == NEWEST else Path(config.run.resume)
+    own = read_config(folder)
+    config = _parse(TrainConfig, "train", argv, own)
+    before, after = to_flat(own), to_flat(config)
+    for key, value in after.items():
+        if value != before[key] and key not in _FREE_ON_RESUME:
+            flag = key.replace("_", "-")
+            raise ConfigError(f"--{flag} was {before[key]} when {folder} began; resume without it, or start a new run")
+    return _run(config, folder)
+
+
+def _run(config: TrainConfig, resumed: Path | None) -> int:
+    from localprop.experiment import create_run_folder, prepare, write_description
+    from localprop.report import Progress, final_table, next_steps
+    from localprop.trainer import WEIGHTS, Interrupted, Trainer
+
+    console = Console()
+    experiment = prepare(config)
+    config = experiment.config
+    net = experiment.localize()
+    steps = experiment.data.steps_per_epoch(config.optim.batch_size)
+    folder = resumed or create_run_folder(config)
+    trainer = Trainer(net, experiment.data, config, folder, experiment.device, experiment.title)
+    names = [_span(module.units) for module in net.local_modules]
+    notes = trainer.resume() if resumed else []
+    if not resumed:
+        write_description(folder, experiment, net)
+    console.print(f"{experiment.title}: {len(names)} modules, {experiment.device}", highlight=False)
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    try:
+        progress = Progress(console, config.optim.epochs, steps, config.optim.batch_size, len(names), trainer.rows)
+        with progress:
+            for note in notes:
+                progress.note(note)
+            rows = trainer.run(progress)
+    except Interrupted as stop:
+        print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
+        return stop.exit_code
+    console.print(final_table(rows, names))
+    steps_text = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
+    console.out(steps_text, highlight=False)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """Accuracy of a run's weights on its test images, or on others."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    data: str | None = None
+    """Other data, such as folder:PATH (default: the run's own)."""
+    data_dir: Path | None = None
+    """Where torchvision's datasets lie (default: the run's own)."""
+    batch_size: int | None = None
+    """Images per batch (default: the run's own)."""
+    device: str | None = None
+    """cpu, cuda, ... (default: cuda if there is one)."""
+
+
+def _eval(argv: Sequence[str]) -> int:
+    from localprop.evaluation import evaluate_run
+
+    options: EvalOptions = _parse(EvalOptions, "eval", argv)
+    changes = {k: getattr(options, k) for k in ("data", "data_dir", "batch_size", "device")}
+    result = evaluate_run(options.run, {k: v for k, v in changes.items() if v is not None})
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """A run's weights as a folder that timm.create_model loads: model.safetensors and config.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    output: Path | None = None
+    """Folder to write (default: RUN/export)."""
+
+
+def _export(argv: Sequence[str]) -> int:
+    from localprop.evaluation import export_run
+
+    options: ExportOptions = _parse(ExportOptions, "export", argv)
+    folder = export_run(options.run, options.output)
+    print(f'{folder}\n\nimport timm\nmodel = timm.create_model("local-dir:{folder}", pretrained=True)')
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainOptions(ModelConfig):
+    """The units that a timm model can be cut into: their output shapes and parameters."""
+
+    model: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
+    """Name of a timm model."""
+
+
+def _chain(argv: Sequence[str]) -> int:
+    from localprop.chain import chain
+    from localprop.experiment import create_backbone
+
+    options: ChainOptions = _parse(ChainOptions, "chain", argv)
+    model, _ = create_backbone(options, None)
+    units = chain(model, (3, options.img_size, options.img_size) if options.img_size else None)
+    channels, height, width = units.input_size
+    table = Table("", "unit", "output", "parameters", title=f"{options.model}, {channels}x{height}x{width}", box=None)
+    table.columns[0].justify = table.columns[2].justify = table.columns[3].justify = "right"
+    for i, unit in enumerate(units, 1):
+        count = sum(model.get_parameter(name).numel() for name in unit.parameters)
+        table.add_row(str(i), unit.name, " x ".join(map(str, unit.shape)), f"{count:,}")
+    Console().print(table)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "export": _export,
+    "chain": _chain,
+}
+
+
+def _take_config_file(argv: Sequence[str]) -> tuple[list[str], TrainConfig]:
+    """Takes `-c FILE` out of the flags."""
+    rest, config, words = [], TrainConfig(), iter(argv)
+    for word in words:
+        flag, equals, path = word.partition("=")
+        if flag not in ("-c", "--config"):
+            rest.append(word)
+            continue
+        path = path if equals else next(words, "")
+        if not path:
+            raise ConfigError("-c needs a YAML file of settings")
+        config = from_flat(read_yaml(Path(path)), path, config)
+    return rest, config
+
+
+def _bare_resume(argv: list[str]) -> list[str]:
+    """Lets `--resume` stand alone: it then means the newest run."""
+    result = []
+    for i, word in enumerate(argv):
+        result.append(word)
+        if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
+            result.append(NEWEST)
+    return result
+
+
+def _span(units: list[str]) -> str:
+    return units[0] if len(units) == 1 else f"{units[0]} ... {units[-1]}"

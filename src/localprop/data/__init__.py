@@ -1,0 +1,12 @@
+"""Images and labels: named datasets and folders, held in memory or streamed from disk.
+
+`load_data` gives a `Data`, whose batches are pure functions of (seed, epoch, batch), so that a run can be
+taken up again in the middle of an epoch. The files: loading.py (from settings to a dataset), base.py (what
+the trainer sees), sources.py (named datasets), folder.py (folders of images), memory.py and streaming.py
+(where pixels come from), augment.py (crops and flips of whole batches), seeding.py (random numbers).
+"""
+
+from localprop.data.base import Data
+from localprop.data.loading import load_data
+
+__all__ = ["Data", "load_data"]

@@ -1,0 +1,38 @@
+"""Random crops and flips, and resizing, of whole batches on their device."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def random_crop(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
+    """Pads with black and cuts a window of the old size, at another place in each image.
+
+    Args:
+        images: (batch, channels, height, width), any type.
+        pad: pixels added on each side.
+        generator: on the CPU, whatever the device of `images`.
+    """
+    if pad == 0:
+        return images
+    batch, _, height, width = images.shape
+    top, left = torch.randint(2 * pad + 1, (2, batch), generator=generator).to(images.device)
+    # Every window as a view; indexing copies one of them per image.
+    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(batch, device=images.device), :, top, left]
+
+
+def random_hflip(images: Tensor, chance: float, generator: torch.Generator) -> Tensor:
+    """Mirrors each image of (batch, channels, height, width) left to right with the given `chance`."""
+    if chance == 0:
+        return images
+    flipped = (torch.rand(len(images), generator=generator) < chance).to(images.device)
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Resizes (batch, channels, height, width) bilinearly to `side` x `side`; float32 where it has to."""
+    if images.shape[-2:] == (side, side):
+        return images
+    shrinks = side < max(images.shape[-2:])
+    return F.interpolate(images.float(), (side, side), mode="bilinear", antialias=shrinks)

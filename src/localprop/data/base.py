@@ -1,0 +1,163 @@
+"""What the trainer sees of a dataset."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from localprop.config import DataConfig
+from localprop.data.seeding import derive_seed, generator, seeded
+from localprop.errors import ConfigError, DataError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Store(Protocol):
+    """Where pixels come from. Images are (batch, 3, side, side) on the device, in 0..255, uint8 or float32.
+
+    Labels are (batch,), int64, on the device.
+    """
+
+    train_size: int
+    test_size: int
+    skipped: list[str]
+
+    def train(
+        self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
+    ) -> Iterator[Batch]:
+        """Augmented batches number `steps` of the epoch whose images come in this `order`."""
+        ...
+
+    def test(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """All test images in order; the last batch may be small."""
+        ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """A dataset to train on and to evaluate with.
+
+    Args:
+        name: name of the dataset, or of its folder.
+        classes: names of the classes, in the order of their labels.
+        img_size: side of the square images in pixels.
+        mean, std: of the channels red, green and blue, in 0..1; what images are normalised with.
+        store: where pixels come from.
+        config: for mixup, cutmix and label smoothing.
+        seed: of order, augmentation and mixing.
+    """
+
+    name: str
+    classes: list[str]
+    img_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    store: Store
+    config: DataConfig
+    seed: int
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images."""
+        return self.store.train_size
+
+    @property
+    def test_size(self) -> int:
+        """Number of test images."""
+        return self.store.test_size
+
+    @property
+    def skipped(self) -> list[str]:
+        """Paths of the unreadable training images that were met so far."""
+        return self.store.skipped
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Number of training batches in an epoch; a last partial batch is dropped.
+
+        Raises:
+            DataError: there are fewer images than one batch takes.
+            ConfigError: images are mixed in pairs and `batch_size` is odd.
+        """
+        if batch_size > self.train_size:
+            raise DataError(
+                f"{self.name} has {self.train_size} training images, fewer than one batch of {batch_size}; "
+                f"lower --batch-size"
+            )
+        if self._mixes and batch_size % 2:
+            raise ConfigError(
+                f"--batch-size is {batch_size}; --mixup and --cutmix mix images in pairs and need an even one"
+            )
+        return self.train_size // batch_size
+
+    def train_batches(
+        self, epoch: int, batch_size: int, device: torch.device | str, start: int = 0
+    ) -> Iterator[Batch]:
+        """The training batches of an epoch, from batch number `start` on.
+
+        A batch is a pure function of (seed, epoch, its number): those after a restart equal the uninterrupted
+        ones bit for bit, and the global random states are as the caller left them.
+
+        Returns:
+            Iterator of images (batch, 3, img_size, img_size), float32, normalised, and labels:
+            (batch,) int64, or with mixup or cutmix (batch, classes) float32, smoothed.
+
+        Raises:
+            DataError: at once as `steps_per_epoch`; while iterating, when more training images are unreadable
+                than the config allows.
+            ConfigError: as `steps_per_epoch`.
+        """
+        steps = range(start, self.steps_per_epoch(batch_size))
+        return self._train_batches(epoch, batch_size, steps, torch.device(device))
+
+    def test_batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+        """All test images in order, as (images, labels); the last batch may be small.
+
+        Returns:
+            Iterator of images (batch, 3, img_size, img_size), float32, normalised, and labels (batch,) int64.
+
+        Raises:
+            DataError: an image is unreadable.
+        """
+        device = torch.device(device)
+        mean, std = self._normalisation(device)
+        for images, labels in self.store.test(batch_size, device):
+            yield images.float().sub(mean).div_(std), labels
+
+    def _train_batches(
+        self, epoch: int, batch_size: int, steps: range, device: torch.device
+    ) -> Iterator[Batch]:
+        order = torch.randperm(self.train_size, generator=generator(derive_seed(self.seed, "order", epoch)))
+        mean, std = self._normalisation(device)
+        mixup = self._mixup() if self._mixes else None
+        batches = self.store.train(epoch, order.tolist(), batch_size, steps, device)
+        for step, (images, labels) in zip(steps, batches, strict=True):
+            images = images.float().sub(mean).div_(std)
+            if mixup:
+                # timm's Mixup draws from NumPy's global generator.
+                with seeded(derive_seed(self.seed, "mix", epoch, step)):
+                    images, labels = mixup(images, labels)
+            yield images, labels
+
+    @property
+    def _mixes(self) -> bool:
+        return self.config.mixup > 0 or self.config.cutmix > 0
+
+    def _mixup(self) -> Mixup:
+        return Mixup(
+            mixup_alpha=self.config.mixup,
+            cutmix_alpha=self.config.cutmix,
+            label_smoothing=self.config.smoothing,
+            num_classes=self.num_classes,
+        )
+
+    def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        mean, std = torch.tensor([self.mean, self.std], device=device).mul(255).view(2, 3, 1, 1)
+        return mean, std

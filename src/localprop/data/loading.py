@@ -1,0 +1,98 @@
+"""From the user's settings to a dataset."""
+
+from functools import partial
+from pathlib import Path
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from localprop.config import DataConfig
+from localprop.data.base import Data, Store
+from localprop.data.folder import SMALL_SIDE, list_folder, read_images, refuse_image, sample_sizes, skip_image
+from localprop.data.memory import MemoryStore
+from localprop.data.sources import NAMED, read_named
+from localprop.data.streaming import StreamStore
+from localprop.errors import ConfigError, suggestion
+
+_FOLDER = "folder:"
+
+
+def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_size: int = 224) -> Data:
+    """Opens the dataset that `config` names.
+
+    Named datasets, and folders whose images have at most 96 pixels on a side, are read into memory; the
+    images of other folders are decoded batch by batch.
+
+    Args:
+        config: the data settings.
+        img_size: side of the square input in pixels; None takes the dataset's own, or for a folder
+            `default_img_size`.
+        seed: of order, augmentation and mixing.
+        default_img_size: the side that suits the model.
+
+    Raises:
+        ConfigError: the name is unknown, or a setting has no meaning for it.
+        DataError: the data are missing, damaged or inconsistent.
+    """
+    if config.hflip is not None and not 0 <= config.hflip <= 1:
+        raise ConfigError(f"--hflip is {config.hflip}; a chance is between 0 and 1")
+    if config.data.startswith(_FOLDER):
+        return _load_folder(config, img_size or default_img_size, seed)
+    if config.data not in NAMED:
+        hint = suggestion(config.data, [*NAMED, f"{_FOLDER}PATH"])
+        if Path(config.data).expanduser().is_dir():
+            hint = f"did you mean {_FOLDER + config.data!r}?"
+        raise ConfigError(f"unknown --data {config.data!r}; {hint}")
+    return _load_named(config, img_size, seed)
+
+
+def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
+    named, arrays = NAMED[config.data], read_named(config.data, config)
+    img_size = img_size or named.img_size
+    store = MemoryStore(
+        arrays.train_images,
+        arrays.train_labels,
+        arrays.test_images,
+        arrays.test_labels,
+        img_size,
+        _crop_pad(config, arrays.train_images.shape[-1]),
+        named.hflip if config.hflip is None else config.hflip,
+        seed,
+    )
+    return Data(config.data, arrays.classes, img_size, named.mean, named.std, store, config, seed)
+
+
+def _load_folder(config: DataConfig, img_size: int, seed: int) -> Data:
+    path = config.data.removeprefix(_FOLDER)
+    if not path:
+        raise ConfigError(f"--data {config.data} names no folder; write folder:PATH")
+    root = Path(path).expanduser()
+    classes, train_files, test_files = list_folder(root)
+    hflip = 0.5 if config.hflip is None else config.hflip
+    sizes = sample_sizes(train_files)
+    store: Store
+    if max((max(size) for size in sizes), default=0) <= SMALL_SIDE:
+        width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 0)
+        # Images that differ are brought to one size; above the small side, that is left to the device.
+        side = width if width == height > 0 else min(img_size, SMALL_SIDE)
+        crop_pad = _crop_pad(config, side)
+        skipped: list[str] = []
+        train = read_images(train_files, side, partial(skip_image, skipped, limit=config.bad_images))
+        test = read_images(test_files, side, refuse_image)
+        store = MemoryStore(*train, *test, img_size, crop_pad, hflip, seed, skipped)
+    else:
+        if config.crop_pad is not None:
+            raise ConfigError(
+                f"--crop-pad is for images up to {SMALL_SIDE} pixels and those in {root} are larger; drop it"
+            )
+        store = StreamStore(train_files, test_files, img_size, hflip, seed, config.workers, config.bad_images)
+    name = root.resolve().name
+    return Data(name, classes, img_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, store, config, seed)
+
+
+def _crop_pad(config: DataConfig, side: int) -> int:
+    pad = side // 8 if config.crop_pad is None else config.crop_pad
+    if not 0 <= pad < side:
+        raise ConfigError(
+            f"--crop-pad is {pad}; with images of {side} pixels it must be from 0 to {side - 1}"
+        )
+    return pad

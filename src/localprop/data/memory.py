@@ -1,0 +1,61 @@
+"""Small images, all held in memory; batches are made by tensor operations on the device."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from localprop.data.augment import random_crop, random_hflip, resize
+from localprop.data.base import Batch
+from localprop.data.seeding import derive_seed, generator
+
+
+@dataclass
+class MemoryStore:
+    """Images in main memory, from where each batch goes to the device as bytes.
+
+    They stay off the device on purpose: there, they would count against the memory that local learning saves.
+
+    Args:
+        train_images, test_images: (images, 3, side, side), uint8, at their native side.
+        train_labels, test_labels: (images,), int64.
+        img_size: side of the batches' images in pixels.
+        crop_pad: padding before the random crop, in native pixels.
+        hflip: chance of a horizontal flip.
+        seed: of crops and flips.
+        skipped: paths of the training images that were unreadable.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    img_size: int
+    crop_pad: int
+    hflip: float
+    seed: int
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.train_size = len(self.train_images)
+        self.test_size = len(self.test_images)
+
+    def train(
+        self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
+    ) -> Iterator[Batch]:
+        """Cropped, flipped and resized batches; see `localprop.data.base.Store`."""
+        for step in steps:
+            chosen = torch.tensor(order[step * batch_size : (step + 1) * batch_size])
+            # index_select copies whole images; plain indexing goes byte by byte and is ten times slower.
+            images = self.train_images.index_select(0, chosen).to(device)
+            draws = generator(derive_seed(self.seed, "crop", epoch, step))
+            images = random_hflip(random_crop(images, self.crop_pad, draws), self.hflip, draws)
+            yield resize(images, self.img_size), self.train_labels[chosen].to(device)
+
+    def test(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Resized batches in order; see `localprop.data.base.Store`."""
+        for images, labels in zip(
+            self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True
+        ):
+            yield resize(images.to(device), self.img_size), labels.to(device)

@@ -1,0 +1,85 @@
+"""What all decoders share: the way from any layout to any target size, and the memory rule.
+
+The rule: reduce channels first, upsample after, and keep few maps for backward. Features are read where
+they lie: a 1 x 1 convolution keeps its input, which the module holds anyway. Activations are ReLU in place,
+which keeps one map where GELU keeps two (its own input, and the next layer's).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from localprop.features import Layout
+
+# A layer norm over fewer channels leaves too few degrees of freedom (over one channel, none).
+MIN_WIDTH = 8
+# The largest factor that a decoder learns to upsample by; the weights of a projection grow with its square.
+MAX_FACTOR = 32
+
+
+class Decoder(nn.Module):
+    """Base of all decoders: subclasses define `decode`, from a source grid to one about `ratio` times larger.
+
+    Where the target is smaller than the source, the grid is pooled to the target's size before anything else.
+    What `decode` leaves of the way to the target's size, such as the half of a ratio of 1.5, is interpolated.
+
+    Args:
+        source: layout of the features that are read; prefix tokens are left out.
+        target: layout of what is rebuilt, as a grid.
+    """
+
+    def __init__(self, source: Layout, target: Layout) -> None:
+        super().__init__()
+        self.source = source
+        self.target_size = (target.height, target.width)
+        self.size = (min(source.height, target.height), min(source.width, target.width))
+        self.ratio = min(target.height / self.size[0], target.width / self.size[1])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps features in the source's layout to (batch, target.channels, target.height, target.width)."""
+        grid = self.source.grid(features)
+        if grid.shape[2:] != self.size:
+            grid = F.adaptive_avg_pool2d(grid, self.size)
+        return resize(self.decode(grid), self.target_size)
+
+    def decode(self, grid: Tensor) -> Tensor:
+        """Maps (batch, source.channels, *self.size) to (batch, target.channels, height, width), any size."""
+        raise NotImplementedError
+
+
+class ReduceChannels(nn.Module):
+    """A linear map of each position's `channels` to `width`, normalised: what all decoders begin with.
+
+    The norm keeps the type that the linear map gives under autocast, whose own rule for norms would keep
+    maps in float32 for backward. The kernels compute its mean and variance in float32 in either case.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(channels, width, 1, bias=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """Maps (batch, channels, height, width) to as large a grid of fewer channels."""
+        reduced = self.linear(grid).permute(0, 2, 3, 1)
+        weight, bias = self.norm.weight.to(reduced.dtype), self.norm.bias.to(reduced.dtype)
+        with torch.autocast(reduced.device.type, enabled=False):
+            normed = F.layer_norm(reduced, self.norm.normalized_shape, weight, bias, self.norm.eps)
+        return normed.permute(0, 3, 1, 2)
+
+
+def resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """Interpolates (batch, channels, height, width) bilinearly to `size`; keeps nothing for backward."""
+    if grid.shape[2:] == size:
+        return grid
+    return F.interpolate(grid, size, mode="bilinear", align_corners=False)
+
+
+def upsampling_factor(ratio: float) -> int:
+    """The whole number to upsample by where the target is `ratio` times larger, at least 1."""
+    return min(int(ratio + 0.5), MAX_FACTOR)
+
+
+def project_to_pixels(width: int, channels: int, factor: int) -> nn.Sequential:
+    """A linear map from each position's `width` channels to its own `factor` x `factor` patch of pixels."""
+    return nn.Sequential(nn.Conv2d(width, channels * factor**2, 1), nn.PixelShuffle(factor))

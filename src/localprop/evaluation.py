@@ -1,0 +1,107 @@
+"""What is done with a finished run: evaluating its weights, and handing them to timm."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import nn
+from torch.nn import functional as F
+
+from localprop.checkpoint import newest_checkpoint
+from localprop.config import from_flat
+from localprop.errors import CheckpointError, ConfigError, DataError
+from localprop.experiment import create_backbone, prepare, read_config, read_description
+from localprop.trainer import CHECKPOINTS, WEIGHTS
+
+
+def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """Evaluates a run's weights.
+
+    Args:
+        folder: run folder.
+        changes: settings that differ from the run's own: data, data_dir, batch_size, device.
+
+    Returns:
+        run, weights, data, images, top1 and top5 in percent (top5 from 6 classes on), loss.
+
+    Raises:
+        CheckpointError: no run folder, or no weights in it.
+        DataError: the data has other classes than the run.
+    """
+    config = from_flat(changes, "eval", read_config(folder))
+    description = read_description(folder)
+    # The weights come from the run, never from a hub.
+    experiment = prepare(replace(config, backbone=replace(config.backbone, pretrained=False)))
+    data, device = experiment.data, experiment.device
+    if data.classes != description["classes"]:
+        raise DataError(f"{data.name} has other classes than {folder} was trained on; see {folder}/run.json")
+    source = load_weights(folder, experiment.backbone)
+    experiment.backbone.eval()
+    top1 = top5 = count = 0
+    loss = 0.0
+    with torch.no_grad():
+        for images, labels in data.test_batches(config.optim.batch_size, device):
+            logits = experiment.backbone(images).float()
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            top1 += int(ranked[:, 0].sum())
+            top5 += int(ranked.sum())
+            count += len(labels)
+    result = {"run": str(folder), "weights": source, "data": data.name, "images": count}
+    result["top1"] = round(100 * top1 / count, 3)
+    if data.num_classes > 5:
+        result["top5"] = round(100 * top5 / count, 3)
+    return {**result, "loss": round(loss / count, 5)}
+
+
+def export_run(folder: Path, output: Path | None) -> Path:
+    """Writes a run's weights and a config.json that `timm.create_model("local-dir:...", pretrained=True)` loads.
+
+    Raises:
+        CheckpointError: no run folder, or no weights in it.
+        ConfigError: `output` exists already.
+    """
+    output = output or folder / "export"
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} exists already; choose another --output, or delete it")
+    description = read_description(folder)
+    config = replace(read_config(folder).backbone, pretrained=False, model_kwargs=description["model_kwargs"])
+    model, kwargs = create_backbone(config, None)
+    load_weights(folder, model)
+    preprocessing = {key: description[key] for key in ("input_size", "mean", "std")}
+    model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing}
+    arguments = {key: value for key, value in kwargs.items() if key != "num_classes"}
+    save_for_hf(
+        model,
+        str(output),
+        model_config={"label_names": description["classes"]},
+        model_args=arguments,
+        safe_serialization=True,
+    )
+    return output
+
+
+def load_weights(folder: Path, model: nn.Module) -> str:
+    """Loads a run's final weights, or those of its newest checkpoint while it has none; returns their place.
+
+    Raises:
+        CheckpointError: neither is there, or they do not fit.
+    """
+    path = folder / WEIGHTS
+    try:
+        if path.exists():
+            weights = load_file(path)
+        else:
+            checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS)
+            if checkpoint is None:
+                raise CheckpointError(f"{folder} has no weights yet; train it: localprop train --resume {folder}")
+            path, weights = checkpoint.path, checkpoint.parts.get("ema", checkpoint.parts["backbone"])
+        model.load_state_dict(weights)
+    except (SafetensorError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} does not fit the model or is damaged ({line}); export it anew") from None
+    return str(path)

@@ -1,0 +1,242 @@
+"""From settings to things: data, backbone, network and run folder."""
+
+import datetime
+import json
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from torch import nn
+from torch.nn import functional as F
+
+from localprop.checkpoint import write_text
+from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig, from_flat, read_yaml, to_flat
+from localprop.data import Data, load_data
+from localprop.errors import CheckpointError, ConfigError, suggestion
+from localprop.localize import localize
+from localprop.network import LocalNetwork
+
+CONFIG = "config.yaml"
+RUN = "run.json"
+_SMALL_IMAGE = 96
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs, built from its settings.
+
+    Attributes:
+        config: the settings, with every default that depends on others filled in.
+        data: the dataset.
+        backbone: the model, on its device.
+        model_kwargs: with which `timm.create_model` gives the same model.
+        device: where it is.
+    """
+
+    config: TrainConfig
+    data: Data
+    backbone: nn.Module
+    model_kwargs: dict[str, Any]
+    device: torch.device
+
+    def localize(self) -> LocalNetwork:
+        """The backbone as a local network, on its device."""
+        local, data = self.config.local, self.data
+        smoothing = data.config.smoothing
+
+        def criterion(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            # With mixup and cutmix the labels are smoothed already.
+            return F.cross_entropy(logits, labels, label_smoothing=0.0 if labels.is_floating_point() else smoothing)
+
+        return localize(
+            self.backbone,
+            None if local.cuts is not None else local.modules,
+            local.method,
+            local.decoder,
+            local.head,
+            partition=local.partition,
+            cuts=local.cuts,
+            input_size=(3, data.img_size, data.img_size),
+            num_classes=data.num_classes,
+            batch_size=self.config.optim.batch_size,
+            criterion=criterion,
+            mean=data.mean,
+            std=data.std,
+            method_kwargs=local.method_kwargs,
+        )
+
+    @property
+    def title(self) -> str:
+        """What is trained on what, for a heading."""
+        return f"{self.config.local.method}, {self.config.backbone.model} on {self.data.name}"
+
+
+def prepare(config: TrainConfig) -> Experiment:
+    """Loads the data and builds the model; seeds PyTorch, so that the same settings give the same weights.
+
+    Raises:
+        ConfigError, DataError: the settings name something that does not exist or does not fit.
+    """
+    device = _device(config)
+    data = load_data(config.data, config.backbone.img_size, config.run.seed, _native_size(config.backbone))
+    model = replace(config.backbone, img_size=data.img_size)
+    if model.model_kwargs is None:
+        small = model.model == DEFAULT_MODEL and data.img_size <= _SMALL_IMAGE
+        model = replace(model, model_kwargs=SMALL_SWIN if small else {})
+    torch.manual_seed(config.run.seed)
+    backbone, kwargs = create_backbone(model, data.num_classes)
+    return Experiment(replace(config, backbone=model), data, backbone.to(device), kwargs, device)
+
+
+def create_backbone(config: ModelConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """Builds a timm model.
+
+    Returns:
+        The model, and the arguments that `timm.create_model` took beside its name and pretrained.
+
+    Raises:
+        ConfigError: no such model, an argument it does not take, or pretrained weights that cannot be had.
+    """
+    kwargs: dict[str, Any] = dict(config.model_kwargs or {})
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if config.drop_path:
+        kwargs["drop_path_rate"] = config.drop_path
+    attempts = [kwargs]
+    if config.img_size is not None and "img_size" not in kwargs:
+        # Convolutional models take images of any size and have no such argument.
+        attempts.insert(0, {**kwargs, "img_size": config.img_size})
+    if not timm.is_model(config.model):
+        raise ConfigError(f"timm has no model {config.model!r}; {suggestion_of_model(config.model)}")
+    for i, attempt in enumerate(attempts):
+        try:
+            return timm.create_model(config.model, pretrained=config.pretrained, **attempt), attempt
+        except TypeError as error:
+            if "img_size" in str(error) and i + 1 < len(attempts):
+                continue
+            raise ConfigError(f"{config.model} cannot be built with --model-kwargs {kwargs}: {error}") from None
+        except Exception as error:  # whatever a model's own code, or the hub's client, may raise
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if config.pretrained:
+                raise ConfigError(
+                    f"the pretrained weights of {config.model} cannot be had ({line}); go online once, put them into "
+                    "the Hugging Face cache, or leave out --pretrained"
+                ) from None
+            raise ConfigError(f"{config.model} cannot be built with {attempt}: {line}") from None
+    raise AssertionError("unreachable")
+
+
+def suggestion_of_model(name: str) -> str:
+    """What a misspelt model's name may have meant."""
+    hint = suggestion(name, timm.list_models())
+    return hint if hint.startswith("did") else "see timm.list_models()"
+
+
+def create_run_folder(config: TrainConfig) -> Path:
+    """A new folder for a run.
+
+    Raises:
+        ConfigError: the folder exists already, or cannot be made.
+    """
+    named = config.run.experiment is not None
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = config.run.experiment or f"{stamp}-{config.local.method}-{config.backbone.model}"
+    for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
+        folder = config.run.output / (base + suffix)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if named:
+                raise ConfigError(
+                    f"{folder} exists already; choose another --experiment, or go on with --resume {folder}"
+                ) from None
+        except OSError as error:
+            raise ConfigError(f"cannot make the run folder {folder}: {error.strerror}; choose --output") from None
+    raise ConfigError(f"{folder} and a hundred more exist already; choose another --experiment")
+
+
+def write_description(folder: Path, experiment: Experiment, net: LocalNetwork) -> None:
+    """Writes config.yaml, everything needed to run it again, and run.json, what came of it."""
+    settings = to_flat(experiment.config)
+    del settings["resume"]
+    write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+    data = experiment.data
+    description = {
+        "model": experiment.config.backbone.model,
+        "model_kwargs": experiment.model_kwargs,
+        "input_size": [3, data.img_size, data.img_size],
+        "mean": data.mean,
+        "std": data.std,
+        "classes": data.classes,
+        "modules": [module.units for module in net.local_modules],
+        "auxiliary_parameters": [
+            sum(p.numel() for p in module.auxiliary.parameters()) for module in net.local_modules
+        ],
+        "versions": {name: version(name) for name in ("localprop", "torch", "torchvision", "timm")}
+        | {"python": platform.python_version()},
+    }
+    write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The settings of an old run.
+
+    Raises:
+        CheckpointError: the folder is no run folder.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
+    return from_flat(read_yaml(path), str(path))
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What `write_description` wrote into run.json.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return json.loads((folder / RUN).read_text())
+    except (OSError, ValueError):
+        raise CheckpointError(f"{folder} is no run folder: its {RUN} is missing or damaged") from None
+
+
+def newest_run(output: Path) -> Path:
+    """The run folder under `output` that was written to last.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    runs = [path.parent for path in output.glob(f"*/{CONFIG}")]
+    if not runs:
+        raise CheckpointError(f"no run to resume in {output}; name one: --resume FOLDER")
+    return max(runs, key=lambda run: max(path.stat().st_mtime for path in (run, run / CONFIG, *run.glob("check*"))))
+
+
+def _device(config: TrainConfig) -> torch.device:
+    name = config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    if config.optim.amp and config.optim.amp_dtype == "float16" and device.type != "cuda":
+        raise ConfigError("--amp-dtype float16 needs CUDA; use bfloat16")
+    return device
+
+
+def _native_size(config: ModelConfig) -> int:
+    """The image size a timm model was made for."""
+    try:
+        settings = timm.get_pretrained_cfg(config.model)
+    except RuntimeError:
+        settings = None
+    return settings.input_size[-1] if settings else 224

@@ -1,0 +1,22 @@
+"""Everything a person sees of a training run: progress, results.csv, curves.png, and what came out."""
+
+from localprop.report.curves import draw_curves
+from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
+from localprop.report.progress import Progress
+from localprop.report.results import EpochRow, read_results, write_results
+from localprop.report.summary import final_table, next_steps
+
+__all__ = [
+    "EpochRow",
+    "Progress",
+    "draw_curves",
+    "final_table",
+    "format_accuracy",
+    "format_bytes",
+    "format_duration",
+    "format_loss",
+    "format_speed",
+    "next_steps",
+    "read_results",
+    "write_results",
+]

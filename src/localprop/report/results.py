@@ -1,0 +1,115 @@
+"""results.csv: a row per epoch."""
+
+import csv
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from localprop.errors import CheckpointError
+
+COLUMNS_BEFORE = ("epoch", "step", "lr")
+COLUMNS_AFTER = ("test_top5", "test_loss", "images_per_second", "peak_memory", "seconds")
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """What is known after an epoch: one row of results.csv.
+
+    Args:
+        epoch: epochs completed, from 1.
+        step: optimizer steps completed.
+        lr: learning rate of the last step.
+        train_losses: mean local loss over the epoch, one per module.
+        test_accuracies: top-1 accuracy in percent of each module's head, the last being the network's own;
+            None where a module has no head.
+        test_top5: top-5 accuracy of the network in percent; None where it has no meaning.
+        test_loss: mean cross-entropy of the network.
+        images_per_second: training throughput over the epoch.
+        peak_memory: bytes.
+        seconds: wall clock since the run began, summed over resumes.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    train_losses: tuple[float, ...]
+    test_accuracies: tuple[float | None, ...]
+    test_top5: float | None
+    test_loss: float
+    images_per_second: float
+    peak_memory: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """The network's own top-1 accuracy in percent; NaN if it was not tested."""
+        last = self.test_accuracies[-1]
+        return math.nan if last is None else last
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path to write to that replaces `path` at the end, so that a kill never leaves half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    yield aside
+    os.replace(aside, path)
+
+
+def write_results(path: Path, rows: Sequence[EpochRow]) -> None:
+    """Writes one or more `rows` to a CSV file, in place of what was there.
+
+    Floats are written so that reading gives the same bits; None is an empty cell.
+    """
+    modules = range(1, len(rows[0].train_losses) + 1)
+    columns = [f"train_loss_{k}" for k in modules] + [f"test_acc_{k}" for k in modules]
+    with written_aside(path) as aside, aside.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*COLUMNS_BEFORE, *columns, *COLUMNS_AFTER])
+        for row in rows:
+            before, after = (
+                [getattr(row, name) for name in names] for names in (COLUMNS_BEFORE, COLUMNS_AFTER)
+            )
+            table.writerow([*before, *row.train_losses, *row.test_accuracies, *after])
+
+
+def read_results(path: Path) -> list[EpochRow]:
+    """Reads what `write_results` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, or a line of it is not a row of results.
+    """
+    rows = []
+    try:
+        with path.open(newline="") as file:
+            table = csv.DictReader(file)
+            for cells in table:
+                try:
+                    rows.append(_row_of(cells))
+                except (KeyError, TypeError, ValueError):
+                    where = f"{path} line {table.line_num}"
+                    raise CheckpointError(
+                        f"{where} is not a row of results; correct or delete the line"
+                    ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read results from {path}: {error.strerror}") from None
+    return rows
+
+
+def _row_of(cells: Mapping[str, str]) -> EpochRow:
+    modules = range(1, sum(str(name).startswith("train_loss_") for name in cells) + 1)
+    accuracies = [cells[f"test_acc_{k}"] for k in modules]
+    return EpochRow(
+        epoch=int(cells["epoch"]),
+        step=int(cells["step"]),
+        lr=float(cells["lr"]),
+        train_losses=tuple(float(cells[f"train_loss_{k}"]) for k in modules),
+        test_accuracies=tuple(float(cell) if cell else None for cell in accuracies),
+        test_top5=float(cells["test_top5"]) if cells["test_top5"] else None,
+        test_loss=float(cells["test_loss"]),
+        images_per_second=float(cells["images_per_second"]),
+        peak_memory=int(cells["peak_memory"]),
+        seconds=float(cells["seconds"]),
+    )

@@ -1,0 +1,77 @@
+"""What is shown when a run is over."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
+from localprop.report.results import EpochRow
+
+
+def final_table(rows: Sequence[EpochRow], module_names: Sequence[str]) -> RenderableType:
+    """What came out: a line per module, then the network's accuracy, speed, memory and time.
+
+    Args:
+        rows: one or more epochs.
+        module_names: the units of each module, such as "patch_embed ... blocks.2".
+    """
+    last, best = rows[-1], max(rows, key=lambda row: row.accuracy)
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("module", justify="right")
+    table.add_column("units", overflow="fold")
+    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("test %", justify="right", no_wrap=True)
+    modules = zip(module_names, last.train_losses, last.test_accuracies, strict=True)
+    for k, (name, loss, accuracy) in enumerate(modules, 1):
+        style = "bold" if k == len(module_names) else None
+        table.add_row(str(k), Text(name), format_loss(loss), format_accuracy(accuracy), style=style)
+    speed = sum(row.images_per_second for row in rows) / len(rows)
+    accuracies = (
+        f"{format_accuracy(last.accuracy)}%, best {format_accuracy(best.accuracy)}% (epoch {best.epoch})"
+    )
+    if last.test_top5 is not None:
+        accuracies += f", top-5 {format_accuracy(last.test_top5)}%"
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    facts.add_row("test accuracy", accuracies)
+    facts.add_row("speed", format_speed(speed))
+    facts.add_row("peak memory", format_bytes(max(row.peak_memory for row in rows)))
+    facts.add_row("time", format_duration(last.seconds))
+    return Group(table, facts)
+
+
+def next_steps(run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any]) -> str:
+    """What to do with a finished run, as lines to copy; print them unwrapped with `console.out`.
+
+    Args:
+        run_folder: where the run was written to.
+        weights: the backbone's weights, in safetensors.
+        model_name: name of the timm model.
+        model_kwargs: everything else that timm.create_model needs for the same network, such as num_classes.
+    """
+    arguments = [repr(model_name), *(f"{key}={value!r}" for key, value in model_kwargs.items())]
+    call = f"model = timm.create_model({', '.join(arguments)})"
+    if len(call) > 80:
+        call = "\n".join(["model = timm.create_model(", *(f"    {argument}," for argument in arguments), ")"])
+    return f"""
+Evaluate it:
+
+localprop eval {shlex.quote(str(run_folder))}
+
+Use it in Python, without localprop:
+
+import timm
+from safetensors.torch import load_file
+
+{call}
+model.load_state_dict(load_file({str(weights)!r}))
+
+Train on your own images (PATH has train/ and test/, with a folder per class):
+
+localprop train --data folder:PATH --model {shlex.quote(model_name)}
+"""

@@ -1,0 +1,147 @@
+"""What changes while a network is trained: weights, optimizers, learning rates, loss scale, moving average."""
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from localprop.config import OptimConfig
+from localprop.errors import CheckpointError, ConfigError, NonFiniteLossError, suggestion
+from localprop.network import LocalNetwork
+
+SCHEDULERS = ("cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt", "none")
+
+
+class TrainingState:
+    """K optimizers with their schedules, one per local module, around a network.
+
+    There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
+    place where it is needed (epoch, batch, module).
+    """
+
+    def __init__(self, net: LocalNetwork, config: OptimConfig, steps_per_epoch: int, device: torch.device) -> None:
+        self.net = net
+        self.config = config
+        self.step = 0
+        self.optimizers = [_optimizer(module, config) for module in net.local_modules]
+        self.schedulers = [_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
+        scaled = config.amp and config.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(device.type) if scaled else None
+        self.ema = ModelEmaV3(net.backbone, decay=config.model_ema_decay) if config.model_ema else None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
+
+    def train_step(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """One step: forward, backward and optimizer step, module by module.
+
+        Args:
+            images: (B, channels, height, width).
+            labels: (B,) integers, or (B, C) probabilities.
+            seed: of the step's dropout and stochastic depth.
+
+        Returns:
+            (K,) local losses.
+
+        Raises:
+            NonFiniteLossError: a local loss is NaN or infinite; the weights of its module are as before the step.
+        """
+        for scheduler in self.schedulers:
+            if scheduler:
+                scheduler.step_update(self.step)
+        output = self.net.backward(images, labels, scaler=self.scaler, seed=seed, after_module=self._step_module)
+        if self.scaler:
+            self.scaler.update()
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.net.backbone, step=self.step)
+        return output.losses
+
+    def _step_module(self, k: int, loss: Tensor) -> None:
+        if not loss.isfinite():
+            module = self.net.local_modules[k]
+            raise NonFiniteLossError(
+                f"the loss of module {k + 1} of {len(self.optimizers)} ({module.units[0]} ... {module.units[-1]}) is "
+                f"{loss.item()} at step {self.step + 1}; its weights were not touched: lower --lr or set --clip-grad"
+            )
+        optimizer = self.optimizers[k]
+        if self.scaler:
+            self.scaler.unscale_(optimizer)
+        if self.config.clip_grad:
+            nn.utils.clip_grad_norm_(self.net.local_modules[k].parameters(), self.config.clip_grad)
+        if self.scaler:
+            self.scaler.step(optimizer)
+        else:
+            optimizer.step()
+        # Gone before the next module's gradients come.
+        optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The backbone whose accuracy counts: the moving average where there is one."""
+        return self.ema.module if self.ema else self.net.backbone
+
+    def parts(self) -> dict[str, Any]:
+        """Everything that has to be saved, as the parts of a checkpoint."""
+        parts: dict[str, Any] = {"backbone": self.net.backbone.state_dict()}
+        for k, (module, optimizer) in enumerate(zip(self.net.local_modules, self.optimizers, strict=True)):
+            parts[f"module-{k}"] = {
+                "auxiliary": module.auxiliary.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+        if self.ema:
+            parts["ema"] = self.ema.module.state_dict()
+        if self.scaler:
+            parts["scaler"] = self.scaler.state_dict()
+        return parts
+
+    def load(self, parts: dict[str, Any], step: int) -> None:
+        """Restores what `parts` gave.
+
+        Raises:
+            CheckpointError: the parts are those of another network.
+        """
+        try:
+            self.net.backbone.load_state_dict(parts["backbone"])
+            for k, (module, optimizer) in enumerate(zip(self.net.local_modules, self.optimizers, strict=True)):
+                module.auxiliary.load_state_dict(parts[f"module-{k}"]["auxiliary"])
+                optimizer.load_state_dict(parts[f"module-{k}"]["optimizer"])
+            if self.ema:
+                self.ema.module.load_state_dict(parts["ema"])
+            if self.scaler:
+                self.scaler.load_state_dict(parts["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"the checkpoint does not fit the network ({reason}); resume with the versions of localprop and timm "
+                "that the run was started with"
+            ) from None
+        self.step = step
+
+
+def _optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    if config.opt not in list_optimizers():
+        raise ConfigError(f"--opt {config.opt!r} is no optimizer of timm; {suggestion(config.opt, list_optimizers())}")
+    return create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> Any:
+    if config.sched not in SCHEDULERS:
+        raise ConfigError(f"--sched {config.sched!r} is no schedule; {suggestion(config.sched, SCHEDULERS)}")
+    warmup = config.warmup_epochs if config.warmup_epochs is not None else min(3, config.epochs // 10)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs,
+        warmup_epochs=warmup,
+        min_lr=config.min_lr,
+        warmup_lr=min(1e-5, config.lr),
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler

@@ -1,0 +1,243 @@
+"""The training loop: epochs, evaluation, checkpoints, results. It receives a built network and knows no method."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from localprop.checkpoint import newest_checkpoint, save_checkpoint, save_weights
+from localprop.config import TrainConfig
+from localprop.data import Data
+from localprop.errors import CheckpointError
+from localprop.memory import peak_memory
+from localprop.network import LocalNetwork
+from localprop.report import EpochRow, Progress, draw_curves, read_results, write_results
+from localprop.seeding import derive_seed
+from localprop.state import TrainingState
+
+CHECKPOINTS = "checkpoints"
+RESULTS = "results.csv"
+CURVES = "curves.png"
+WEIGHTS = "model.safetensors"
+_REDRAW_SECONDS = 30  # drawing the curves takes as long as a short epoch
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint has been saved."""
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; everything is in {checkpoint}")
+        self.exit_code = 128 + number
+
+
+@dataclass
+class Position:
+    """Where a run stands; saved with each checkpoint."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    batch: int = 0
+    """Batches completed of the epoch under way."""
+    seconds: float = 0.0
+    """Wall clock so far, summed over resumes."""
+    epoch_seconds: float = 0.0
+    """Seconds spent on training batches of the epoch under way."""
+    loss_sums: list[float] = field(default_factory=list)
+    """Sum of each module's losses over those batches."""
+
+
+class Trainer:
+    """Trains a network on a dataset inside a run folder.
+
+    Args:
+        net: on its device already.
+        data: what to train and evaluate on.
+        config: the run's settings.
+        folder: the run folder.
+        device: where the network is.
+        title: heading of the curves.
+    """
+
+    def __init__(
+        self, net: LocalNetwork, data: Data, config: TrainConfig, folder: Path, device: torch.device, title: str
+    ) -> None:
+        self.net, self.data, self.config, self.folder, self.device = net, data, config, folder, device
+        self.title = title
+        self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
+        self.state = TrainingState(net, config.optim, self.steps_per_epoch, device)
+        self.position = Position(loss_sums=[0.0] * len(net.local_modules))
+        self.rows: list[EpochRow] = []
+        self._signal = 0
+        self._skipped_noted = 0
+        self._drawn = time.monotonic()
+
+    def resume(self) -> list[str]:
+        """Goes back to the newest valid checkpoint of the run folder.
+
+        Returns:
+            Lines for the user: which checkpoint was taken, and which were passed over and why.
+
+        Raises:
+            CheckpointError: there is none, or it does not fit.
+        """
+        checkpoint, notes = newest_checkpoint(self.folder / CHECKPOINTS)
+        if checkpoint is None:
+            reasons = f" ({'; '.join(notes)})" if notes else ""
+            raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
+        self.state.load(checkpoint.parts, checkpoint.step)
+        self.position = Position(**checkpoint.meta["position"])
+        results = self.folder / RESULTS
+        if results.exists():
+            self.rows = [row for row in read_results(results) if row.epoch <= self.position.epoch]
+        where = f"epoch {self.position.epoch + 1}, batch {self.position.batch + 1}"
+        return [*notes, f"resumed from {checkpoint.path}, at {where}"]
+
+    def run(self, progress: Progress) -> list[EpochRow]:
+        """Trains to the last epoch, and writes results, curves and weights into the run folder.
+
+        Raises:
+            Interrupted: SIGTERM or SIGINT came; a checkpoint of the step under way has been saved.
+            NonFiniteLossError, DataError, CheckpointError: see there. Checkpoints written before stay.
+        """
+        with self._signals():
+            if self.position.epoch and len(self.rows) < self.position.epoch:
+                self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
+            while self.position.epoch < self.config.optim.epochs:
+                self._train_epoch(progress)
+                self._finish_epoch(progress)
+            # Of a finished run that is resumed nothing is left to do but this.
+            save_weights(self.folder / WEIGHTS, self.state.evaluated.state_dict())
+        return self.rows
+
+    def evaluate(self) -> tuple[list[float | None], float | None, float]:
+        """Evaluates on the test images: accuracy of each module's head and of the network, top-5, mean loss.
+
+        Returns:
+            Accuracies in percent (None without a head), top-5 in percent (None below 6 classes), cross-entropy.
+        """
+        averaged = self.state.ema.module.eval() if self.state.ema else None
+        self.net.eval()
+        correct = [0] * len(self.net.local_modules)
+        has_head = [True] * len(correct)
+        top5, loss, count = 0, 0.0, 0
+        with torch.no_grad():
+            for images, labels in self.data.test_batches(self.config.optim.batch_size, self.device):
+                with self._autocast():
+                    logits = self.net.module_logits(images)
+                    if averaged is not None:
+                        logits[-1] = averaged(images)
+                for k, predicted in enumerate(logits):
+                    if predicted is None:
+                        has_head[k] = False
+                    else:
+                        correct[k] += int((predicted.argmax(1) == labels).sum())
+                final = logits[-1].float()  # type: ignore[union-attr]
+                loss += F.cross_entropy(final, labels, reduction="sum").item()
+                if final.shape[1] > 5:
+                    top5 += int((final.topk(5).indices == labels[:, None]).sum())
+                count += len(labels)
+                self._stop_if_asked()
+        self.net.train()
+        accuracies = [100 * c / count if head else None for c, head in zip(correct, has_head, strict=True)]
+        return accuracies, 100 * top5 / count if self.data.num_classes > 5 else None, loss / count
+
+    def _train_epoch(self, progress: Progress) -> None:
+        position, optim = self.position, self.config.optim
+        every = self.config.run.checkpoint_steps
+        self.net.train()
+        self._clock = time.perf_counter()
+        batches = self.data.train_batches(position.epoch, optim.batch_size, self.device, start=position.batch)
+        sums = torch.tensor(position.loss_sums, dtype=torch.float64)
+        for images, labels in batches:
+            seed = derive_seed(self.config.run.seed, "step", self.state.step)
+            with self._autocast():
+                losses = self.state.train_step(images, labels, seed)
+            del images, labels
+            shown = losses.tolist()
+            sums += torch.tensor(shown, dtype=torch.float64)
+            position.batch += 1
+            position.loss_sums = sums.tolist()
+            self._advance_clock(training=True)
+            self._note_skipped(progress)
+            progress.step(position.epoch + 1, position.batch, shown, peak_memory(self.device))
+            if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
+                self._save()
+            self._stop_if_asked()
+
+    def _finish_epoch(self, progress: Progress) -> None:
+        position = self.position
+        if position.batch:
+            position.epoch, position.batch = position.epoch + 1, 0
+            self._save()  # before the evaluation, which may fail
+        self._clock = time.perf_counter()
+        accuracies, top5, loss = self.evaluate()
+        self._advance_clock(training=False)
+        images = self.steps_per_epoch * self.config.optim.batch_size
+        row = EpochRow(
+            epoch=position.epoch,
+            step=self.state.step,
+            lr=self.state.lr,
+            train_losses=tuple(total / self.steps_per_epoch for total in position.loss_sums),
+            test_accuracies=tuple(accuracies),
+            test_top5=top5,
+            test_loss=loss,
+            images_per_second=images / position.epoch_seconds,
+            peak_memory=peak_memory(self.device),
+            seconds=position.seconds,
+        )
+        self.rows.append(row)
+        write_results(self.folder / RESULTS, self.rows)
+        if time.monotonic() - self._drawn > _REDRAW_SECONDS or position.epoch == self.config.optim.epochs:
+            draw_curves(self.folder / CURVES, self.rows, self.title)
+            self._drawn = time.monotonic()
+        progress.epoch(row)
+        position.loss_sums = [0.0] * len(position.loss_sums)
+        position.epoch_seconds = 0.0
+
+    def _save(self) -> Path:
+        meta = {"position": vars(self.position)}
+        run = self.config.run
+        folder = self.folder / CHECKPOINTS
+        return save_checkpoint(folder, self.state.step, self.state.parts(), meta, run.checkpoint_hist)
+
+    def _advance_clock(self, training: bool) -> None:
+        now = time.perf_counter()
+        self.position.seconds += now - self._clock
+        if training:
+            self.position.epoch_seconds += now - self._clock
+        self._clock = now
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        optim = self.config.optim
+        if not optim.amp:
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, optim.amp_dtype))
+
+    def _note_skipped(self, progress: Progress) -> None:
+        for path in self.data.skipped[self._skipped_noted :]:
+            progress.note(f"skipped an unreadable training image: {path}")
+        self._skipped_noted = len(self.data.skipped)
+
+    def _stop_if_asked(self) -> None:
+        if self._signal:
+            raise Interrupted(self._signal, self._save())
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Lets SIGTERM and SIGINT end the run after the step under way, with a checkpoint."""
+
+        def remember(number: int, frame: Any) -> None:
+            self._signal = number
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
