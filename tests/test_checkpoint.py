@@ -121,9 +121,7 @@ def test_tensors_that_share_memory_are_saved_each(tmp_path):
 
 
 def test_loaded_tensors_own_their_memory(tmp_path):
-    path = save_checkpoint(
-        tmp_path, 1, {"part": [torch.ones(1, dtype=torch.uint8), torch.ones(4096)]}, {}, keep=1
-    )
+    path = save_checkpoint(tmp_path, 1, {"part": [torch.ones(1, dtype=torch.uint8), torch.ones(4096)]}, {}, keep=1)
     tensors = load_checkpoint(path).parts["part"]
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)  # as torch allocates, unlike the file
     with (path / "part.safetensors").open("r+b") as file:
@@ -238,6 +236,7 @@ def test_keep(tmp_path):
     save(tmp_path, 10, 20, 30, 40, keep=3)
     assert names(tmp_path) == ["step-00000020", "step-00000030", "step-00000040"]
     save(tmp_path, 99_999_999, 100_000_000)  # ordered as numbers, not as words
+    assert {"step-99999999", "step-100000000"} < set(names(tmp_path))
     assert newest_checkpoint(tmp_path)[0].step == 100_000_000
     save(tmp_path, 123_456_789, keep=1)
     assert names(tmp_path) == ["step-123456789"]
@@ -261,8 +260,13 @@ def test_stale_temporary_folders_are_removed_after_the_save(tmp_path):
     assert newest_checkpoint(tmp_path)[0].step == 8
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 5, {"ema": 0}, {"epoch": 0}, keep=1)
+    monkeypatch.setattr(module, "_prune", lambda *_: None)  # killed when the new one is there, the old one too
     save_checkpoint(tmp_path, 5, {"ema": 1}, {"epoch": 0}, keep=1)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-00000005", "step-00000005.old"]
+    assert newest_checkpoint(tmp_path)[0].parts == {"ema": 1}
     save_checkpoint(tmp_path, 5, {"ema": 2}, {"epoch": 1}, keep=1)
     assert names(tmp_path) == ["step-00000005"]
     assert newest_checkpoint(tmp_path)[0].parts == {"ema": 2}
@@ -440,9 +444,7 @@ def test_text_on_a_full_disk(tmp_path):
     write_text(path, "old")
     (tmp_path / ".results.csv.tmp").mkdir()
     (tmp_path / ".results.csv.tmp" / "results.csv").symlink_to("/dev/full")
-    with pytest.raises(
-        CheckpointError, match=r"results\.csv: No space left on device; free some disk space$"
-    ):
+    with pytest.raises(CheckpointError, match=r"results\.csv: No space left on device; free some disk space$"):
         write_text(path, "new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["results.csv"]

@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 from localprop.config import DataConfig
 from localprop.data import Data, load_data
 from localprop.data.augment import random_crop, random_hflip, resize
-from localprop.data.seeding import derive_seed, generator, seeded
 from localprop.errors import ConfigError, DataError
+from localprop.seeding import derive_seed, generator, seeded
 
 
 def digits(img_size: int | None = None, seed: int = 0, **settings) -> Data:

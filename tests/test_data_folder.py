@@ -16,9 +16,9 @@ from localprop.config import DataConfig
 from localprop.data import Data, load_data, streaming
 from localprop.data.folder import File, read_image, sample_sizes
 from localprop.data.memory import MemoryStore
-from localprop.data.seeding import derive_seed, generator
 from localprop.data.streaming import StreamStore
 from localprop.errors import ConfigError, DataError
+from localprop.seeding import derive_seed, generator
 
 LARGE, SMALL = 120, 24
 TRASHNET = Path(__file__).parents[2] / "shared" / "data" / "trashnet192.tar"

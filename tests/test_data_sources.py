@@ -70,9 +70,7 @@ def write_stl10(root: Path, monkeypatch, labels=(1, 10, 3)) -> list[np.ndarray]:
         np.array(split_labels, dtype=np.uint8).tofile(base / f"{split}_y.bin")
     pixels(1, 96).tofile(base / "unlabeled_X.bin")
     for attribute in ("train_list", "test_list"):
-        monkeypatch.setattr(
-            kind, attribute, [[name, md5(base / name)] for name, _ in getattr(kind, attribute)]
-        )
+        monkeypatch.setattr(kind, attribute, [[name, md5(base / name)] for name, _ in getattr(kind, attribute)])
     return [images["train"], np.array(labels) - 1, images["test"], np.array([1, 8])]
 
 
@@ -82,9 +80,7 @@ def write_svhn(root: Path, monkeypatch) -> list[np.ndarray]:
     written, entries = [], {}
     for split, labels in (("train", [10, 1, 9]), ("test", [5, 10])):
         images, path = pixels(len(labels), 32), root / f"{split}_32x32.mat"
-        scipy.io.savemat(
-            path, {"X": images.transpose(1, 2, 3, 0), "y": np.array(labels, dtype=np.uint8)[:, None]}
-        )
+        scipy.io.savemat(path, {"X": images.transpose(1, 2, 3, 0), "y": np.array(labels, dtype=np.uint8)[:, None]})
         entries[split] = ["http://localhost", path.name, md5(path)]
         written += [images, np.array(labels) % 10]
     monkeypatch.setattr(datasets.SVHN, "split_list", entries)
@@ -97,9 +93,7 @@ def write_fashion_mnist(root: Path, monkeypatch) -> list[np.ndarray]:
     base.mkdir(parents=True)
     for split, labels in (("train", [9, 0, 4]), ("t10k", [7, 8])):
         images, count = pixels(len(labels), 28)[..., 0], len(labels)
-        (base / f"{split}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes()
-        )
+        (base / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes())
         (base / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(labels))
         written += [images[..., None].repeat(3, -1), np.array(labels)]
     return written
@@ -156,9 +150,7 @@ def test_missing_files_are_named(name, tmp_path, monkeypatch):
     assert damaged in error_of(name, tmp_path)
     WRITERS[name](tmp_path, monkeypatch)
     (tmp_path / damaged).unlink()
-    assert error_of(name, tmp_path) == (
-        f"{name}: {tmp_path} lacks {damaged}; put them there, or pass --download"
-    )
+    assert error_of(name, tmp_path) == (f"{name}: {tmp_path} lacks {damaged}; put them there, or pass --download")
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -2,10 +2,13 @@
 
 A unit's code is generated from the traced graph and runs *on the backbone itself*: it looks modules and parameters
 up there at each call. Nothing is copied, so the backbone stays usable, keeps its `state_dict` keys, and may be
-moved, copied, frozen or trained by other code at any time.
+moved, copied, frozen or trained by other code at any time. Forward hooks on blocks and layers run; those on a module
+that the chain cuts open (a stage, the backbone itself) do not.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,17 +17,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from localprop.cuts import Code, Cut, Forward
 from localprop.errors import ChainError, suggestion
-from localprop.tracing import fake_copy, has_matrix, trace
-
-
-@dataclass(frozen=True)
-class _Code:
-    """The generated code of one unit in one mode (train or eval)."""
-
-    function: Callable[..., Any]  # (backbone, features, *values read) -> output, or (output, values written)
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+from localprop.tracing import fake_copy, trace
 
 
 @dataclass(frozen=True)
@@ -40,27 +35,31 @@ class Unit:
     name: str
     shape: tuple[int, ...]
     parameters: tuple[str, ...]
-    code: dict[bool, _Code] = field(repr=False)
+    code: dict[bool, Code] = field(repr=False)  # by whether the backbone is in training mode
+    switches: tuple[str, ...] = field(repr=False)  # modules on which timm's set_grad_checkpointing sets a flag
 
     def __call__(self, backbone: nn.Module, features: Tensor, context: dict[str, Any]) -> Tensor:
-        """Runs the unit.
+        """Runs the unit; if `set_grad_checkpointing` was called on the backbone, without keeping its activations.
 
         Args:
             backbone: the model whose modules and parameters it uses.
             features: output of the unit before it; the image for the first.
-            context: what units hand along beside the one tensor: values that depend on the image's shape alone
-                (grid sizes, rotary tables). Carries no gradient. Start with an empty dict for each batch.
+            context: what units hand along beside the one tensor: values through which no gradient flows (grid
+                sizes, rotary tables, masks). Start with an empty dict for each batch.
         """
         code = self.code[backbone.training]
-        arguments = [context[name] for name in code.reads]
-        if backbone.training and torch.is_grad_enabled() and _checkpoints(backbone):
-            output = checkpoint(code.function, backbone, features, *arguments, use_reentrant=False)
+        arguments = (backbone, features, *(context[name] for name in code.reads))
+        if backbone.training and torch.is_grad_enabled() and self._checkpoints(backbone):
+            output = checkpoint(code.function, *arguments, use_reentrant=False)
         else:
-            output = code.function(backbone, features, *arguments)
+            output = code.function(*arguments)
         if code.writes:
             output, values = output
             context.update(zip(code.writes, values, strict=True))
         return output
+
+    def _checkpoints(self, backbone: nn.Module) -> bool:
+        return any(backbone.get_submodule(name).grad_checkpointing for name in self.switches)
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,8 @@ class Chain(Sequence[Unit]):
 def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Chain:
     """Finds the units of `model`: traces its forward on fake tensors, without data and without changing it.
 
+    A model whose parts cannot be told apart (several tensors are alive everywhere) is one unit.
+
     Args:
         model: any image model whose forward takes a batch of images and gives logits.
         input_size: (channels, height, width) of the images; where left out, what the model says of itself.
@@ -115,249 +116,119 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
         ChainError: the forward cannot be traced, or does not give one tensor.
     """
     size = input_size or _own_input_size(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    duplicate = fake_copy(model, mode)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    with mode:
-        image = torch.empty(2, *size, dtype=dtype)
-    graphs = {}
-    for training in (True, False):
-        duplicate.train(training)
-        try:
-            graphs[training] = trace(duplicate, image, mode)
-        except Exception as error:  # a model's own code may raise anything at all
-            raise ChainError(
-                f"cannot cut {type(model).__name__} for images of {'x'.join(map(str, size))}: its forward fails or "
-                f"cannot be traced ({_first_line(error)}); check input_size, or use method end-to-end"
-            ) from error
-        result = next(n for n in graphs[training].nodes if n.op == "output").args[0]
-        if not isinstance(result, fx.Node) or not isinstance(result.meta["value"], Tensor):
-            raise ChainError(
-                f"cannot cut {type(model).__name__}: its forward gives a {type(result).__name__} of values, not one "
-                "tensor of logits; wrap the model so that it gives the logits"
-            )
+    forwards = _trace_modes(model, size)
+    cuts = {training: forward.cuts() for training, forward in forwards.items()}
+    ends = [name for name in cuts[True] if name in cuts[False]]
+    for training, forward in forwards.items():
+        ends = _untied(forward, cuts[training], ends)
+    segments = {t: forward.split([cuts[t][end] for end in ends]) for t, forward in forwards.items()}
+    codes = {t: forward.compile(segments[t]) for t, forward in forwards.items()}
+    names = _unit_names([[str(n.target) for n in s.nodes if forwards[True].is_block(n)] for s in segments[True]])
+    switches = tuple(name for name, module in model.named_modules() if hasattr(module, "grad_checkpointing"))
+    units = tuple(
+        Unit(
+            name,
+            tuple(segment.result.meta["value"].shape[1:]),
+            tuple(forwards[True].parameters(segment)),
+            {training: codes[training][i] for training in codes},
+            switches,
+        )
+        for i, (name, segment) in enumerate(zip(names, segments[True], strict=True))
+    )
     prefix = getattr(model, "num_prefix_tokens", None)
     form = getattr(model, "output_fmt", None)
     return Chain(
-        tuple(_units(duplicate, graphs)),
+        units,
         size,
         prefix_tokens=prefix if isinstance(prefix, int) else None,
         output_format=str(getattr(form, "value", form)) if form else None,
     )
 
 
-def _units(root: nn.Module, graphs: dict[bool, fx.Graph]) -> Iterator[Unit]:
-    parts = {training: _Parts(root, graph) for training, graph in graphs.items()}
-    cuts = {training: part.cuts() for training, part in parts.items()}
-    ends = [name for name in cuts[True] if name in cuts[False]]
-    while True:  # a parameter used on both sides of a cut ties them together
-        segments = [parts[True].segment(cuts[True], start, end) for start, end in _pairs(ends)]
-        used = [parts[True].parameters(segment) for segment in segments]
-        tied = [end for i, end in enumerate(ends) if set().union(*used[: i + 1]) & set().union(*used[i + 1 :])]
-        if not tied:
-            break
-        ends = [end for end in ends if end not in tied]
-    code = {training: part.code(cuts[training], ends) for training, part in parts.items()}
-    taken: set[str] = set()
-    for i, (segment, names) in enumerate(zip(segments, used, strict=True)):
-        leaves = [str(n.target) for n in segment if parts[True].is_block(n)]
-        name = _common_path(leaves)
-        if not name or name in taken:
-            name = leaves[-1] if leaves else "output"
-        taken.add(name)
-        shape = parts[True].boundary(cuts[True], ends[i] if i < len(ends) else None).meta["value"].shape
-        yield Unit(name, tuple(shape[1:]), tuple(names), {mode: codes[i] for mode, codes in code.items()})
+def _trace_modes(model: nn.Module, size: tuple[int, int, int]) -> dict[bool, Forward]:
+    """The traced forward in train mode (True) and in eval mode (False)."""
+    which = f"cannot cut {type(model).__name__} for images of {'x'.join(map(str, size))}"
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    forwards = {}
+    for training in (True, False):
+        try:
+            with _no_logging("torch._subclasses.fake_tensor"):
+                duplicate = fake_copy(model, mode).train(training)
+                graph = trace(duplicate, size, dtype, mode)
+        except Exception as error:  # a model's own code may raise anything at all
+            raise ChainError(
+                f"{which}: its forward fails or cannot be traced ({_first_line(error)}); check input_size, give all "
+                "arguments but the image a default, and put code that depends on pixel values outside the model"
+            ) from error
+        forward = Forward(duplicate, graph)
+        if not isinstance(forward.result, fx.Node) or not isinstance(forward.result.meta["value"], Tensor):
+            raise ChainError(
+                f"{which}: its forward gives a {type(forward.result).__name__}, not one tensor of logits; wrap the "
+                "model in one that gives the logits alone"
+            )
+        forwards[training] = forward
+    return forwards
 
 
-def _pairs(ends: list[str]) -> Iterator[tuple[str | None, str | None]]:
-    yield from zip([None, *ends], [*ends, None], strict=True)
+def _untied(forward: Forward, cuts: dict[str, Cut], ends: list[str]) -> list[str]:
+    """The ends left when no parameter may be used on both sides of a cut."""
+    used = [set(forward.parameters(segment)) for segment in forward.split([cuts[end] for end in ends])]
+    return [
+        end for i, end in enumerate(ends, 1) if set().union(*used[:i]).isdisjoint(set().union(*used[i:]))
+    ]
 
 
-class _Parts:
-    """Where one traced graph can be cut, and the code of its parts."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        self.root = root
-        self.image, *self.nodes, self.output = graph.nodes
-        self.index = {node: i for i, node in enumerate(self.nodes)}
-        # What carries the image's content, unlike sizes and what is computed from sizes alone.
-        self.carries = {self.image}
-        for node in self.nodes:
-            if isinstance(node.meta["value"], Tensor | list | tuple) and _tensors(node.meta["value"]):
-                if any(source in self.carries for source in node.all_input_nodes):
-                    self.carries.add(node)
-        self.last_use = {
-            source: i for i, node in enumerate([*self.nodes, self.output]) for source in node.all_input_nodes
-        }
-
-    def is_block(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and has_matrix(self.root.get_submodule(str(node.target)))
-
-    def cuts(self) -> dict[str, tuple[int, fx.Node]]:
-        """Where to cut: name of the block before it -> (index of the last node before it, what crosses).
-
-        Between two blocks there may be several legal places. The latest is taken, so that norms, activations and
-        reshapes stay with the block before them; but none where positions are already pooled away.
-        """
-        blocks = [i for i, node in enumerate(self.nodes) if self.is_block(node)]
-        result = {}
-        for start, stop in zip(blocks, blocks[1:], strict=False):
-            legal = [(i, node) for i in range(start, stop) if (node := self._crossing(i)) is not None]
-            if legal:
-                maps = [(i, node) for i, node in legal if node.meta["value"].ndim >= 3]
-                result[str(self.nodes[start].target)] = (maps or legal)[-1]
-        return result
-
-    def _crossing(self, i: int) -> fx.Node | None:
-        """The one node whose tensor is alive after node `i` and is not written in place later, if so it is."""
-        alive = [n for n in self.carries if self.last_use.get(n, -1) > i and self.index.get(n, -1) <= i]
-        if len(alive) != 1 or not isinstance(value := alive[0].meta["value"], Tensor):
-            return None
-        if alive[0] is self.image or not value.is_floating_point():
-            return None
-        for node in self.nodes[i + 1 :]:
-            if any(_share(value, source.meta["value"]) for source in node.meta["mutated"]):
-                return None
-        return alive[0]
-
-    def boundary(self, cuts: dict[str, tuple[int, fx.Node]], end: str | None) -> fx.Node:
-        return cuts[end][1] if end is not None else self.output.args[0]  # type: ignore[return-value]
-
-    def segment(self, cuts: dict[str, tuple[int, fx.Node]], start: str | None, end: str | None) -> list[fx.Node]:
-        first = cuts[start][0] + 1 if start is not None else 0
-        return self.nodes[first : cuts[end][0] + 1 if end is not None else None]
-
-    def parameters(self, segment: list[fx.Node]) -> list[str]:
-        """Names of the parameters that a segment uses, those of values it computes anew included."""
-        result: dict[str, None] = {}
-        pending = list(segment)
-        for node in pending:
-            if node.op == "call_module":
-                for name, _ in self.root.get_submodule(str(node.target)).named_parameters():
-                    result[f"{node.target}.{name}"] = None
-            elif node.op == "get_attr" and isinstance(node.meta["value"], nn.Parameter):
-                result[str(node.target)] = None
-            pending.extend(n for n in node.all_input_nodes if n not in pending and self._recomputed(n))
-        return list(result)
-
-    def _recomputed(self, node: fx.Node) -> bool:
-        """Whether each unit that needs a value computes it itself, so that gradients reach its parameters."""
-        if node.op == "get_attr":
-            return True
-        return node not in self.carries and any(t.requires_grad for t in _tensors(node.meta["value"]))
-
-    def code(self, cuts: dict[str, tuple[int, fx.Node]], ends: list[str]) -> list[_Code]:
-        graphs, reads = [], []
-        previous = self.image
-        for start, end in _pairs(ends):
-            graph, placeholders = self._extract(self.segment(cuts, start, end), previous)
-            previous = self.boundary(cuts, end)
-            graphs.append((graph, previous))
-            reads.append(placeholders)
-        result = []
-        for i, (build, crossing) in enumerate(graphs):
-            wanted = {node for later in reads[i + 1 :] for node in later}
-            writes = [node for node in self.nodes if node in wanted and node in build.own]
-            function = build.finish(self.root, crossing, writes)
-            result.append(_Code(function, tuple(n.name for n in reads[i]), tuple(n.name for n in writes)))
-        return result
-
-    def _extract(self, segment: list[fx.Node], previous: fx.Node) -> tuple["_Build", list[fx.Node]]:
-        build = _Build(segment, previous)
-        own = set(segment)
-        reads: dict[fx.Node, None] = {}
-
-        def find(node: fx.Node) -> None:
-            if node in own or node is previous or node in reads:
-                return
-            if self._recomputed(node):
-                for source in node.all_input_nodes:
-                    find(source)
-            else:
-                reads[node] = None
-
-        for node in segment:
-            for source in node.all_input_nodes:
-                find(source)
-        for node in reads:
-            build.placeholder(node)
-        for node in segment:
-            build.copy(node)
-        return build, list(reads)
-
-
-class _Build:
-    """One unit's graph while it is built."""
-
-    def __init__(self, segment: list[fx.Node], previous: fx.Node) -> None:
-        self.graph = fx.Graph()
-        self.env: dict[fx.Node, fx.Node] = {}
-        self.own = set(segment)
-        self.placeholder(previous)
-
-    def placeholder(self, node: fx.Node) -> None:
-        self.env[node] = self.graph.placeholder(node.name)
-
-    def copy(self, node: fx.Node) -> fx.Node:
-        if node not in self.env:
-            for source in node.all_input_nodes:
-                self.copy(source)
-            self.env[node] = self.graph.node_copy(node, lambda source: self.env[source])
-        return self.env[node]
-
-    def finish(self, root: nn.Module, crossing: fx.Node, writes: list[fx.Node]) -> Callable[..., Any]:
-        output = self.env[crossing]
-        self.graph.output((output, [self.env[node] for node in writes]) if writes else output)
-        # The class that GraphModule generates is wanted for its code alone: it runs with the backbone as `self`.
-        return type(fx.GraphModule(root, self.graph)).forward
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
-
-
-def _share(a: Tensor, b: Any) -> bool:
-    return isinstance(b, Tensor) and a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def _checkpoints(backbone: nn.Module) -> bool:
-    """Whether the user has called timm's `set_grad_checkpointing`: then each unit is checkpointed."""
-    return any(getattr(module, "grad_checkpointing", False) for module in backbone.modules())
-
-
-def _common_path(names: list[str]) -> str:
-    parts = [name.split(".") for name in names]
-    common = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        common.append(column[0])
-    return ".".join(common)
+def _unit_names(blocks: list[list[str]]) -> list[str]:
+    """Names units after what their blocks have in common, or after their last block if others lie there too."""
+    names = []
+    for i, own in enumerate(blocks):
+        others = [name for j, block in enumerate(blocks) if j != i for name in block]
+        paths = [name.split(".") for name in own]
+        shared = next((n for n, column in enumerate(zip(*paths, strict=False)) if len(set(column)) > 1), None)
+        common = ".".join(paths[0][:shared]) if paths else "output"
+        if not common or any(f"{other}.".startswith(f"{common}.") for other in others):
+            common = own[-1]
+        names.append(common)
+    return names
 
 
 def _own_input_size(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) that a timm or torchvision model was built for."""
-    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     settings = getattr(model, "pretrained_cfg", None) or {}
-    for owner in (getattr(model, "patch_embed", None), model):
+    size = settings.get("input_size")
+    if type(model).__module__.startswith("torchvision."):
+        size = (3, 224, 224)
+    for owner in (model, getattr(model, "patch_embed", None)):
         for attribute in ("img_size", "image_size"):
             side = getattr(owner, attribute, None)
             if isinstance(side, int):
                 side = (side, side)
             if isinstance(side, (tuple, list)) and len(side) == 2:
-                return (conv.in_channels if conv else 3, int(side[0]), int(side[1]))
-    if "input_size" in settings:
-        channels, height, width = settings["input_size"]
-        return (conv.in_channels if conv else channels, height, width)
-    if type(model).__module__.startswith("torchvision."):
-        return (3, 224, 224)
-    raise ChainError(
-        f"{type(model).__name__} does not tell the size of its images; pass input_size=(channels, height, width)"
-    )
+                size = (size[0] if size else 3, int(side[0]), int(side[1]))
+    if size is None:
+        raise ChainError(
+            f"{type(model).__name__} does not tell the size of its images; pass input_size=(channels, height, width)"
+        )
+    return (_channels(model, settings.get("first_conv")) or size[0], size[1], size[2])
+
+
+def _channels(model: nn.Module, first: Any) -> int | None:
+    """Channels of the image, from the layer that timm's settings name as the first."""
+    names = first if isinstance(first, (tuple, list)) else [first] if first else []
+    modules = dict(model.named_modules())
+    return next((modules[name].in_channels for name in names if hasattr(modules.get(name), "in_channels")), None)
+
+
+@contextmanager
+def _no_logging(name: str) -> Iterator[None]:
+    """Silences a logger: torch logs each error on fake tensors with its traceback, even one that is handled."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,13 +5,22 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from localprop.config import ModelConfig, TrainConfig, from_flat, read_yaml, to_flat
+from localprop.config import (
+    ModelConfig,
+    OptionalInt,
+    OptionalPath,
+    OptionalStr,
+    TrainConfig,
+    from_flat,
+    read_yaml,
+    to_flat,
+)
 from localprop.errors import ConfigError, LocalpropError, suggestion
 
 USAGE = """\
@@ -122,13 +131,13 @@ class EvalOptions:
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
-    data: str | None = None
+    data: OptionalStr = None
     """Other data, such as folder:PATH (default: the run's own)."""
-    data_dir: Path | None = None
+    data_dir: OptionalPath = None
     """Where torchvision's datasets lie (default: the run's own)."""
-    batch_size: int | None = None
+    batch_size: OptionalInt = None
     """Images per batch (default: the run's own)."""
-    device: str | None = None
+    device: OptionalStr = None
     """cpu, cuda, ... (default: cuda if there is one)."""
 
 
@@ -148,7 +157,7 @@ class ExportOptions:
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
-    output: Path | None = None
+    output: OptionalPath = None
     """Folder to write (default: RUN/export)."""
 
 

@@ -1,6 +1,6 @@
 """What units and auxiliary nets take in a training step, found by running them on fake tensors: no data, no GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from localprop.chain import Chain
 from localprop.tracing import fake_copy
 
-_BATCH = 2  # large enough for batch norm; costs are per image
+_BATCH = 32  # costs are per image: what a batch shares (bias tables, batch norm's statistics) spreads over so many
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Cost:
     """The cost of a part of a network.
 
     Attributes:
-        saved: bytes kept from forward for backward, per image.
+        saved: bytes kept from forward for backward, per image; parameters and buffers, which exist anyway, left out.
         parameters: bytes of trainable parameters, and so of their gradients.
     """
 
@@ -35,20 +35,24 @@ class Cost:
 
 
 def unit_costs(model: nn.Module, chain: Chain) -> list[Cost]:
-    """The cost of each unit of a chain, in train mode."""
+    """The cost of each unit of a chain, in train mode.
+
+    A unit counts its input where it keeps it, and never its output: that is the input of what comes after it. So
+    the costs of consecutive units add up.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     duplicate = fake_copy(model, mode).train()
-    named = dict(duplicate.named_parameters())
-    dtype = next((p.dtype for p in named.values() if p.is_floating_point()), torch.float32)
+    dtype = next((p.dtype for p in duplicate.parameters() if p.is_floating_point()), torch.float32)
     with mode:
         features = torch.empty(_BATCH, *chain.input_size, dtype=dtype)
     context: dict[str, Any] = {}
     costs = []
     for unit in chain:
-        owned = [named[name] for name in unit.parameters]
         with mode, torch.enable_grad():
-            features, saved = _saved_bytes(lambda unit=unit, x=features: unit(duplicate, x, context), owned)
-        costs.append(Cost(saved / _BATCH, _trainable_bytes(owned)))
+            features, saved = _run(duplicate, unit, duplicate, features, context)
+        saved.pop(features.untyped_storage()._cdata, None)
+        owned = [duplicate.get_parameter(name) for name in unit.parameters]
+        costs.append(Cost(sum(saved.values()) / _BATCH, _trainable_bytes(owned)))
     return costs
 
 
@@ -62,25 +66,25 @@ def auxiliary_cost(
         features = torch.empty(_BATCH, *output, requires_grad=True)
         arguments = [torch.empty(_BATCH, *target), torch.empty(_BATCH, *image)]
         labels = torch.zeros(_BATCH, dtype=torch.long)
-        _, saved = _saved_bytes(lambda: duplicate(features, *arguments, labels), list(duplicate.parameters()))
-    return Cost(saved / _BATCH, _trainable_bytes(duplicate.parameters()))
+        _, saved = _run(duplicate, duplicate, features, *arguments, labels)
+    return Cost(sum(saved.values()) / _BATCH, _trainable_bytes(duplicate.parameters()))
 
 
-def _trainable_bytes(parameters: Any) -> int:
+def _trainable_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
 
 
-def _saved_bytes(run: Callable[[], Any], parameters: list[Tensor]) -> tuple[Any, int]:
-    """Runs, and counts the bytes of the distinct storages that autograd keeps, parameters left out."""
-    known = {p.untyped_storage()._cdata for p in parameters}
-    storages: dict[int, torch.UntypedStorage] = {}
+def _run(owner: nn.Module, part: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[int, int]]:
+    """Runs a part of `owner`; gives its result, and the bytes of each storage that autograd keeps."""
+    static = {t.untyped_storage()._cdata for t in [*owner.parameters(), *owner.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}  # storages, not sizes: a freed one's address may be used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            storages[storage._cdata] = storage
+        if storage._cdata not in static:
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    return result, sum(s.nbytes() for s in storages.values())
+        result = part(*arguments)
+    return result, {address: storage.nbytes() for address, storage in kept.items()}

@@ -175,9 +175,7 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork) -
         "std": data.std,
         "classes": data.classes,
         "modules": [module.units for module in net.local_modules],
-        "auxiliary_parameters": [
-            sum(p.numel() for p in module.auxiliary.parameters()) for module in net.local_modules
-        ],
+        "auxiliary_parameters": [sum(p.numel() for p in module.auxiliary.parameters()) for module in net.local_modules],
         "versions": {name: version(name) for name in ("localprop", "torch", "torchvision", "timm")}
         | {"python": platform.python_version()},
     }

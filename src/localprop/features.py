@@ -89,9 +89,7 @@ def infer_layout(
         ChainError: the shape has no axis for channels.
     """
     if len(shape) < 2:
-        raise ChainError(
-            f"a feature map of shape {shape} has no channel axis; expected (batch, ..., channels)"
-        )
+        raise ChainError(f"a feature map of shape {shape} has no channel axis; expected (batch, ..., channels)")
     if len(shape) == 2:
         return Layout("NC", shape[1])
     if len(shape) == 4:

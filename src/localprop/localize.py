@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from localprop.chain import Chain, chain
 from localprop.cost import Cost, auxiliary_cost, unit_costs
-from localprop.errors import ChainError, ConfigError
+from localprop.errors import ChainError, ConfigError, suggestion
 from localprop.features import image_layout, infer_layout
 from localprop.methods import build_loss, check_method
 from localprop.network import Criterion, LocalLoss, LocalModule, LocalNetwork, ModuleSpec
@@ -54,8 +54,9 @@ def localize(
         num_classes: number of labels, checked against the model's logits; default: their number.
         batch_size: batch size for which a balanced partition is made.
         criterion: loss of predicted labels, from (logits, labels).
-        mean, std: with which images are normalised, for methods that rebuild the image in [0, 1]; default: the
-            model's own, else ImageNet's.
+        mean: per channel, with which images are normalised, for methods that rebuild the image in [0, 1]; default:
+            the model's own, else ImageNet's.
+        std: likewise.
         method_kwargs: options of the method, such as {"weight": 0.5}.
 
     Raises:
@@ -92,22 +93,20 @@ def localize(
     if cuts is not None:
         ends = [*(units.position(name) for name in cuts), len(units)]
         if ends != sorted(set(ends)):
-            raise ChainError(f"cuts {', '.join(cuts)} are not in the order of the chain: {units.names()}")
+            raise ChainError(f"cuts {', '.join(cuts)} are not in order and before the last unit of: {units.names()}")
     elif partition == "stage":
         ends = plan.balance(stage_ends(units), batch_size, "stages, where the resolution changes")
     elif partition == "balanced":
         ends = plan.balance(list(range(1, len(units) + 1)), batch_size, "units")
     else:
-        raise ConfigError(f"no partition is called {partition!r}; known: balanced, stage")
+        raise ConfigError(f"no partition is called {partition!r}; {suggestion(partition, ['balanced', 'stage'])}")
     return plan.build(ends)
 
 
 class _Plan:
     """A backbone with everything settled but where to cut."""
 
-    def __init__(
-        self, model: nn.Module, units: Chain, method: str, options: dict[str, Any], spec: ModuleSpec
-    ) -> None:
+    def __init__(self, model: nn.Module, units: Chain, method: str, options: dict[str, Any], spec: ModuleSpec) -> None:
         self.model, self.units, self.method, self.options, self.spec = model, units, method, options, spec
         self.layouts = [
             spec.image,
@@ -117,9 +116,9 @@ class _Plan:
             ),
         ]
 
-    def loss(self, index: int, start: int, stop: int) -> LocalLoss:
+    def loss(self, index: int, start: int, stop: int, **changes: Any) -> LocalLoss:
         """The local loss of the module of units [start, stop)."""
-        spec = replace(self.spec, index=index, input=self.layouts[start], output=self.layouts[stop])
+        spec = replace(self.spec, index=index, input=self.layouts[start], output=self.layouts[stop], **changes)
         return build_loss(self.method, spec, self.options)
 
     def balance(self, ends: list[int], batch_size: int, what: str) -> list[int]:
@@ -129,15 +128,18 @@ class _Plan:
                 f"{self.spec.count} modules asked for, but the backbone has {len(ends)} {what}, so at most "
                 f"{len(ends)}: {', '.join(self.units[end - 1].name for end in ends)}"
             )
-        if self.spec.count in (1, len(ends)):
-            return ends if self.spec.count > 1 else ends[-1:]
+        if self.spec.count == len(ends):
+            return ends
+        if self.spec.count == 1:
+            return ends[-1:]
         costs = unit_costs(self.model, self.units)
         starts = [0, *ends]
 
         @cache
         def auxiliary(index: int, start: int, stop: int) -> Cost:
             with torch.random.fork_rng(devices=[]):
-                loss = self.loss(index, start, stop)
+                # The user's criterion may not take such labels as the cost is found with, and keeps next to nothing.
+                loss = self.loss(index, start, stop, criterion=F.cross_entropy)
             shapes = [self._shape(stop), self._shape(start), self._shape(0)]
             return auxiliary_cost(loss, *shapes)
 

@@ -55,9 +55,7 @@ class LocalLoss(nn.Module, ABC):
     """A module's local loss, with the auxiliary nets that it needs and inference does not."""
 
     @abstractmethod
-    def forward(
-        self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Computes the local loss.
 
         Args:
@@ -165,10 +163,12 @@ class LocalNetwork(nn.Module):
         local_modules: its local modules, in order.
     """
 
+    local_modules: Sequence[LocalModule]
+
     def __init__(self, backbone: nn.Module, local_modules: Sequence[LocalModule]) -> None:
         super().__init__()
         self.backbone = backbone
-        self.local_modules = nn.ModuleList(local_modules)
+        self.local_modules = nn.ModuleList(local_modules)  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits (B, C), as the backbone gives them, differentiable from end to end."""

@@ -1,20 +1,37 @@
 """Traces the top level of a model's forward into a torch.fx graph, down to its blocks and no further.
 
 Plain symbolic tracing fails on many real models: they branch on shapes, unpack tuples, build tensors from sizes.
-The tracer here computes, beside every node it records, the node's value on fake tensors (shapes without data).
-Control flow on shapes then follows the values, tuples unpack, and each node's shape is known when tracing ends.
-Sizes stay nodes, so that the recorded graph works for any batch size.
+The tracer here computes, beside every node it records, the node's value on fake tensors (shapes without data), once
+for a batch of two images and once for three. Control flow then follows the values, tuples unpack, and each node's
+shape is known when tracing ends. What differs between the two batches stays a node; every other number becomes a
+constant. So the graph holds for any batch size, or tracing fails.
 """
 
 import copy
+import math
+import operator
+import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from timm.models import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+ROOT = "backbone"
+_BATCHES = {"value": 2, "twin": 3}  # key of a node's meta: size of the batch it is computed for
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# torch.fx does not see calls that make a tensor from numbers.
+_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm")
+_FACTORIES += ("tensor", "zeros")
+
+
+class TraceError(Exception):
+    """A forward does what a graph of calls cannot express."""
 
 
 class _Root(nn.Module):
@@ -28,22 +45,22 @@ class _Root(nn.Module):
         return self.backbone(image)
 
 
-ROOT = "backbone"
-
-
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of `model` with fake parameters and buffers on the CPU: no memory, and the original stays untouched.
 
-    Activation checkpointing is switched off in the copy, because a checkpointed run of blocks hides them; units
-    checkpoint themselves (see `localprop.chain`).
+    Hooks are left out, since they are the user's own code and not to be run on fake tensors. Every parameter
+    requires a gradient, so that the graph also holds once a frozen one is unfrozen. Activation checkpointing is
+    off, because a checkpointed run of blocks hides them; units checkpoint themselves (see `localprop.chain`).
     """
     memo: dict[int, Any] = {}
     with mode:
         for tensor in [*model.parameters(), *model.buffers()]:
             fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
             if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                fake = nn.Parameter(fake, requires_grad=fake.is_floating_point() or fake.is_complex())
             memo[id(tensor)] = fake
+    for module in model.modules():
+        memo.update({id(getattr(module, hooks)): OrderedDict() for hooks in _HOOKS})
     duplicate = copy.deepcopy(model, memo)
     for module in duplicate.modules():
         if hasattr(module, "grad_checkpointing"):
@@ -56,20 +73,37 @@ def has_matrix(module: nn.Module) -> bool:
     return any(p.ndim >= 2 for p in module.parameters())
 
 
-def trace(model: nn.Module, image: Tensor, mode: FakeTensorMode) -> fx.Graph:
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a value, in lists, tuples and dicts too."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in tensors_of(item)] if isinstance(value, (list, tuple)) else []
+
+
+def trace(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, mode: FakeTensorMode) -> fx.Graph:
     """Traces `model(image)`.
 
     Args:
         model: the fake copy of a backbone, in train or eval mode.
-        image: a fake batch (batch, channels, height, width).
-        mode: the mode that both belong to.
+        size: (channels, height, width) of the image.
+        dtype: type of the image.
+        mode: the mode that the copy belongs to.
 
     Returns:
         A graph of calls to blocks and of the operations between them. `node.meta["value"]` is each node's fake
         value, `node.meta["mutated"]` the nodes whose tensors it writes in place. Module names carry no prefix.
+
+    Raises:
+        Exception: any, since it runs the model's own code.
     """
     with mode, torch.enable_grad():
-        graph = _ConcreteTracer(image).trace(_Root(model))
+        # Not leaves of autograd, so that the model may write to its input.
+        images = {key: torch.empty(n, *size, dtype=dtype).requires_grad_().clone() for key, n in _BATCHES.items()}
+        tracer = _ConcreteTracer(images, model)
+        with tracer.recording(model):
+            graph = tracer.trace(_Root(model))
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix(ROOT + ".")
@@ -79,38 +113,81 @@ def trace(model: nn.Module, image: Tensor, mode: FakeTensorMode) -> fx.Graph:
 
 
 class _ConcreteProxy(fx.Proxy):
-    """A traced value that also has a concrete one."""
+    """A traced value that also has concrete ones."""
 
-    @property
-    def value(self) -> Any:
-        return self.node.meta["value"]
+    def _fixed(self, function: Callable[[Any], Any]) -> Any:
+        """What Python code needs as a plain number: possible if it is the same for every batch size."""
+        first, *rest = (function(self.node.meta[key]) for key in _BATCHES)
+        if any(other != first for other in rest):
+            raise TraceError("its control flow depends on the size of the batch")
+        return first
 
     def __getattr__(self, name: str) -> Any:
-        if not callable(getattr(self.value, name)):
+        if not callable(getattr(self.node.meta["value"], name)):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return super().__getattr__(name)
 
+    def __setitem__(self, index: Any, item: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
+
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self.value))])
+        return iter([self[i] for i in range(len(self))])
+
+    def __bool__(self) -> bool:
+        return self._fixed(bool)
 
     def __len__(self) -> int:
-        return len(self.value)
+        return self._fixed(len)
 
-    # A size used where Python wants a number (range, math.sqrt, torch.arange) is fixed at its traced value.
     def __index__(self) -> int:
-        return self.value.__index__()
+        return self._fixed(operator.index)
 
-    __int__ = __index__
+    def __int__(self) -> int:
+        return self._fixed(int)
 
     def __float__(self) -> float:
-        return float(self.value)
+        return self._fixed(float)
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv"):  # torch.fx turns x += y into x = x + y
+    setattr(_ConcreteProxy, f"__{_name}__", _in_place(_name))
 
 
 class _ConcreteTracer(fx.Tracer):
-    def __init__(self, image: Tensor) -> None:
-        super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
-        self.image = image
-        self._running = False  # inside a leaf, modules and attributes behave as outside a trace
+    def __init__(self, images: dict[str, Tensor], model: nn.Module) -> None:
+        super().__init__(autowrap_modules=())
+        self._images = images
+        self._containers = _container_classes(model)
+        self._running = False  # inside a leaf, modules and functions behave as outside a trace
+        self._context = _context()
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Makes functions that must not be traced into nodes: timm's own list, math, and tensor factories."""
+        leaves = {id(f): f for f in [*get_notrace_functions(), *vars(math).values()] if callable(f)}
+        factories = {id(f): f for f in (getattr(torch, name) for name in _FACTORIES)}
+        classes = {base for module in model.modules() for base in type(module).__mro__}
+        scopes = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
+        with ExitStack() as stack:
+            for scope in scopes | {torch, math}:
+                for name, function in list(vars(scope).items()):
+                    if id(function) in leaves or id(function) in factories:
+                        recorder = self._recorder(function, always=id(function) in factories)
+                        stack.enter_context(mock.patch.object(scope, name, recorder))
+            yield
+
+    def _recorder(self, function: Callable[..., Any], always: bool) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            if self._running or not (always or _has_proxy((args, kwargs))):
+                return function(*args, **kwargs)
+            return self.create_proxy("call_function", function, args, kwargs)
+
+        return record
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ConcreteProxy(node, self)
@@ -124,63 +201,102 @@ class _ConcreteTracer(fx.Tracer):
             return self.create_proxy("get_attr", name, (), {})
         return attr_val
 
+    def create_arg(self, a: Any) -> Any:
+        argument = super().create_arg(a)
+        if isinstance(argument, fx.Node) and str(argument.target).startswith("_tensor_constant"):
+            raise TraceError("it uses a tensor that is neither a parameter nor a buffer")
+        return argument
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if self._running:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
-        if not _holds_blocks(m) and name != ROOT:
-            return self.create_proxy("call_module", name, args, kwargs)
         if name == ROOT:
             return forward(*args, **kwargs)
-        before = len(self.graph.nodes)
-        try:
-            return forward(*args, **kwargs)
-        except Exception:  # whatever a model's own code does that tracing cannot follow: keep this part whole
-            for node in list(self.graph.nodes)[:before-1:-1]:
-                self.graph.erase_node(node)
-            return self.create_proxy("call_module", name, args, kwargs)
+        if self._opens(m):
+            before = len(self.graph.nodes)
+            try:
+                return forward(*args, **kwargs)
+            except Exception:  # a model's own code may raise anything: keep this part whole
+                for node in list(self.graph.nodes)[: before - 1 : -1]:
+                    self.graph.erase_node(node)
+        return self.create_proxy("call_module", name, args, kwargs)
+
+    def _opens(self, module: nn.Module) -> bool:
+        """Whether tracing goes into a module because there are blocks in it."""
+        if is_notrace_module(module):
+            return False
+        if isinstance(module, nn.Sequential):
+            parts = [child for child in module if has_matrix(child)]
+            return len(parts) > 1 or any(self._opens(part) for part in parts)
+        return type(module) in self._containers
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         if kind == "output":
             return proxy
+        if _context() != self._context:
+            raise TraceError("it switches no_grad or autocast around blocks")
         node = proxy.node
         versions = {n: _version(n) for n in node.all_input_nodes}
-        with self._leaf():
-            node.meta["value"] = self._run(node)
+        self._running = True
+        try:
+            for key in _BATCHES:
+                node.meta[key] = self._run(node, key)
+        finally:
+            self._running = False
         node.meta["mutated"] = [n for n, version in versions.items() if _version(n) != version]
-        return self._wrap(proxy, node.meta["value"])
+        return self._wrap(proxy)
 
-    def _wrap(self, proxy: Any, value: Any) -> Any:
+    def _wrap(self, proxy: Any) -> Any:
+        """What the model's code gets to see of a new node."""
+        value, twin = (proxy.node.meta[key] for key in _BATCHES)
+        if type(value) is not type(twin):
+            raise TraceError("its control flow depends on the size of the batch")
         if value is None or isinstance(value, (bool, str)):
-            return value
-        if isinstance(value, (tuple, list)):
-            items = [proxy[i] for i in range(len(value))]
-            return items if isinstance(value, list) else tuple(items)
-        return proxy
+            return proxy._fixed(lambda concrete: concrete)
+        if isinstance(value, (int, float)):
+            return value if value == twin else proxy
+        if type(value) in (tuple, list, torch.Size):
+            return (list if isinstance(value, list) else tuple)(proxy)
+        if type(value) is dict:
+            return {key: proxy[key] for key in value}
+        if isinstance(value, (Tensor, tuple, list, dict, torch.device, torch.dtype)):
+            return proxy
+        raise TraceError(f"it passes a {type(value).__name__} between blocks")
 
-    def _run(self, node: fx.Node) -> Any:
+    def _run(self, node: fx.Node, key: str) -> Any:
         if node.op == "placeholder":
-            return self.image
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
+            return self._images[key]
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             return getattr(self.root.get_submodule(owner), name)
+        args, kwargs = _concrete(node.args, key), _concrete(node.kwargs, key)
         if node.op == "call_module":
             return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    @contextmanager
-    def _leaf(self) -> Iterator[None]:
-        running, self._running = self._running, True
-        try:
-            yield
-        finally:
-            self._running = running
+
+def _concrete(argument: Any, key: str) -> Any:
+    """A node's argument with values for nodes, and plain lists and dicts, which a leaf may change."""
+    if isinstance(argument, fx.Node):
+        return argument.meta[key]
+    if isinstance(argument, dict):
+        return {name: _concrete(item, key) for name, item in argument.items()}
+    if isinstance(argument, (tuple, list)):
+        items = [_concrete(item, key) for item in argument]
+        return items if isinstance(argument, list) else tuple(items)
+    return fx.node.map_arg(argument, lambda node: node.meta[key])
+
+
+def _has_proxy(value: Any) -> bool:
+    if isinstance(value, (tuple, list, dict)):
+        return any(map(_has_proxy, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, fx.Proxy)
 
 
 def _version(node: fx.Node) -> int | None:
@@ -188,22 +304,19 @@ def _version(node: fx.Node) -> int | None:
     return value._version if isinstance(value, Tensor) else None
 
 
-def _holds_blocks(module: nn.Module) -> bool:
-    """Whether tracing goes into a module because a list of blocks lies at or below it."""
-    if is_notrace_module(module):
-        return False
-    if isinstance(module, nn.Sequential):
-        return sum(has_matrix(child) for child in module) > 1
-    if type(module).__module__.startswith("torch.nn"):
-        return False
-    return any(_is_block_list(part) for part in module.modules())
+def _context() -> tuple[bool, ...]:
+    return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")))
+
+
+def _container_classes(model: nn.Module) -> set[type]:
+    """Classes of modules at or below which a list of blocks lies."""
+    lists = {name for name, module in model.named_modules() if _is_block_list(module)}
+    above = {name.rsplit(".", i)[0] for name in lists for i in range(name.count(".") + 1)}
+    return {type(model.get_submodule(name)) for name in above}
 
 
 def _is_block_list(module: nn.Module) -> bool:
     """Whether all of a module's weights lie in two or more children of one class that is no basic layer."""
-    classes = [type(child) for child in module.children() if has_matrix(child)]
-    return len(classes) > 1 and len(set(classes)) == 1 and not _is_basic(classes[0])
-
-
-def _is_basic(cls: type) -> bool:
-    return cls.__module__.startswith("torch.nn") and not issubclass(cls, nn.Sequential)
+    parts = [child for child in module.children() if has_matrix(child)]
+    composite = any(has_matrix(grandchild) for part in parts for grandchild in part.children())
+    return len(parts) > 1 and len({type(part) for part in parts}) == 1 and composite

@@ -9,8 +9,8 @@ from timm.data import Mixup
 from torch import Tensor
 
 from localprop.config import DataConfig
-from localprop.data.seeding import derive_seed, generator, seeded
 from localprop.errors import ConfigError, DataError
+from localprop.seeding import derive_seed, generator, seeded
 
 Batch = tuple[Tensor, Tensor]
 
@@ -97,9 +97,7 @@ class Data:
             )
         return self.train_size // batch_size
 
-    def train_batches(
-        self, epoch: int, batch_size: int, device: torch.device | str, start: int = 0
-    ) -> Iterator[Batch]:
+    def train_batches(self, epoch: int, batch_size: int, device: torch.device | str, start: int = 0) -> Iterator[Batch]:
         """The training batches of an epoch, from batch number `start` on.
 
         A batch is a pure function of (seed, epoch, its number): those after a restart equal the uninterrupted
@@ -131,9 +129,7 @@ class Data:
         for images, labels in self.store.test(batch_size, device):
             yield images.float().sub(mean).div_(std), labels
 
-    def _train_batches(
-        self, epoch: int, batch_size: int, steps: range, device: torch.device
-    ) -> Iterator[Batch]:
+    def _train_batches(self, epoch: int, batch_size: int, steps: range, device: torch.device) -> Iterator[Batch]:
         order = torch.randperm(self.train_size, generator=generator(derive_seed(self.seed, "order", epoch)))
         mean, std = self._normalisation(device)
         mixup = self._mixup() if self._mixes else None

@@ -41,27 +41,19 @@ def list_folder(root: Path) -> tuple[list[str], list[File], list[File]]:
         DataError: a folder is missing or empty, or training and test classes differ.
     """
     if not root.is_dir():
-        raise DataError(
-            f"{root} is not a folder; --data folder:PATH needs PATH/train and PATH/test or PATH/val"
-        )
+        raise DataError(f"{root} is not a folder; --data folder:PATH needs PATH/train and PATH/test or PATH/val")
     train = root / "train"
     if not train.is_dir():
         raise DataError(f"{root} has no folder train/; put the training images into {train / '<class>'}")
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if test is None:
-        raise DataError(
-            f"{root} has no folder test/ or val/; put the test images into {root / 'test' / '<class>'}"
-        )
+        raise DataError(f"{root} has no folder test/ or val/; put the test images into {root / 'test' / '<class>'}")
     classes = _class_names(train)
     if len(classes) < 2:
-        raise DataError(
-            f"{train} has {len(classes)} class folders; it needs one for each of two or more classes"
-        )
+        raise DataError(f"{train} has {len(classes)} class folders; it needs one for each of two or more classes")
     if differing := set(classes) ^ set(_class_names(test)):
         only = [f"{name!r} is only in {train if name in classes else test}" for name in sorted(differing)]
-        raise DataError(
-            f"the classes of {train} and {test} differ: {', '.join(only)}; give both the same folders"
-        )
+        raise DataError(f"the classes of {train} and {test} differ: {', '.join(only)}; give both the same folders")
     return classes, _files(train, classes), _files(test, classes)
 
 
@@ -94,9 +86,7 @@ def read_image(path: str) -> Image.Image:
         raise DataError(f"{path} is unreadable ({reason(error)})") from None
 
 
-def read_images(
-    files: list[File], side: int, on_unreadable: Callable[[Unreadable], None]
-) -> tuple[Tensor, Tensor]:
+def read_images(files: list[File], side: int, on_unreadable: Callable[[Unreadable], None]) -> tuple[Tensor, Tensor]:
     """Decodes all images, squeezed to `side` x `side` where they differ, in threads.
 
     Returns:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from localprop.data.augment import random_crop, random_hflip, resize
 from localprop.data.base import Batch
-from localprop.data.seeding import derive_seed, generator
+from localprop.seeding import derive_seed, generator
 
 
 @dataclass
@@ -55,7 +55,5 @@ class MemoryStore:
 
     def test(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Resized batches in order; see `localprop.data.base.Store`."""
-        for images, labels in zip(
-            self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True
-        ):
+        for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
             yield resize(images.to(device), self.img_size), labels.to(device)

@@ -86,8 +86,7 @@ def _missing(named: Named, root: Path) -> list[str]:
 def _unusable(name: str, root: Path, what: str) -> DataError:
     places = sorted({str(root / file.split("/")[0]) for file in NAMED[name].files})
     return DataError(
-        f"{name} cannot be read ({what}); if its files are damaged, delete {', '.join(places)} "
-        f"and pass --download"
+        f"{name} cannot be read ({what}); if its files are damaged, delete {', '.join(places)} and pass --download"
     )
 
 
@@ -108,9 +107,7 @@ def _grey_to_rgb(images: Tensor) -> Tensor:
 
 def _digits(root: Path, train: bool, download: bool) -> tuple[Any, Any, list[str]]:
     bunch = load_digits()
-    split = train_test_split(
-        np.arange(len(bunch.target)), test_size=0.2, stratify=bunch.target, random_state=0
-    )
+    split = train_test_split(np.arange(len(bunch.target)), test_size=0.2, stratify=bunch.target, random_state=0)
     chosen = split[0 if train else 1]
     # Grey values go from 0 to 16.
     pixels = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)
@@ -164,9 +161,7 @@ NAMED = {
     ),
     "stl10": Named(
         _stl10,
-        tuple(
-            f"stl10_binary/{file}.bin" for file in ["train_X", "train_y", "unlabeled_X", "test_X", "test_y"]
-        ),
+        tuple(f"stl10_binary/{file}.bin" for file in ["train_X", "train_y", "unlabeled_X", "test_X", "test_y"]),
         96,
         (0.4467, 0.4398, 0.4066),
         (0.2603, 0.2566, 0.2713),

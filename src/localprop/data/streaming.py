@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from localprop.data.base import Batch
 from localprop.data.folder import File, Unreadable, read_image, refuse_image, skip_image
-from localprop.data.seeding import derive_seed, seeded
 from localprop.errors import DataError
+from localprop.seeding import derive_seed, seeded
 
 # An image, or None where none was readable; its label; the unreadable files met on the way.
 Sample = tuple[Tensor | None, int, list[Unreadable]]

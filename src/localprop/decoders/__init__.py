@@ -6,6 +6,7 @@ To add a decoder, write a `Decoder` in a file of its own and name it in `DECODER
 from localprop.decoders.common import Decoder
 from localprop.decoders.conv import ConvDecoder
 from localprop.decoders.deconv import DeconvDecoder
+from localprop.decoders.infopro import InfoProDecoder
 from localprop.decoders.pixel_shuffle import PixelShuffleDecoder
 from localprop.decoders.transformer import TransformerDecoder
 from localprop.errors import ConfigError, suggestion
@@ -16,6 +17,7 @@ DECODERS: dict[str, type[Decoder]] = {
     "deconv": DeconvDecoder,
     "pixel-shuffle": PixelShuffleDecoder,
     "transformer": TransformerDecoder,
+    "infopro": InfoProDecoder,
 }
 
 

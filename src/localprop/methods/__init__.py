@@ -1,6 +1,7 @@
 """Methods of local learning. To add one: a file with a `LocalLoss`, and a line here."""
 
 import inspect
+from numbers import Real
 from typing import Any
 
 from localprop.errors import ConfigError, suggestion
@@ -26,11 +27,18 @@ def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int
     """
     if name not in METHODS:
         raise ConfigError(f"no method is called {name!r}; {suggestion(name, METHODS)}")
-    known = list(inspect.signature(METHODS[name]).parameters)[1:]
-    for option in options:
+    known = dict(list(inspect.signature(METHODS[name]).parameters.items())[1:])
+    for option, value in options.items():
         if option not in known:
             hint = suggestion(option, known) if known else "it has none"
             raise ConfigError(f"method {name} has no option {option!r}; {hint}")
+        kind = type(known[option].default)
+        if kind in (bool, float) and not isinstance(value, bool if kind is bool else Real):
+            raise ConfigError(
+                f"method {name}: {option} is {value!r}; it is {'True or False' if kind is bool else 'a number'}"
+            )
+    if modules is not None and modules < 1:
+        raise ConfigError(f"{modules} modules asked for; it takes at least 1")
     only = getattr(METHODS[name], "only_modules", None)
     if only and modules not in (None, only):
         raise ConfigError(f"method {name} has {only} module, not {modules}; leave out modules, or choose a method")

@@ -36,13 +36,12 @@ class FeatureReconstruction(LocalLoss):
     def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LocalLoss.forward`."""
         logits = self.head(output)
-        target = self.target.grid(inputs)
-        rebuilt = self.decoder(output)
+        # In float32: squares of half-precision features lose most of their digits.
+        target = self.target.grid(inputs).float()
         if self.normalize:
             channels_last = target.permute(0, 2, 3, 1)
             target = F.layer_norm(channels_last, channels_last.shape[-1:]).permute(0, 3, 1, 2)
-        # In float32: squares of half-precision features lose most of their digits.
-        error = F.mse_loss(rebuilt.float(), target.float())
+        error = F.mse_loss(self.decoder(output).float(), target)
         return self.criterion(logits, labels) + self.weight * error, logits
 
     def classify(self, output: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class InfoPro(LocalLoss):
         temperature: temperature of the contrast.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         spec: ModuleSpec,
@@ -51,8 +54,14 @@ class InfoPro(LocalLoss):
         if task not in ("softmax", "contrast"):
             raise ConfigError(f"infopro: task is {task!r}; it is softmax or contrast")
         published = _PUBLISHED_WEIGHTS[min(_PUBLISHED_WEIGHTS, key=lambda count: abs(count - spec.count))]
-        self.reconstruction_weight = _at(lambda_reconstruction or published[0], spec, "lambda_reconstruction")
-        self.task_weight = _at(lambda_task or published[1], spec, "lambda_task")
+        reconstruction = published[0] if lambda_reconstruction is None else lambda_reconstruction
+        self.reconstruction_weight = _at(reconstruction, spec, "lambda_reconstruction")
+        self.task_weight = _at(published[1] if lambda_task is None else lambda_task, spec, "lambda_task")
+        if not self.reconstruction_weight and not self.task_weight:
+            raise ConfigError(
+                f"infopro: lambda_reconstruction and lambda_task are 0 in module {spec.index + 1} of {spec.count}; "
+                "raise one of them"
+            )
         self.criterion = spec.criterion
         self.task = task
         self.temperature = temperature
@@ -61,13 +70,16 @@ class InfoPro(LocalLoss):
             outputs = spec.num_classes if task == "softmax" else 128
             self.head = build_head(spec.head, spec.output, outputs)
         if self.reconstruction_weight:
+            if not len(spec.mean) == len(spec.std) == spec.image.channels:
+                raise ConfigError(
+                    f"infopro: mean has {len(spec.mean)} and std {len(spec.std)} values, but images have "
+                    f"{spec.image.channels} channels; pass one for each"
+                )
             self.decoder = build_decoder(spec.decoder, spec.output, spec.image)
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
 
-    def forward(
-        self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `LocalLoss.forward`."""
         loss, logits = output.new_zeros((), dtype=torch.float32), None
         if self.decoder is not None:
@@ -80,7 +92,7 @@ class InfoPro(LocalLoss):
                 logits = head
                 loss = loss + self.task_weight * self.criterion(logits, labels)
             else:
-                loss = loss + self.task_weight * supervised_contrast(head.float(), labels, self.temperature)
+                loss = loss + self.task_weight * supervised_contrast(head, labels, self.temperature)
         return loss, logits
 
     def classify(self, output: Tensor) -> Tensor | None:
@@ -101,8 +113,10 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) ->
     """
     if labels.is_floating_point():
         raise ConfigError("infopro with task=contrast needs integer labels; switch off mixup and cutmix")
-    features = F.normalize(features, dim=1)
-    similarity = features @ features.T / temperature
+    # In float32: autocast would multiply in half precision, and the temperature makes its errors 14 times larger.
+    with torch.autocast(features.device.type, enabled=False):
+        features = F.normalize(features.float(), dim=1)
+        similarity = features @ features.T / temperature
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     log_probability = similarity.masked_fill(itself, float("-inf")).log_softmax(1).masked_fill(itself, 0)
     same = (labels[:, None] == labels[None]) & ~itself

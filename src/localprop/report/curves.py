@@ -73,9 +73,7 @@ def _draw_panel(axes: Axes, epochs: list[int], values: np.ndarray, text: Callabl
         _label_ends(axes, epochs[-1], {k: values[k, -1] for k in named}, colors, text)
 
 
-def _label_ends(
-    axes: Axes, epoch: int, ends: dict[int, float], colors: list, text: Callable[[float], str]
-) -> None:
+def _label_ends(axes: Axes, epoch: int, ends: dict[int, float], colors: list, text: Callable[[float], str]) -> None:
     """Writes number and last value of modules beside the ends of their lines, without overlap."""
     modules = len(colors)
     order = sorted(ends, key=lambda k: ends[k])

@@ -69,9 +69,7 @@ def write_results(path: Path, rows: Sequence[EpochRow]) -> None:
         table = csv.writer(file)
         table.writerow([*COLUMNS_BEFORE, *columns, *COLUMNS_AFTER])
         for row in rows:
-            before, after = (
-                [getattr(row, name) for name in names] for names in (COLUMNS_BEFORE, COLUMNS_AFTER)
-            )
+            before, after = ([getattr(row, name) for name in names] for names in (COLUMNS_BEFORE, COLUMNS_AFTER))
             table.writerow([*before, *row.train_losses, *row.test_accuracies, *after])
 
 
@@ -90,9 +88,7 @@ def read_results(path: Path) -> list[EpochRow]:
                     rows.append(_row_of(cells))
                 except (KeyError, TypeError, ValueError):
                     where = f"{path} line {table.line_num}"
-                    raise CheckpointError(
-                        f"{where} is not a row of results; correct or delete the line"
-                    ) from None
+                    raise CheckpointError(f"{where} is not a row of results; correct or delete the line") from None
     except OSError as error:
         raise CheckpointError(f"cannot read results from {path}: {error.strerror}") from None
     return rows

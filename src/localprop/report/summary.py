@@ -32,9 +32,7 @@ def final_table(rows: Sequence[EpochRow], module_names: Sequence[str]) -> Render
         style = "bold" if k == len(module_names) else None
         table.add_row(str(k), Text(name), format_loss(loss), format_accuracy(accuracy), style=style)
     speed = sum(row.images_per_second for row in rows) / len(rows)
-    accuracies = (
-        f"{format_accuracy(last.accuracy)}%, best {format_accuracy(best.accuracy)}% (epoch {best.epoch})"
-    )
+    accuracies = f"{format_accuracy(last.accuracy)}%, best {format_accuracy(best.accuracy)}% (epoch {best.epoch})"
     if last.test_top5 is not None:
         accuracies += f", top-5 {format_accuracy(last.test_top5)}%"
     facts = Table.grid(padding=(0, 2, 0, 0))

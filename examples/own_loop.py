@@ -1,0 +1,39 @@
+"""Local learning in a training loop of one's own: a small ViT on scikit-learn's digits.
+
+python examples/own_loop.py [EPOCHS]     5 epochs by default
+"""
+
+import sys
+
+import timm
+import torch
+from sklearn.datasets import load_digits
+
+import localprop
+
+torch.manual_seed(0)
+digits = load_digits()
+images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8)
+labels = torch.tensor(digits.target)
+train, test = torch.randperm(len(labels)).split([1500, 297])
+
+vit = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 4, "num_heads": 3}
+model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **vit)
+net = localprop.localize(model, modules=4)
+optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-3) for module in net.local_modules]
+
+
+def step_module(k: int, loss: torch.Tensor) -> None:
+    """Steps module k as soon as its gradients are there; they are gone before those of module k+1 come."""
+    optimizers[k].step()
+    optimizers[k].zero_grad()
+
+
+for epoch in range(int(sys.argv[1]) if len(sys.argv) > 1 else 5):
+    net.train()
+    for batch in train[torch.randperm(len(train))].split(50):
+        out = net.backward(images[batch], labels[batch], after_module=step_module)
+    net.eval()
+    with torch.no_grad():
+        accuracy = (model(images[test]).argmax(1) == labels[test]).float().mean()
+    print(f"epoch {epoch + 1}  losses {[round(x, 3) for x in out.losses.tolist()]}  test {accuracy:.1%}")
