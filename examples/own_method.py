@@ -55,16 +55,16 @@ METHODS["predsim"] = PredSim
 
 torch.manual_seed(0)
 digits = load_digits()
-images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+images = (torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) - 5) / 6
 labels = torch.tensor(digits.target)
 train, test = torch.randperm(len(labels)).split([1500, 297])
 vit = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 4, "num_heads": 3}
 model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **vit)
 net = localprop.localize(model, modules=4, method="predsim", method_kwargs={"beta": 0.9})
-optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
 for epoch in range(int(sys.argv[1]) if len(sys.argv) > 1 else 4):
     net.train()
-    for batch in train[torch.randperm(len(train))].split(50):
+    for batch in train[torch.randperm(len(train))].split(25):
         net.backward(images[batch], labels[batch])
         optimizer.step()
         optimizer.zero_grad()

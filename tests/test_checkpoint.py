@@ -578,7 +578,9 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
 def test_write_text_replaces_the_whole_file(tmp_path):
     path = tmp_path / "run" / "args.yaml"
     write_text(path, "a much longer text")
-    write_text(path, "ü\r\n")
+    with path.open() as reader:
+        write_text(path, "ü\r\n")
+        assert reader.read() == "a much longer text"  # whoever reads it sees one text, never a mixture
     assert path.read_bytes() == b"\xc3\xbc\r\n"
     assert names(path.parent) == ["args.yaml"]
 

@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx.proxy import TraceError
 from torch.utils.checkpoint import checkpoint
 
 from localprop.cuts import Code, Cut, Forward
@@ -99,7 +104,9 @@ class Chain(Sequence[Unit]):
         """
         ends = [i for i, u in enumerate(self.units, 1) if u.name == name or u.name.startswith(name + ".")]
         if not ends:
-            raise ChainError(f"no unit is called {name!r}; {suggestion(name, [u.name for u in self.units])}")
+            paths = [u.name.split(".") for u in self.units]
+            known = {".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1)}
+            raise ChainError(f"no unit is called {name!r}; {suggestion(name, known)}")
         return ends[-1]
 
 
@@ -150,33 +157,40 @@ def _trace_modes(model: nn.Module, size: tuple[int, int, int]) -> dict[bool, For
     which = f"cannot cut {type(model).__name__} for images of {'x'.join(map(str, size))}"
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    forwards = {}
-    for training in (True, False):
-        try:
-            with _no_logging("torch._subclasses.fake_tensor"):
-                duplicate = fake_copy(model, mode).train(training)
-                graph = trace(duplicate, size, dtype, mode)
-        except Exception as error:  # a model's own code may raise anything at all
+    try:
+        with _no_logging("torch._subclasses.fake_tensor"):
+            duplicate = fake_copy(model, mode)
+            graphs = {training: trace(duplicate.train(training), size, dtype, mode) for training in (True, False)}
+    except Exception as error:  # a model's own code may raise anything at all
+        raise ChainError(f"{which}: {_reason(error)}") from error
+    for graph in graphs.values():
+        result = next(node for node in graph.nodes if node.op == "output").args[0]
+        value = result.meta["value"] if isinstance(result, fx.Node) else result
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__.removeprefix("immutable_")
             raise ChainError(
-                f"{which}: its forward fails or cannot be traced ({_first_line(error)}); check input_size, give all "
-                "arguments but the image a default, and put code that depends on pixel values outside the model"
-            ) from error
-        forward = Forward(duplicate, graph)
-        if not isinstance(forward.result, fx.Node) or not isinstance(forward.result.meta["value"], Tensor):
-            raise ChainError(
-                f"{which}: its forward gives a {type(forward.result).__name__}, not one tensor of logits; wrap the "
-                "model in one that gives the logits alone"
+                f"{which}: its forward gives a {kind}, not one tensor of logits; wrap the model in a module that "
+                "gives the logits alone"
             )
-        forwards[training] = forward
-    return forwards
+    return {training: Forward(duplicate, graph) for training, graph in graphs.items()}
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0][:200]
+    if isinstance(error, TraceError):
+        return f"{text}, which cannot be traced; move that code into a module of its own"
+    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        return f"what its forward does depends on pixel values ({text}); keep such code out of the model"
+    return (
+        f"its forward fails ({type(error).__name__}: {text}); check input_size, that forward takes images alone, "
+        "and that the model is not compiled"
+    )
 
 
 def _untied(forward: Forward, cuts: dict[str, Cut], ends: list[str]) -> list[str]:
     """The ends left when no parameter may be used on both sides of a cut."""
     used = [set(forward.parameters(segment)) for segment in forward.split([cuts[end] for end in ends])]
-    return [
-        end for i, end in enumerate(ends, 1) if set().union(*used[:i]).isdisjoint(set().union(*used[i:]))
-    ]
+    return [end for i, end in enumerate(ends, 1) if set().union(*used[:i]).isdisjoint(set().union(*used[i:]))]
 
 
 def _unit_names(blocks: list[list[str]]) -> list[str]:
@@ -229,8 +243,3 @@ def _no_logging(name: str) -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

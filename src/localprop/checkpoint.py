@@ -153,9 +153,7 @@ def publish(folder: Path, step: int, checksums: dict[str, str], meta: dict[str, 
     return final
 
 
-def load_checkpoint(
-    path: Path, device: str | torch.device = "cpu", only: Collection[str] | None = None
-) -> Checkpoint:
+def load_checkpoint(path: Path, device: str | torch.device = "cpu", only: Collection[str] | None = None) -> Checkpoint:
     """Verifies a checkpoint and reads it.
 
     Args:
@@ -309,7 +307,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
     """Writes a safetensors file whose bytes depend on nothing but what is written."""
     dense, memory = {}, set()
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+        if tensor.layout != torch.strided or tensor.is_complex():
             raise CheckpointError(f"cannot save the {tensor.type()} at {name}; make it dense and real")
         dense[name] = tensor.detach().cpu().contiguous()
         address = dense[name].untyped_storage().data_ptr()

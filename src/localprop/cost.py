@@ -37,8 +37,8 @@ class Cost:
 def unit_costs(model: nn.Module, chain: Chain) -> list[Cost]:
     """The cost of each unit of a chain, in train mode.
 
-    A unit counts its input where it keeps it, and never its output: that is the input of what comes after it. So
-    the costs of consecutive units add up.
+    A tensor between two units that either of them keeps is counted once, as the input of the second: so the costs
+    of consecutive units add up.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     duplicate = fake_copy(model, mode).train()
@@ -46,11 +46,14 @@ def unit_costs(model: nn.Module, chain: Chain) -> list[Cost]:
     with mode:
         features = torch.empty(_BATCH, *chain.input_size, dtype=dtype)
     context: dict[str, Any] = {}
+    boundary: dict[int, int] = {}
     costs = []
     for unit in chain:
         with mode, torch.enable_grad():
             features, saved = _run(duplicate, unit, duplicate, features, context)
-        saved.pop(features.untyped_storage()._cdata, None)
+        saved |= boundary
+        address = features.untyped_storage()._cdata
+        boundary = {address: saved.pop(address)} if address in saved else {}
         owned = [duplicate.get_parameter(name) for name in unit.parameters]
         costs.append(Cost(sum(saved.values()) / _BATCH, _trainable_bytes(owned)))
     return costs

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from localprop.tracing import has_matrix, tensors_of
+from localprop.blocks import has_matrix
+from localprop.tracing import tensors_of
 
 
 class Cut(NamedTuple):
@@ -59,9 +61,8 @@ class Forward:
         for node in nodes:
             if _requires_grad(node) and not self._carrying.isdisjoint(node.all_input_nodes):
                 self._carrying.add(node)
-        anew = {n for n in nodes if n.op == "get_attr" or _requires_grad(n)} - self._carrying
-        self._anew = anew
-        self.nodes = [node for node in nodes if node not in anew]
+        self._anew = {n for n in nodes if n.op == "get_attr" or _requires_grad(n)} - self._carrying
+        self.nodes = [node for node in nodes if node not in self._anew]
 
     def is_block(self, node: fx.Node) -> bool:
         """Whether a node calls a module that holds a matrix."""
@@ -76,7 +77,7 @@ class Forward:
         crossings = self._crossings()
         blocks = [i for i, node in enumerate(self.nodes) if self.is_block(node)]
         result = {}
-        for start, stop in zip(blocks, blocks[1:], strict=False):
+        for start, stop in pairwise(blocks):
             legal = [Cut(i, crossings[i]) for i in range(start + 1, stop + 1) if i in crossings]
             maps = [cut for cut in legal if cut.crossing.meta["value"].ndim >= 3]
             if legal:

@@ -105,6 +105,8 @@ class LocalModule(nn.Module):
         # In tuples, so that the backbone is not registered a second time: its state_dict keys stay its own.
         self._backbone = (backbone,)
         self._units = tuple(units)
+        used = {name for unit in units for name in unit.parameters}
+        self._parameter_names = [name for name, _ in backbone.named_parameters() if name in used]
         self.auxiliary = auxiliary
         self.output = output
 
@@ -127,11 +129,10 @@ class LocalModule(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this module trains: its share of the backbone, under the backbone's names, and its auxiliary net."""
+        """What this module trains: its share of the backbone, under its names and in its order, and the auxiliary net."""
         prefix = f"{prefix}." if prefix else ""
-        for unit in self._units:
-            for name in unit.parameters:
-                yield prefix + name, self._backbone[0].get_parameter(name)
+        for name in self._parameter_names:
+            yield prefix + name, self._backbone[0].get_parameter(name)
         yield from self.auxiliary.named_parameters(f"{prefix}auxiliary", recurse, remove_duplicate)
 
 

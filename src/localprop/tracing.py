@@ -18,20 +18,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-from timm.models import get_notrace_functions, is_notrace_module
+from timm.models import get_notrace_functions
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.proxy import TraceError
 
-ROOT = "backbone"
+from localprop.blocks import container_classes, holds_blocks
+
+_ROOT = "backbone"
 _BATCHES = {"value": 2, "twin": 3}  # key of a node's meta: size of the batch it is computed for
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # torch.fx does not see calls that make a tensor from numbers.
-_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm")
-_FACTORIES += ("tensor", "zeros")
-
-
-class TraceError(Exception):
-    """A forward does what a graph of calls cannot express."""
+_FACTORIES = [torch.arange, torch.linspace, torch.tensor, torch.eye, torch.empty, torch.full, torch.ones, torch.zeros]
+_FACTORIES += [torch.rand, torch.randint, torch.randn, torch.randperm]
 
 
 class _Root(nn.Module):
@@ -48,29 +47,24 @@ class _Root(nn.Module):
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of `model` with fake parameters and buffers on the CPU: no memory, and the original stays untouched.
 
-    Hooks are left out, since they are the user's own code and not to be run on fake tensors. Every parameter
-    requires a gradient, so that the graph also holds once a frozen one is unfrozen. Activation checkpointing is
-    off, because a checkpointed run of blocks hides them; units checkpoint themselves (see `localprop.chain`).
+    Hooks are left out, since they are the user's own code and not to be run on fake tensors. Activation checkpointing
+    is off, because a checkpointed run of blocks hides them; units checkpoint themselves (see `localprop.chain`).
     """
     memo: dict[int, Any] = {}
     with mode:
         for tensor in [*model.parameters(), *model.buffers()]:
             fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
             if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, requires_grad=fake.is_floating_point() or fake.is_complex())
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = fake
     for module in model.modules():
+        memo.update({id(t): t.detach().cpu() for t in vars(module).values() if isinstance(t, Tensor)})
         memo.update({id(getattr(module, hooks)): OrderedDict() for hooks in _HOOKS})
     duplicate = copy.deepcopy(model, memo)
     for module in duplicate.modules():
         if hasattr(module, "grad_checkpointing"):
             module.grad_checkpointing = False
     return duplicate
-
-
-def has_matrix(module: nn.Module) -> bool:
-    """Whether a module holds a weight of two or more axes. Norms and layer scales hold vectors only."""
-    return any(p.ndim >= 2 for p in module.parameters())
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -98,6 +92,9 @@ def trace(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, mode: Fak
     Raises:
         Exception: any, since it runs the model's own code.
     """
+    for parameter in model.parameters():  # frozen ones too: they may be unfrozen later
+        if parameter.is_floating_point():
+            parameter.requires_grad_()
     with mode, torch.enable_grad():
         # Not leaves of autograd, so that the model may write to its input.
         images = {key: torch.empty(n, *size, dtype=dtype).requires_grad_().clone() for key, n in _BATCHES.items()}
@@ -106,7 +103,7 @@ def trace(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, mode: Fak
             graph = tracer.trace(_Root(model))
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
-            node.target = node.target.removeprefix(ROOT + ".")
+            node.target = node.target.removeprefix(_ROOT + ".")
     kept = {"placeholder", "output", "call_module"}
     graph.eliminate_dead_code(lambda node: node.op in kept or bool(node.meta.get("mutated")))
     return graph
@@ -162,15 +159,16 @@ class _ConcreteTracer(fx.Tracer):
     def __init__(self, images: dict[str, Tensor], model: nn.Module) -> None:
         super().__init__(autowrap_modules=())
         self._images = images
-        self._containers = _container_classes(model)
+        self._containers = container_classes(model)
         self._running = False  # inside a leaf, modules and functions behave as outside a trace
         self._context = _context()
 
     @contextmanager
     def recording(self, model: nn.Module) -> Iterator[None]:
         """Makes functions that must not be traced into nodes: timm's own list, math, and tensor factories."""
-        leaves = {id(f): f for f in [*get_notrace_functions(), *vars(math).values()] if callable(f)}
-        factories = {id(f): f for f in (getattr(torch, name) for name in _FACTORIES)}
+        arithmetic = [f for name, f in vars(math).items() if callable(f) and not name.startswith("_")]
+        leaves = {id(f) for f in [*arithmetic, *get_notrace_functions()]}
+        factories = {id(f) for f in _FACTORIES}
         classes = {base for module in model.modules() for base in type(module).__mro__}
         scopes = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
         with ExitStack() as stack:
@@ -201,11 +199,11 @@ class _ConcreteTracer(fx.Tracer):
             return self.create_proxy("get_attr", name, (), {})
         return attr_val
 
-    def create_arg(self, a: Any) -> Any:
-        argument = super().create_arg(a)
-        if isinstance(argument, fx.Node) and str(argument.target).startswith("_tensor_constant"):
-            raise TraceError("it uses a tensor that is neither a parameter nor a buffer")
-        return argument
+    def path_of_module(self, mod: nn.Module) -> str:
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            raise TraceError(f"it calls a {type(mod).__name__} that is no submodule of it") from None
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -213,9 +211,9 @@ class _ConcreteTracer(fx.Tracer):
         if self._running:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
-        if name == ROOT:
+        if name == _ROOT:
             return forward(*args, **kwargs)
-        if self._opens(m):
+        if holds_blocks(m, self._containers):
             before = len(self.graph.nodes)
             try:
                 return forward(*args, **kwargs)
@@ -224,22 +222,19 @@ class _ConcreteTracer(fx.Tracer):
                     self.graph.erase_node(node)
         return self.create_proxy("call_module", name, args, kwargs)
 
-    def _opens(self, module: nn.Module) -> bool:
-        """Whether tracing goes into a module because there are blocks in it."""
-        if is_notrace_module(module):
-            return False
-        if isinstance(module, nn.Sequential):
-            parts = [child for child in module if has_matrix(child)]
-            return len(parts) > 1 or any(self._opens(part) for part in parts)
-        return type(module) in self._containers
+    def create_node(self, kind: str, *rest: Any, **named: Any) -> fx.Node:
+        node = super().create_node(kind, *rest, **named)
+        if kind != "output":
+            self._evaluate(node)
+        return node
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
-        if kind == "output":
-            return proxy
+    def create_proxy(self, kind: str, *rest: Any, **named: Any) -> Any:
+        proxy = super().create_proxy(kind, *rest, **named)
+        return proxy if kind == "output" else self._wrap(proxy)
+
+    def _evaluate(self, node: fx.Node) -> None:
         if _context() != self._context:
             raise TraceError("it switches no_grad or autocast around blocks")
-        node = proxy.node
         versions = {n: _version(n) for n in node.all_input_nodes}
         self._running = True
         try:
@@ -248,7 +243,6 @@ class _ConcreteTracer(fx.Tracer):
         finally:
             self._running = False
         node.meta["mutated"] = [n for n, version in versions.items() if _version(n) != version]
-        return self._wrap(proxy)
 
     def _wrap(self, proxy: Any) -> Any:
         """What the model's code gets to see of a new node."""
@@ -271,6 +265,8 @@ class _ConcreteTracer(fx.Tracer):
         if node.op == "placeholder":
             return self._images[key]
         if node.op == "get_attr":
+            if str(node.target).startswith("_"):  # not in the model: torch.fx has put it beside
+                raise TraceError("it makes a tensor in a way that does not show in a graph")
             owner, _, name = str(node.target).rpartition(".")
             return getattr(self.root.get_submodule(owner), name)
         args, kwargs = _concrete(node.args, key), _concrete(node.kwargs, key)
@@ -306,17 +302,3 @@ def _version(node: fx.Node) -> int | None:
 
 def _context() -> tuple[bool, ...]:
     return (torch.is_grad_enabled(), *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")))
-
-
-def _container_classes(model: nn.Module) -> set[type]:
-    """Classes of modules at or below which a list of blocks lies."""
-    lists = {name for name, module in model.named_modules() if _is_block_list(module)}
-    above = {name.rsplit(".", i)[0] for name in lists for i in range(name.count(".") + 1)}
-    return {type(model.get_submodule(name)) for name in above}
-
-
-def _is_block_list(module: nn.Module) -> bool:
-    """Whether all of a module's weights lie in two or more children of one class that is no basic layer."""
-    parts = [child for child in module.children() if has_matrix(child)]
-    composite = any(has_matrix(grandchild) for part in parts for grandchild in part.children())
-    return len(parts) > 1 and len({type(part) for part in parts}) == 1 and composite

@@ -1,0 +1,35 @@
+"""Which modules of a model are blocks, and which only hold blocks."""
+
+from timm.models import is_notrace_module
+from torch import nn
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module holds a weight of two or more axes. Norms and layer scales hold vectors only."""
+    return any(p.ndim >= 2 for p in module.parameters())
+
+
+def container_classes(model: nn.Module) -> set[type]:
+    """Classes of which some module in `model` has a list of blocks at or below it.
+
+    A class and not a module decides, so that a stage of one block is treated like a stage of many.
+    """
+    lists = [name for name, module in model.named_modules() if _is_block_list(module)]
+    paths = {name.rsplit(".", up)[0] for name in lists for up in range(name.count(".") + 1)}
+    return {type(model.get_submodule(path)) for path in paths}
+
+
+def holds_blocks(module: nn.Module, containers: set[type]) -> bool:
+    """Whether to look for cuts inside a module, given the container classes of its model."""
+    if is_notrace_module(module):
+        return False
+    if isinstance(module, nn.Sequential):
+        parts = [child for child in module if has_matrix(child)]
+        return len(parts) > 1 or any(holds_blocks(part, containers) for part in parts)
+    return type(module) in containers
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    """Whether the parts of a module that are more than one layer each are two or more, and numbered (0, stage1)."""
+    parts = [name for name, child in module.named_children() if any(map(has_matrix, child.children()))]
+    return len(parts) > 1 and all(name[-1].isdigit() for name in parts)

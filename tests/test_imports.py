@@ -1,0 +1,147 @@
+"""The house keeps its order: imports go one way, and what the documents say of the code is so."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import localprop
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "localprop"
+DESIGN = (ROOT / "docs" / "design.md").read_text()
+FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+USERS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+# What may be imported beside the names in `__all__`: the tables that methods, heads and decoders are added to.
+PUBLIC_MODULES = {"localprop.methods": {"METHODS"}, "localprop.heads": {"HEADS"}, "localprop.decoders": {"DECODERS"}}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree):
+    """Every module of localprop that a file imports, wherever in the file; names in it only where they are modules."""
+    modules = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names if alias.name.split(".")[0] == "localprop"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module and node.module.split(".")[0] == "localprop":
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                modules |= {name if file_of(name) else node.module for name in names}
+    return modules
+
+
+def file_of(module):
+    """The file of a module of localprop; None if there is none."""
+    place = ROOT / "src" / Path(*module.split("."))
+    return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
+
+
+def floors():
+    """Room -> its floor, from the drawing in docs/design.md: a line is a floor, rooms are set apart by commas."""
+    drawing = re.search(r"```imports\n(.*?)```", DESIGN, re.DOTALL)[1]
+    return {room: i for i, line in enumerate(drawing.splitlines()) for room in re.split(r"[\s,]+", line.strip())}
+
+
+def test_the_drawing_has_every_room_once():
+    rooms = {room_of(path) for path in FILES} - {"__init__", "__main__"}
+    assert set(floors()) == rooms
+    assert len(re.findall(r"\w+", re.search(r"```imports\n(.*?)```", DESIGN, re.DOTALL)[1])) == len(rooms)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    room, floor = room_of(path), floors()
+    if room in ("__init__", "__main__"):
+        return
+    for module in imported(FILES[path]):
+        target = file_of(module)
+        assert target, f"{path} imports {module}, which is no file"
+        other = room_of(target)
+        if other == "__init__":  # the index lies above the rooms whose names it collects
+            assert room == "cli", f"{path} imports the index"
+        elif other != room:
+            assert floor[other] < floor[room], f"{path} imports {module}, which is not below it"
+
+
+def test_no_file_needs_itself():
+    graph = {path: {file_of(module) for module in imported(tree)} for path, tree in FILES.items()}
+    done = set()
+
+    def visit(path, trail):
+        assert path not in trail, " -> ".join(str(p.relative_to(PACKAGE)) for p in [*trail, path])
+        if path not in done:
+            for target in graph[path]:
+                visit(target, [*trail, path])
+            done.add(path)
+
+    for path in graph:
+        visit(path, [])
+
+
+@pytest.mark.parametrize("room", ["methods", "heads", "decoders"])
+def test_files_of_a_kind_do_not_know_each_other(room):
+    for path in (PACKAGE / room).glob("*.py"):
+        siblings = {file_of(m) for m in imported(FILES[path]) if m.startswith(f"localprop.{room}")}
+        if path.name != "__init__.py":
+            assert siblings <= {PACKAGE / room / "common.py"}, path
+
+
+def test_the_trainer_knows_no_method():
+    for room in ("trainer", "state"):
+        below = {room_of(file_of(module)) for module in imported(FILES[PACKAGE / f"{room}.py"])}
+        assert not below & {"methods", "heads", "decoders", "localize"}
+
+
+def test_the_index_is_what_it_says():
+    bound = {
+        alias.asname or alias.name
+        for node in FILES[PACKAGE / "__init__.py"].body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(localprop.__all__) == bound
+    assert list(localprop.__all__) == sorted(localprop.__all__)
+    assert all(hasattr(localprop, name) for name in localprop.__all__)
+
+
+@pytest.mark.parametrize("path", USERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_and_benchmarks_use_public_names_only(path):
+    tree = ast.parse(path.read_text())
+    aliases = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert all(a.name == "localprop" or not a.name.startswith("localprop.") for a in node.names)
+            aliases |= {a.asname or a.name for a in node.names if a.name == "localprop"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "localprop":
+            allowed = {"localprop": set(localprop.__all__), **PUBLIC_MODULES}
+            assert {alias.name for alias in node.names} <= allowed.get(node.module, set()), node.module
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            assert node.attr in localprop.__all__, node.attr
+
+
+def test_the_guards_that_the_design_names_exist():
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", DESIGN)
+    assert len(named) > 10
+    for file, test in named:
+        path = ROOT / "tests" / f"{file}.py"
+        assert path.is_file(), path
+        assert f"\ndef {test}(" in path.read_text(), f"{file}.py has no {test}"
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/guide.md"])
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / path).read_text()):
+        if "://" not in target:
+            assert ((ROOT / path).parent / target).exists(), target
+
+
+def test_the_two_commands_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert "\npip install -e . && localprop train\n" in readme
+    assert '\npip install -e ".[test]" && pytest\n' in readme
