@@ -56,7 +56,7 @@ def test_balanced_asks_for_the_cost_of_a_run_once():
 
 
 def stages(shapes, input_size=(3, 224, 224)):
-    units = tuple(Unit(str(i), shape, (), {}) for i, shape in enumerate(shapes))
+    units = tuple(Unit(str(i), shape, parameters=(), code={}, switches=()) for i, shape in enumerate(shapes))
     return stage_ends(Chain(units, input_size))
 
 

@@ -208,7 +208,7 @@ def save_weights(path: Path, state_dict: dict[str, Tensor], metadata: dict[str, 
     Raises:
         CheckpointError: the disk is full, may not be written or fails.
     """
-    with _aside(path) as temporary:
+    with written_aside(path) as temporary:
         _write_tensors(temporary, state_dict, metadata or {})
 
 
@@ -218,7 +218,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         CheckpointError: the disk is full, may not be written or fails.
     """
-    with _aside(path) as temporary:
+    with written_aside(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
@@ -365,7 +365,7 @@ def _verify(path: Path, sums: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path) -> Iterator[Path]:
     """Yields a path in a hidden folder beside `path`; the file written there is synced and replaces it."""
     temporary = path.with_name(f".{path.name}.tmp")
     with _all_or_nothing(path, temporary):

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from localprop.checkpoint import written_aside
 from localprop.report.formats import format_accuracy, format_loss
-from localprop.report.results import EpochRow, written_aside
+from localprop.report.results import EpochRow
 
 # With more labels than this, leader lines would cross them; the colour leads to the line as well.
 MOST_LEADERS = 8

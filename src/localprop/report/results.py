@@ -2,12 +2,11 @@
 
 import csv
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from localprop.checkpoint import written_aside
 from localprop.errors import CheckpointError
 
 COLUMNS_BEFORE = ("epoch", "step", "lr")
@@ -48,14 +47,6 @@ class EpochRow:
         """The network's own top-1 accuracy in percent; NaN if it was not tested."""
         last = self.test_accuracies[-1]
         return math.nan if last is None else last
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to that replaces `path` at the end, so that a kill never leaves half a file."""
-    aside = path.with_name(path.name + ".tmp")
-    yield aside
-    os.replace(aside, path)
 
 
 def write_results(path: Path, rows: Sequence[EpochRow]) -> None:
