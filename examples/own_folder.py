@@ -50,7 +50,7 @@ work = Path(tempfile.mkdtemp(prefix="localprop-"))
 own, flags = sys.argv[1:2], sys.argv[2:]
 folder = Path(own[0]) if own else draw_shapes(work / "shapes")
 if not own:
-    flags = ["--img-size", str(SIDE), "--epochs", "5", "--batch-size", "16"]
+    flags = ["--img-size", str(SIDE), "--epochs", "4", "--batch-size", "16"]
 localprop("train", "--data", f"folder:{folder}", "--output", str(work), "--experiment", "run", *flags)
 localprop("export", str(work / "run"), "--output", str(work / "exported"))
 

@@ -4,12 +4,11 @@ import pytest
 import timm
 import torch
 
-from localprop import chain, localize
+from localprop import chain
 from localprop.cost import Cost, auxiliary_cost, unit_costs
-from tiny import CUTS, MODELS, SIZE, batch, build
+from tiny import MODELS, SIZE, batch, build, kept_bytes, split, units_of
 
 BATCH = 32
-MIB = 2**20
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,22 +16,10 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def kept_bytes(run, owner, but=lambda result: None):
-    """Bytes of distinct memory that autograd keeps when `run` is called; weights and buffers of `owner` left out."""
-    static = {t.untyped_storage().data_ptr() for t in [*owner.parameters(), *owner.buffers()]}
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        result = run()
-    if (tensor := but(result)) is not None:
-        static.add(tensor.untyped_storage().data_ptr())
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept}
-    return sum(s.nbytes() for address, s in storages.items() if address not in static)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_the_units_together_keep_what_the_model_keeps(name):
     model, (images, _) = build(name).train(), batch(BATCH)
-    costs = unit_costs(model, chain(model, SIZE))
+    costs = unit_costs(model, units_of(name))
     assert sum(costs, Cost(0, 0)).saved * BATCH == pytest.approx(kept_bytes(lambda: model(images), model), rel=0.01)
     assert sum(c.parameters for c in costs) == sum(p.numel() * 4 for p in model.parameters())
     assert all(p.grad is None for p in model.parameters())
@@ -42,8 +29,7 @@ def test_the_units_together_keep_what_the_model_keeps(name):
 @pytest.mark.parametrize("method", ["feature-reconstruction", "infopro"])
 def test_every_local_module_keeps_what_its_parts_keep(name, method):
     model, (images, labels) = build(name).train(), batch(BATCH)
-    net = localize(model, method=method, cuts=CUTS[name][3], input_size=SIZE)
-    units = chain(model, SIZE)
+    net, units = split(name, method=method, model=model), units_of(name)
     costs = dict(zip([unit.name for unit in units], unit_costs(model, units), strict=True))
     shapes = {unit.name: unit.shape for unit in units}
     features, context = images, {}
@@ -63,18 +49,17 @@ def test_every_local_module_keeps_what_its_parts_keep(name, method):
 
 def test_frozen_weights_have_no_gradients():
     model = build("vit")
-    before = unit_costs(model, chain(model, SIZE))
+    before = unit_costs(model, units_of("vit"))
     model.blocks[1].requires_grad_(False)
-    after = unit_costs(model, chain(model, SIZE))
+    after = unit_costs(model, units_of("vit"))
     assert [c.parameters for c in after] == [c.parameters if i != 2 else 0 for i, c in enumerate(before)]
     assert after[2].saved < before[2].saved
 
 
 def test_half_precision_costs_half():
     model = build("cnn")
-    full = sum(unit_costs(model, chain(model, SIZE)), Cost(0, 0))
-    model.half()
-    half = sum(unit_costs(model, chain(model, SIZE)), Cost(0, 0))
+    full = sum(unit_costs(model, units_of("cnn")), Cost(0, 0))
+    half = sum(unit_costs(model.half(), units_of("cnn")), Cost(0, 0))
     assert half.parameters == full.parameters / 2
     assert half.saved == pytest.approx(full.saved / 2, rel=0.01)
 

@@ -8,10 +8,12 @@ from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 from torch.nn import functional as F
 
-from localprop import chain, localize
+from localprop import localize
+from localprop.decoders.conv import ConvDecoder
 from localprop.errors import ChainError, ConfigError
-from test_cost import kept_bytes
-from tiny import CUTS, SIZE, batch, build
+from localprop.heads.mlp import MlpHead
+from localprop.methods.feature_reconstruction import FeatureReconstruction
+from tiny import SIZE, batch, build, kept_bytes, split, traced_once, units_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,34 +25,44 @@ def units(net):
     return [module.units for module in net.local_modules]
 
 
+def names_of(name):
+    return [unit.name for unit in units_of(name)]
+
+
 def test_defaults():
     net = localize(build("vit"))
     assert len(net.local_modules) == 4
-    spec = net.local_modules[1].auxiliary
-    assert type(spec).__name__ == "FeatureReconstruction"
-    assert type(spec.decoder).__name__ == "ConvDecoder"
-    assert type(spec.head).__name__ == "MlpHead"
-    assert units(localize(build("vit"), method="end-to-end")) == [[u.name for u in chain(build("vit"))]]
+    loss = net.local_modules[1].auxiliary
+    assert isinstance(loss, FeatureReconstruction)
+    assert isinstance(loss.decoder, ConvDecoder)
+    assert isinstance(loss.head, MlpHead)
+    assert units(localize(build("vit"), method="end-to-end")) == [names_of("vit")]
 
 
 def test_cuts_by_units_and_by_blocks_of_units():
-    model = build("vit")
-    names = [unit.name for unit in chain(model)]
-    assert units(localize(model, cuts=["blocks.0", "blocks.2"])) == [names[:2], names[2:4], names[4:]]
-    assert units(localize(model, cuts=["blocks"])) == [names[:-1], names[-1:]]
-    assert units(localize(model, modules=2, cuts=["blocks.2"])) == [names[:4], names[4:]]
-    assert units(localize(model, cuts=[])) == [names]
+    names = names_of("vit")
+
+    def cut(*cuts, modules=None):
+        with traced_once("vit"):
+            return units(localize(build("vit"), modules, cuts=cuts))
+
+    assert cut("blocks.0", "blocks.2") == [names[:2], names[2:4], names[4:]]
+    assert cut("blocks") == [names[:-1], names[-1:]]
+    assert cut("blocks.2", modules=2) == [names[:4], names[4:]]
+    assert cut() == [names]
 
 
 def test_stages():
-    model = build("resnet")
-    names = ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
-    four = localize(model, 4, partition="stage", input_size=SIZE)
+    model, names = build("resnet"), names_of("resnet")
+    assert names == ["conv1", "layer1", "layer2", "layer3", "layer4", "fc"]
+    with traced_once("resnet"):
+        four = localize(model, 4, partition="stage", input_size=SIZE)
+        two = localize(model, 2, partition="stage", input_size=SIZE)
     assert units(four) == [names[:2], names[2:3], names[3:4], names[4:]]
-    two = units(localize(model, 2, partition="stage", input_size=SIZE))
-    assert two[0] + two[1] == names
-    assert two[0][-1] in names[1:4]
-    assert units(localize(build("swin"), 2, partition="stage"))[1] == ["layers.1", "head"]
+    assert sum(map(len, units(two))) == len(names)
+    assert units(two)[0][-1] in names[1:4]
+    swin = localize(build("swin"), 2, partition="stage")
+    assert units(swin)[0] == ["patch_embed", "layers.0.blocks.0", "layers.0.blocks.1"]
 
 
 BALANCED = [("vit", "feature-reconstruction"), ("resnet", "infopro"), ("cnn", "greedy")]
@@ -73,9 +85,10 @@ def test_the_balanced_cut_makes_the_largest_module_smallest(name, method):
             features = module(features, context).detach()
         return max(sizes)
 
-    names = [unit.name for unit in chain(model, SIZE)]
-    sizes = {cut: largest(localize(model, method=method, cuts=[cut], input_size=SIZE)) for cut in names[:-1]}
-    net = localize(model, 2, method=method, input_size=SIZE, batch_size=16)
+    with traced_once(name):
+        cuts = names_of(name)[:-1]
+        sizes = {cut: largest(localize(model, method=method, cuts=[cut], input_size=SIZE)) for cut in cuts}
+        net = localize(model, 2, method=method, input_size=SIZE, batch_size=16)
     assert sizes[net.local_modules[0].units[-1]] == pytest.approx(min(sizes.values()), rel=0.02)
     assert max(sizes.values()) > 1.1 * min(sizes.values())
 
@@ -98,7 +111,8 @@ def test_balancing_leaves_the_model_and_the_random_state_alone():
     net = localize(model, 2)
     after = torch.get_rng_state()
     torch.set_rng_state(state)
-    same = localize(model, cuts=net.local_modules[0].units[-1:])
+    with traced_once("swin"):
+        same = localize(model, cuts=net.local_modules[0].units[-1:])
     assert torch.equal(after, torch.get_rng_state())
     for a, b in zip(net.local_modules, same.local_modules, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a.auxiliary.parameters(), b.auxiliary.parameters(), strict=True))
@@ -108,7 +122,7 @@ def test_balancing_leaves_the_model_and_the_random_state_alone():
 
 
 def test_auxiliary_nets_take_the_models_dtype():
-    net = localize(build("mlp").double(), cuts=CUTS["mlp"][3], input_size=SIZE)
+    net = split("mlp", model=build("mlp").double())
     assert {p.dtype for p in net.parameters()} == {torch.float64}
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from localprop import chain, localize
+from localprop import localize
+from localprop.errors import ChainError
 from localprop.seeding import derive_seed
-from tiny import CUTS, MODELS, SIZE, batch, build
+from tiny import MODELS, SIZE, batch, build, split, traced_once, units_of
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -18,13 +19,6 @@ every_model = pytest.mark.parametrize("name", MODELS)
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def split(name, modules=3, method="feature-reconstruction", model=None, **options):
-    """A tiny model as a network of 2 or 3 modules, with the same weights each time."""
-    model = build(name) if model is None else model
-    torch.manual_seed(1)
-    return localize(model, method=method, cuts=CUTS[name][modules], input_size=SIZE, **options)
 
 
 def gradients(net):
@@ -42,7 +36,7 @@ def assert_same(a, b):
 def test_the_network_computes_what_the_backbone_does(name, most):
     model, images = build(name), batch()[0]
     keys = list(model.state_dict())
-    modules = len(chain(model, SIZE)) if most else 2
+    modules = len(units_of(name)) if most else 2
     net = localize(model, modules, input_size=SIZE) if most else split(name, 2, model=model)
     assert len(net.local_modules) == modules
     model.eval()
@@ -71,6 +65,17 @@ def test_every_parameter_is_there_once(name):
     assert len(set(stored)) == len(stored)
     names = [n for module in net.local_modules for n, _ in module.named_parameters() if not n.startswith("auxiliary.")]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+
+
+def test_a_weight_shared_by_two_layers_is_one_modules():
+    layers = [nn.Linear(3072, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)]
+    layers[3].weight = layers[1].weight
+    model = nn.Sequential(nn.Flatten(), *layers)
+    net = localize(model, 3, "greedy", input_size=SIZE)
+    owned = [id(p) for module in net.local_modules for p in module.parameters()]
+    assert sorted(owned) == sorted(id(p) for p in net.parameters())
+    with pytest.raises(ChainError, match="at most 3"):
+        localize(model, 4, "greedy", input_size=SIZE)
 
 
 @pytest.mark.parametrize(("name", "autocast"), [("swin", False), ("vit", False), ("vit", True), ("cnn", True)])
@@ -190,7 +195,8 @@ def test_random_numbers_depend_on_the_seed_and_the_module_alone():
     def run(seed, cuts=("1", "4"), draws=0):
         model = build("mlp")
         torch.manual_seed(1)
-        net = localize(model, cuts=cuts, input_size=SIZE)
+        with traced_once("mlp"):
+            net = localize(model, cuts=cuts, input_size=SIZE)
         torch.manual_seed(draws)
         net.backward(*batch(), seed=seed, after_module=lambda k, loss: torch.rand(draws))
         return [{n: p.grad for n, p in module.named_parameters()} for module in net.local_modules]

@@ -320,3 +320,15 @@ def test_numbers_as_text():
     ]
     assert format_loss(math.nan) == "nan"
     assert [format_speed(x) for x in (0.51, 9.97, 1234.5)] == ["0.5 images/s", "10 images/s", "1234 images/s"]
+
+
+def test_a_long_epoch_without_a_terminal_prints_a_line_a_minute(monkeypatch):
+    output, now = StringIO(), [0.0]
+    monkeypatch.setattr("localprop.report.progress.time.monotonic", lambda: now[0])
+    with Progress(Console(file=output, width=200), 2, 100, 32, 2) as progress:
+        for step in range(1, 101):
+            now[0] += 2.5
+            progress.step(1, step, [1.0, 2.0], 2**30)
+    lines = output.getvalue().splitlines()
+    assert [line.split()[2] for line in lines] == ["24/100", "48/100", "72/100", "96/100"]
+    assert all("1.000   2.000" in line and "left" in line for line in lines)

@@ -100,7 +100,10 @@ def test_export_loads_in_timm_with_the_same_logits(plain, tmp_path):
     model.load_state_dict(final_weights(plain))
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(exported(images), model(images))
-    assert exported.pretrained_cfg["mean"] == pytest.approx(description["mean"])
+    settings = exported.pretrained_cfg
+    assert settings["mean"] == pytest.approx(description["mean"])
+    assert settings["crop_pct"] == 1.0
+    assert "license" not in json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
     assert main(["export", str(plain / "run"), "--output", str(tmp_path / "out")]) == 2  # never overwritten
 
 
@@ -195,8 +198,8 @@ def test_resume_passes_over_a_damaged_checkpoint_and_says_so(lively, tmp_path, m
 
 
 def test_resume_refuses_other_settings(plain, capsys):
-    assert main(["train", "--resume", str(plain / "run"), "--lr", "3"]) == 2
-    assert "--lr was 0.001" in capsys.readouterr().err
+    assert main(["train", "--resume", str(plain / "run"), "--lr", "5"]) == 2
+    assert "--lr was 0.003" in capsys.readouterr().err
 
 
 def test_a_second_run_never_writes_into_an_old_folder(plain, capsys):

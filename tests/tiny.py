@@ -1,8 +1,15 @@
 """Tiny models that tests share: one of every kind, for 5 labels of 32 x 32 pixels, with dropout where they have it."""
 
+import functools
+import sys
+from contextlib import contextmanager
+from unittest import mock
+
 import timm
 import torch
 from torch import nn
+
+from localprop import chain, localize
 
 CLASSES = 5
 SIZE = (3, 32, 32)
@@ -85,8 +92,41 @@ def build(name):
     return MODELS[name]()
 
 
+@functools.cache
+def units_of(name):
+    """The chain of the model `name`; it serves every copy."""
+    return chain(build(name), SIZE)
+
+
+@contextmanager
+def traced_once(name):
+    """Inside, `localize` takes the chain of the model `name` from before: tracing takes longer than all the rest."""
+    with mock.patch.object(sys.modules["localprop.localize"], "chain", return_value=units_of(name)):
+        yield
+
+
+def split(name, modules=3, method="feature-reconstruction", model=None, **options):
+    """A tiny model as a network of 2 or 3 modules, with the same weights each time."""
+    model = build(name) if model is None else model
+    torch.manual_seed(1)
+    with traced_once(name):
+        return localize(model, method=method, cuts=CUTS[name][modules], input_size=SIZE, **options)
+
+
 def batch(size=4, seed=0):
     """Images and labels; the first two share theirs."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(size, *SIZE, generator=generator)
     return images, torch.arange(size).clamp(min=1) % CLASSES
+
+
+def kept_bytes(run, owner, but=lambda result: None):
+    """Bytes of distinct memory that autograd keeps when `run` is called; weights and buffers of `owner` left out."""
+    static = {t.untyped_storage().data_ptr() for t in [*owner.parameters(), *owner.buffers()]}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = run()
+    if (tensor := but(result)) is not None:
+        static.add(tensor.untyped_storage().data_ptr())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept}
+    return sum(s.nbytes() for address, s in storages.items() if address not in static)

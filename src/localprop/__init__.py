@@ -1,12 +1,18 @@
 """Train transformers, and any other timm or torch model, without end-to-end backpropagation."""
 
 from localprop.chain import Chain, Unit, chain
+from localprop.decoders import DECODERS
 from localprop.errors import LocalpropError
+from localprop.heads import HEADS
 from localprop.localize import localize
+from localprop.methods import METHODS
 from localprop.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
 
 __version__ = "0.1.0"
 __all__ = [
+    "DECODERS",
+    "HEADS",
+    "METHODS",
     "Chain",
     "LocalLoss",
     "LocalModule",

@@ -25,11 +25,16 @@ def holds_blocks(module: nn.Module, containers: set[type]) -> bool:
         return False
     if isinstance(module, nn.Sequential):
         parts = [child for child in module if has_matrix(child)]
-        return len(parts) > 1 or any(holds_blocks(part, containers) for part in parts)
+        return len(parts) > 1 or any(_is_composite(part) for part in parts)
     return type(module) in containers
 
 
+def _is_composite(module: nn.Module) -> bool:
+    """Whether a module is more than one layer."""
+    return any(map(has_matrix, module.children()))
+
+
 def _is_block_list(module: nn.Module) -> bool:
-    """Whether the parts of a module that are more than one layer each are two or more, and numbered (0, stage1)."""
-    parts = [name for name, child in module.named_children() if any(map(has_matrix, child.children()))]
+    """Whether a module's composite children are two or more, and numbered (0, stage1)."""
+    parts = [name for name, child in module.named_children() if _is_composite(child)]
     return len(parts) > 1 and all(name[-1].isdigit() for name in parts)

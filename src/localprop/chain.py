@@ -213,13 +213,11 @@ def _own_input_size(model: nn.Module) -> tuple[int, int, int]:
     size = settings.get("input_size")
     if type(model).__module__.startswith("torchvision."):
         size = (3, 224, 224)
-    for owner in (model, getattr(model, "patch_embed", None)):
-        for attribute in ("img_size", "image_size"):
-            side = getattr(owner, attribute, None)
-            if isinstance(side, int):
-                side = (side, side)
-            if isinstance(side, (tuple, list)) and len(side) == 2:
-                size = (size[0] if size else 3, int(side[0]), int(side[1]))
+    sides = (getattr(m, name, None) for m in model.modules() for name in ("img_size", "image_size"))
+    pairs = ((side, side) if isinstance(side, int) else side for side in sides)
+    pair = next((pair for pair in pairs if isinstance(pair, (tuple, list)) and len(pair) == 2), None)
+    if pair:
+        size = (size[0] if size else 3, int(pair[0]), int(pair[1]))
     if size is None:
         raise ChainError(
             f"{type(model).__name__} does not tell the size of its images; pass input_size=(channels, height, width)"

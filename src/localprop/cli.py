@@ -28,7 +28,7 @@ usage: localprop COMMAND [OPTIONS]
 
 Train transformers, and any other timm model, without end-to-end backpropagation.
 
-  train          train a model by local learning; without options, a small Swin on digits (2 minutes)
+  train          train a model by local learning; without options, a small Swin on handwritten digits
   eval RUN       accuracy of a run's weights
   export RUN     a run's weights as a folder that timm.create_model loads
   chain MODEL    the units that a timm model can be cut into

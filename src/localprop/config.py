@@ -127,7 +127,7 @@ class OptimConfig:
     """Images per step."""
     opt: str = "adamw"
     """Any optimizer of timm."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
     """Weight decay, not applied to biases, norms and what the model exempts."""
@@ -156,7 +156,7 @@ class RunConfig:
     output: Path = Path("runs")
     """Folder that holds the run folders."""
     experiment: OptionalStr = None
-    """Name of the run folder (default: from date, method and model). A run never writes into an old one."""
+    """Name of the run folder (default: from date, data and method). A run never writes into an old one."""
     resume: OptionalStr = None
     """Go on with a run: its folder, or nothing for the newest in --output."""
     seed: int = 42
@@ -173,8 +173,8 @@ class RunConfig:
 class TrainConfig:
     """Train a model by local learning.
 
-    Without options: a small Swin on handwritten digits, about a minute and a half. -c FILE.yaml sets defaults, which
-    flags override; its keys are the flags' names.
+    Without options: a small Swin on handwritten digits. -c FILE.yaml sets defaults, which flags override; its keys
+    are the flags' names.
     """
 
     backbone: ModelConfig = field(default_factory=ModelConfig)

@@ -145,7 +145,8 @@ def create_run_folder(config: TrainConfig) -> Path:
     """
     named = config.run.experiment is not None
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = config.run.experiment or f"{stamp}-{config.local.method}-{config.backbone.model}"
+    data = Path(config.data.data.removeprefix("folder:")).name
+    base = config.run.experiment or f"{stamp}-{data}-{config.local.method}"
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         folder = config.run.output / (base + suffix)
         try:
@@ -173,6 +174,8 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork) -
         "input_size": [3, data.img_size, data.img_size],
         "mean": data.mean,
         "std": data.std,
+        "crop_pct": data.crop_pct,
+        "interpolation": "bilinear",
         "classes": data.classes,
         "modules": [module.units for module in net.local_modules],
         "auxiliary_parameters": [sum(p.numel() for p in module.auxiliary.parameters()) for module in net.local_modules],

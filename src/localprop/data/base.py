@@ -24,6 +24,7 @@ class Store(Protocol):
     train_size: int
     test_size: int
     skipped: list[str]
+    crop_pct: float  # part of an evaluated image's side that is seen, as timm defines it
 
     def train(
         self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
@@ -73,6 +74,11 @@ class Data:
     def test_size(self) -> int:
         """Number of test images."""
         return self.store.test_size
+
+    @property
+    def crop_pct(self) -> float:
+        """Part of an evaluated image's side that is seen, as timm defines it."""
+        return self.store.crop_pct
 
     @property
     def skipped(self) -> list[str]:

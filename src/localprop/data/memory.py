@@ -37,6 +37,8 @@ class MemoryStore:
     seed: int
     skipped: list[str] = field(default_factory=list)
 
+    crop_pct = 1.0
+
     def __post_init__(self) -> None:
         self.train_size = len(self.train_images)
         self.test_size = len(self.test_images)

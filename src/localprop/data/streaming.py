@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from timm.data import create_transform
+from timm.data import DEFAULT_CROP_PCT, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -45,6 +45,8 @@ class StreamStore:
     bad_images: int
     skipped: list[str] = field(default_factory=list)
 
+    crop_pct = DEFAULT_CROP_PCT
+
     def __post_init__(self) -> None:
         self.train_size = len(self.train_files)
         self.test_size = len(self.test_files)
@@ -61,7 +63,8 @@ class StreamStore:
     def test(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Batches in order, through timm's evaluation transform; see `localprop.data.base.Store`."""
         order = list(range(self.test_size))
-        images = _Decoded(self.test_files, order, create_transform(self.img_size, normalize=False), 0, None)
+        transform = create_transform(self.img_size, crop_pct=self.crop_pct, normalize=False)
+        images = _Decoded(self.test_files, order, transform, 0, None)
         batches = [order[first : first + batch_size] for first in range(0, self.test_size, batch_size)]
         return self._batches(images, batches, device, refuse_image)
 

@@ -17,6 +17,8 @@ from localprop.report.results import EpochRow
 
 SMOOTHING_SECONDS = 60  # over how much of the past the pace is averaged
 REDRAW_SECONDS = 1 / 8
+# Without a terminal a long epoch says how it goes on so often.
+LINE_SECONDS = 60
 
 
 class Pace:
@@ -93,7 +95,7 @@ class Progress:
         self._losses = np.array(self._row.train_losses if self._row else [])
         self._seen = 0
         self._peak_memory = self._row.peak_memory if self._row else 0
-        self._drawn = -math.inf
+        self._drawn = time.monotonic()
         self._live = None
         if console.is_interactive and os.environ.get("CI", "").lower() in ("", "0", "false"):
             # Redrawn by hand: a thread that holds a lock while a data loader forks can hang the worker.
@@ -127,12 +129,16 @@ class Progress:
         if self._live and (now - self._drawn >= REDRAW_SECONDS or step_in_epoch == self._steps):
             self._drawn = now
             self._live.refresh()
+        elif not self._live and now - self._drawn >= LINE_SECONDS:
+            self._drawn = now
+            self.note(f"{self._counter()}  {step_in_epoch}/{self._steps}  loss {self._plain_losses()}  {self._time()}")
 
     def epoch(self, row: EpochRow) -> None:
         """An epoch has been trained and tested."""
         self._pace.epoch(time.monotonic())
         self._row, self._epoch, self._step = row, row.epoch, self._steps
         self._losses, self._peak_memory = np.array(row.train_losses), row.peak_memory
+        self._drawn = time.monotonic()
         if self._live:
             self._live.refresh()
         else:
@@ -143,11 +149,13 @@ class Progress:
         self._console.print(Text(line), soft_wrap=True)
 
     def _plain_line(self, row: EpochRow) -> str:
-        losses = " ".join(f"{format_loss(loss):>7}" for loss in row.train_losses)
         return (
-            f"{self._counter()}  loss {losses}  test {format_accuracy(row.accuracy):>6}%"
+            f"{self._counter()}  loss {self._plain_losses()}  test {format_accuracy(row.accuracy):>6}%"
             f"  {format_speed(row.images_per_second):>13}  {format_bytes(row.peak_memory):>8}  {self._time()}"
         )
+
+    def _plain_losses(self) -> str:
+        return " ".join(f"{format_loss(loss):>7}" for loss in self._losses)
 
     def _counter(self) -> str:
         return f"epoch {max(self._epoch, 1):>{len(str(self._epochs))}}/{self._epochs}"
