@@ -147,16 +147,14 @@ def test_cutting_leaves_the_model_as_it_was():
 
     def state():
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return (
-            [(name, id(t), t.requires_grad, t.tolist()) for name, t in tensors.items()],
-            [module.training for module in model.modules()],
-            torch.get_rng_state().tolist(),
-            random.getstate(),
-        )
+        facts = [(name, id(t), t.requires_grad, t.grad) for name, t in tensors.items()]
+        flags = [module.training for module in model.modules()]
+        return (facts, flags, torch.get_rng_state().tolist(), random.getstate())
 
-    before = state()
+    before, weights = state(), copy.deepcopy(model.state_dict())
     chain(model, IMAGE)
     assert state() == before
+    assert_equal(weights, model.state_dict())
     assert calls == []
 
 
@@ -171,10 +169,11 @@ def test_hooks_on_blocks_and_layers_run():
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors made under it that are still there."""
+    """Counts the bytes of the tensors made under it that are still there; those that are views of `known` are not."""
 
-    def __init__(self):
+    def __init__(self, known):
         super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.storages = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -182,7 +181,8 @@ class _Alive(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                if storage._cdata not in self.known:
+                    self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return result
 
     def bytes(self):
@@ -194,15 +194,15 @@ class _Alive(TorchDispatchMode):
 def test_gradient_checkpointing(name, when):
     model = timm.create_model(name, **TIMM[name][1], **RATES)
     images = torch.randn(2, *IMAGE)
-    plain = trained(model, lambda x: through_units(model, chain(model, IMAGE), x), images)
-    if when == "before":
-        model.set_grad_checkpointing()
-    units = chain(model, IMAGE)
+    plain_units = chain(model, IMAGE)
+    plain = trained(model, lambda x: through_units(model, plain_units, x), images)
     model.set_grad_checkpointing()
+    units = chain(model, IMAGE) if when == "before" else plain_units
+    assert units.names() == plain_units.names()
     assert_equal(plain, trained(model, lambda x: through_units(model, units, x), images))
 
     def kept(unit, features):
-        with _Alive() as alive:
+        with _Alive([features, *model.parameters(), *model.buffers()]) as alive:
             output = unit(model, features, {})
         return alive.bytes() - output.untyped_storage().nbytes()
 

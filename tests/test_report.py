@@ -323,7 +323,7 @@ def test_numbers_as_text():
 
 
 def test_a_long_epoch_without_a_terminal_prints_a_line_a_minute(monkeypatch):
-    output, now = StringIO(), [0.0]
+    output, now = io.StringIO(), [0.0]
     monkeypatch.setattr("localprop.report.progress.time.monotonic", lambda: now[0])
     with Progress(Console(file=output, width=200), 2, 100, 32, 2) as progress:
         for step in range(1, 101):

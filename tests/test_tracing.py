@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from localprop.chain import chain
 from localprop.errors import ChainError
@@ -110,6 +111,16 @@ class TwoStreams(Net):
         return self.fc((self.a(x) + self.b(F.pad(x, (0, 0, 0, 0, 0, 5)))).mean((2, 3)))
 
 
+class WritesItsInput(nn.Conv2d):
+    def forward(self, x):
+        x += 1
+        return super().forward(x)
+
+
+def _writes_input():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), WritesItsInput(8, 8, 3), nn.Flatten(), nn.Linear(8 * 144, 5))
+
+
 def _tied():
     shared = nn.Linear(8, 8)
     return nn.Sequential(nn.Flatten(), nn.Linear(768, 8), shared, nn.Tanh(), shared, nn.Linear(8, 5))
@@ -132,6 +143,7 @@ def _weight_norm():
         (Transformer, ["a", "encoder.layers.0", "encoder.layers.1", "encoder.layers.2", "fc"]),
         (OptionalArgument, ["a", "b", "fc"]),
         (TwoStreams, ["b", "fc"]),
+        (_writes_input, ["1", "3"]),
         (_tied, ["1", "2", "5"]),
         (_weight_norm, ["0", "2"]),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 5)), ["1"]),
@@ -166,19 +178,46 @@ def test_units_of(make, names):
             assert all(map(torch.equal, expected, actual))
 
 
-def test_units_of_a_module_that_cannot_be_followed_stay_together():
-    class Loop(nn.Sequential):
-        def forward(self, x):  # a loop over the batch
-            return torch.stack([super(Loop, self).forward(image) for image in x])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_parameter_belongs_to_the_unit_that_uses_it(frozen):
+    class Early(Net):
+        def forward(self, x):
+            bias = self.shift.exp()
+            return self.fc((self.b(self.a(x)) + bias).mean((2, 3)))
 
-    stem, body, head = nn.Conv2d(3, 8, 3), Loop(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 5, 10)
-    model = nn.Sequential(stem, body, head, nn.Flatten())
+    model = Early()
+    model.shift.requires_grad_(not frozen)
+    units = chain(model, SIZE)
+    assert [unit.name for unit in units if "shift" in unit.parameters] == ["b"]
+
+
+def test_blocks_are_found_behind_activation_checkpointing():
+    class Checkpointed(Net):
+        grad_checkpointing = True
+
+        def forward(self, x):
+            y = self.a(x)
+            y = checkpoint(self.b, y, use_reentrant=True) if self.grad_checkpointing else self.b(y)
+            return self.fc(y.mean((2, 3)))
+
+    assert [unit.name for unit in chain(Checkpointed(), SIZE)] == ["a", "b", "fc"]
+
+
+def test_a_module_that_cannot_be_followed_stays_whole():
+    class Loop(nn.Sequential):
+        def forward(self, x):
+            return torch.stack([self[1](image) for image in self[0](x)])  # a loop over the batch
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Loop(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)), nn.Conv2d(8, 5, 10))
     units = chain(model, SIZE)
     assert [unit.name for unit in units] == ["0", "1", "2"]
+    calls = []
+    model[1][0].register_forward_hook(lambda *_: calls.append("once"))
     images = torch.randn(4, *SIZE)
-    features = images
+    features, context = images, {}
     for unit in units:
-        features = unit(model, features, {})
+        features = unit(model, features, context)
+    assert calls == ["once"]
     assert torch.equal(features, model(images))
 
 

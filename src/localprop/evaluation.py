@@ -72,13 +72,13 @@ def export_run(folder: Path, output: Path | None) -> Path:
     config = replace(read_config(folder).backbone, pretrained=False, model_kwargs=description["model_kwargs"])
     model, kwargs = create_backbone(config, None)
     load_weights(folder, model)
-    settings = dict(model.pretrained_cfg)
+    settings: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     if not read_config(folder).backbone.pretrained:
         # The weights are new: timm's tag and licence are those of weights that have no part in them.
         for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description"):
             settings.pop(key, None)
     preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
-    model.pretrained_cfg = {**settings, **{key: description[key] for key in preprocessing}}
+    model.pretrained_cfg = {**settings, **{key: description[key] for key in preprocessing}}  # type: ignore[assignment]
     arguments = {key: value for key, value in kwargs.items() if key != "num_classes"}
     save_for_hf(
         model,

@@ -126,10 +126,13 @@ class TrainingState:
 
 
 def _optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    if config.opt not in list_optimizers():
-        raise ConfigError(f"--opt {config.opt!r} is no optimizer of timm; {suggestion(config.opt, list_optimizers())}")
+    known = [str(name) for name in list_optimizers()]
+    if config.opt not in known:
+        raise ConfigError(f"--opt {config.opt!r} is no optimizer of timm; {suggestion(config.opt, known)}")
     # PyTorch's own optimizers have a fused step, six times as fast for a small network on a CPU.
-    fused = {"fused": True} if "fused" in inspect.signature(get_optimizer_class(config.opt, False)).parameters else {}
+    fused: dict[str, Any] = (
+        {"fused": True} if "fused" in inspect.signature(get_optimizer_class(config.opt, False)).parameters else {}
+    )
     return create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused)
 
 
