@@ -70,9 +70,10 @@ def small(tmp_path):
 
 
 def test_small_images_are_held_as_they_are(small):
-    data = folder(small, img_size=None)
+    data = load_data(DataConfig(data=f"folder:{small}"), None, 0, default_img_size=224)
     assert isinstance(data.store, MemoryStore)
     assert (data.name, data.classes, data.img_size) == ("pets", ["cat", "dog"], 224)
+    assert folder(small, img_size=None).img_size == SMALL, "where the model does not mind, they stay as they are"
     assert (data.train_size, data.test_size) == (16, 6)
     assert data.store.crop_pad == SMALL // 8
     assert data.store.train_labels.tolist() == [0] * 8 + [1] * 8

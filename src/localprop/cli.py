@@ -108,7 +108,8 @@ def _run(config: TrainConfig, resumed: Path | None) -> int:
     notes = trainer.resume() if resumed else []
     if not resumed:
         write_description(folder, experiment, net)
-    console.print(f"{experiment.title}: {len(names)} modules, {experiment.device}", highlight=False)
+    side = experiment.data.img_size
+    console.print(f"{experiment.title} at {side}x{side}: {len(names)} modules, {experiment.device}", highlight=False)
     console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     try:
         progress = Progress(console, config.optim.epochs, steps, config.optim.batch_size, len(names), trainer.rows)

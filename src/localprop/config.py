@@ -66,7 +66,7 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights."""
     img_size: OptionalInt = None
-    """Side of the square input in pixels (default: the dataset's own size; for a folder, the model's)."""
+    """Side of the square input in pixels (default: the dataset's own; for a folder, what --model was made for)."""
     drop_path: float = 0.0
     """Stochastic depth rate, for models that have it."""
 

@@ -234,8 +234,10 @@ def _device(config: TrainConfig) -> torch.device:
     return device
 
 
-def _native_size(config: ModelConfig) -> int:
-    """The image size a timm model was made for."""
+def _native_size(config: ModelConfig) -> int | None:
+    """The image size a timm model was made for; None for the small Swin, which suits any."""
+    if config.model == DEFAULT_MODEL and not config.pretrained:
+        return None
     try:
         settings = timm.get_pretrained_cfg(config.model)
     except RuntimeError:

@@ -129,7 +129,7 @@ class LocalModule(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this module trains: its share of the backbone, under its names and in its order, and the auxiliary net."""
+        """What this module trains: its share of the backbone, under the backbone's names, and the auxiliary net."""
         prefix = f"{prefix}." if prefix else ""
         for name in self._parameter_names:
             yield prefix + name, self._backbone[0].get_parameter(name)

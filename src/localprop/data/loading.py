@@ -14,9 +14,10 @@ from localprop.data.streaming import StreamStore
 from localprop.errors import ConfigError, suggestion
 
 _FOLDER = "folder:"
+_USUAL_SIDE = 224
 
 
-def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_size: int = 224) -> Data:
+def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_size: int | None = None) -> Data:
     """Opens the dataset that `config` names.
 
     Named datasets, and folders whose images have at most 96 pixels on a side, are read into memory; the
@@ -27,7 +28,8 @@ def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_s
         img_size: side of the square input in pixels; None takes the dataset's own, or for a folder
             `default_img_size`.
         seed: of order, augmentation and mixing.
-        default_img_size: the side that suits the model.
+        default_img_size: the side that suits the model; None, where any does, takes that of a folder's images if
+            they are small and of one size, else 224.
 
     Raises:
         ConfigError: the name is unknown, or a setting has no meaning for it.
@@ -61,7 +63,7 @@ def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
     return Data(config.data, arrays.classes, img_size, named.mean, named.std, store, config, seed)
 
 
-def _load_folder(config: DataConfig, img_size: int, seed: int) -> Data:
+def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
     path = config.data.removeprefix(_FOLDER)
     if not path:
         raise ConfigError(f"--data {config.data} names no folder; write folder:PATH")
@@ -72,6 +74,7 @@ def _load_folder(config: DataConfig, img_size: int, seed: int) -> Data:
     store: Store
     if max((max(size) for size in sizes), default=0) <= SMALL_SIDE:
         width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 0)
+        img_size = img_size or (width if width == height > 0 else _USUAL_SIDE)
         # Images that differ are brought to one size; above the small side, that is left to the device.
         side = width if width == height > 0 else min(img_size, SMALL_SIDE)
         crop_pad = _crop_pad(config, side)
@@ -84,6 +87,7 @@ def _load_folder(config: DataConfig, img_size: int, seed: int) -> Data:
             raise ConfigError(
                 f"--crop-pad is for images up to {SMALL_SIDE} pixels and those in {root} are larger; drop it"
             )
+        img_size = img_size or _USUAL_SIDE
         store = StreamStore(train_files, test_files, img_size, hflip, seed, config.workers, config.bad_images)
     name = root.resolve().name
     return Data(name, classes, img_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, store, config, seed)
