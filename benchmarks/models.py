@@ -3,8 +3,8 @@
 python benchmarks/models.py                                     all: about 20 minutes on one core
 python benchmarks/models.py vit_tiny_patch16_224 torchvision/swin_t      some; prints, and writes nothing
 
-In eval and in train mode, with dropout and stochastic depth where the model has them, and for a batch of three: the
-units run in order must give the model's output, its buffers and its gradients, bit for bit. Writes
+For a batch of three, the units run in order must give what the model gives, bit for bit: in eval mode the output; in
+train mode, with dropout and stochastic depth where the model has them, also the buffers and the gradients. Writes
 benchmarks/results/models.json and the table in docs/models.md.
 """
 
@@ -64,12 +64,14 @@ def build(name: str) -> torch.nn.Module:
 
 
 def run(model: torch.nn.Module, function, images: torch.Tensor, before: dict) -> list[torch.Tensor]:
-    """Output, buffers and gradients of one pass from the state `before` with the same seed."""
+    """Output, buffers and, in train mode, gradients of one pass from the state `before` with the same seed."""
     model.load_state_dict(before)
     model.zero_grad()
     torch.manual_seed(1)
-    output = function(images)
-    output.square().mean().backward()
+    with torch.set_grad_enabled(model.training):
+        output = function(images)
+    if model.training:
+        output.square().mean().backward()
     return [output.detach(), *(b.clone() for b in model.buffers()), *(p.grad for p in model.parameters())]
 
 

@@ -87,9 +87,10 @@ CUTS = {
 
 
 def build(name):
-    """The model `name`, with the same weights each time."""
-    torch.manual_seed(0)
-    return MODELS[name]()
+    """The model `name`, with the same weights each time; the random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MODELS[name]()
 
 
 @functools.cache

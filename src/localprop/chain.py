@@ -92,6 +92,10 @@ class Chain(Sequence[Unit]):
     def __iter__(self) -> Iterator[Unit]:
         return iter(self.units)
 
+    def __str__(self) -> str:
+        width = max(len(unit.name) for unit in self.units)
+        return "\n".join(f"{unit.name:{width}}  {' x '.join(map(str, unit.shape))}" for unit in self.units)
+
     def names(self) -> str:
         """The units' names in one line, for messages."""
         return ", ".join(unit.name for unit in self.units)

@@ -109,8 +109,8 @@ def _run(config: TrainConfig, resumed: Path | None) -> int:
     if not resumed:
         write_description(folder, experiment, net)
     side = experiment.data.img_size
-    console.print(f"{experiment.title} at {side}x{side}: {len(names)} modules, {experiment.device}", highlight=False)
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    console.out(f"{experiment.title} at {side}x{side}: {len(names)} modules, {experiment.device}", highlight=False)
+    console.out(f"run folder: {folder}", highlight=False)
     try:
         progress = Progress(console, config.optim.epochs, steps, config.optim.batch_size, len(names), trainer.rows)
         with progress:
