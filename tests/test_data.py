@@ -172,7 +172,7 @@ def test_labels_stay_whole_without_mixing():
 
 
 def test_defaults_of_crop_and_flip():
-    assert (digits().store.crop_pad, digits().store.hflip) == (1, 0)
+    assert (digits().store.crop_pad, digits().store.hflip) == (0, 0)
     store = digits(crop_pad=3, hflip=0.2).store
     assert (store.crop_pad, store.hflip) == (3, 0.2)
 

@@ -104,7 +104,7 @@ class DataConfig:
     workers: int = 2
     """Processes that decode images, for data that is not held in memory."""
     crop_pad: OptionalInt = None
-    """Padding in pixels before the random crop of small images (default: an eighth of the image)."""
+    """Padding in pixels before the random crop of small images (default: an eighth of the image; none below 16)."""
     hflip: OptionalFloat = None
     """Chance of a horizontal flip (default: 0.5, or 0 for digits and svhn)."""
     mixup: float = 0.0

@@ -94,7 +94,9 @@ def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
 
 
 def _crop_pad(config: DataConfig, side: int) -> int:
-    pad = side // 8 if config.crop_pad is None else config.crop_pad
+    # Of a digit of 8 pixels even one pixel less cuts strokes off.
+    usual = side // 8 if side >= 16 else 0
+    pad = usual if config.crop_pad is None else config.crop_pad
     if not 0 <= pad < side:
         raise ConfigError(f"--crop-pad is {pad}; with images of {side} pixels it must be from 0 to {side - 1}")
     return pad
