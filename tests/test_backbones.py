@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_chain import IMAGE, OTHERS, TIMM, cut
 
 from localprop import localize
+from test_chain import IMAGE, OTHERS, TIMM, cut
 
 
 def _output(model, function, images):
@@ -28,7 +28,7 @@ def test_local_network_is_the_model_and_isolates_gradients(name, modules):
     assert net.backbone is model
     assert list(model.state_dict()) == keys
     assert count == (2 if modules == "two" else len(units))
-    assert sum((module.units for module in net.local_modules), []) == [unit.name for unit in units]
+    assert [name for module in net.local_modules for name in module.units] == [unit.name for unit in units]
 
     images, labels = torch.randn(2, *IMAGE), torch.tensor([1, 3])
     for training in (False, True):

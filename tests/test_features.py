@@ -20,14 +20,10 @@ WIDE = (3, 128, 256)
         pytest.param((2, 1, 1, 512), SQUARE, None, None, Layout("NHWC", 512, 1, 1), id="1x1 NHWC"),
         pytest.param((2, 196, 768), SQUARE, 0, None, Layout("NLC", 768, 14, 14), id="no class token"),
         pytest.param((2, 197, 768), SQUARE, 1, None, Layout("NLC", 768, 14, 14, 1), id="class token"),
-        pytest.param(
-            (2, 197, 768), SQUARE, None, None, Layout("NLC", 768, 14, 14, 1), id="class token unsaid"
-        ),
+        pytest.param((2, 197, 768), SQUARE, None, None, Layout("NLC", 768, 14, 14, 1), id="class token unsaid"),
         pytest.param((2, 198, 768), SQUARE, 2, None, Layout("NLC", 768, 14, 14, 2), id="deit distilled"),
         pytest.param((2, 261, 768), SQUARE, 5, None, Layout("NLC", 768, 16, 16, 5), id="registers"),
-        pytest.param(
-            (2, 196, 768), SQUARE, 1, None, Layout("NLC", 768, 14, 14), id="class token not yet there"
-        ),
+        pytest.param((2, 196, 768), SQUARE, 1, None, Layout("NLC", 768, 14, 14), id="class token not yet there"),
         pytest.param((2, 1, 768), SQUARE, 1, None, Layout("NLC", 768, 1, 1), id="class token alone"),
         pytest.param((2, 16, 196, 128), SQUARE, None, None, Layout("NLC", 128, 56, 56), id="nest"),
         pytest.param((2, 1000), SQUARE, None, None, Layout("NC", 1000), id="vector"),

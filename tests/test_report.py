@@ -47,9 +47,7 @@ def make_rows(modules, epochs, heads=True):
             step=epoch * STEPS,
             lr=1e-3 / 3,
             train_losses=tuple((2.3 / epoch**0.5 - depth / 3).tolist()),
-            test_accuracies=tuple(
-                float(90 * d * (1 - 0.5**epoch)) if heads or d == 1 else None for d in depth
-            ),
+            test_accuracies=tuple(float(90 * d * (1 - 0.5**epoch)) if heads or d == 1 else None for d in depth),
             test_top5=None if epoch % 2 else 99.5,
             test_loss=1 / epoch,
             images_per_second=1234.5,
@@ -269,9 +267,7 @@ def test_final_table_has_every_module(heads):
     assert "3:05" in text
 
 
-@pytest.mark.parametrize(
-    "model_kwargs", [{}, {"embed_dim": 24, "depth": 2, "num_heads": 2, "global_pool": "avg"}]
-)
+@pytest.mark.parametrize("model_kwargs", [{}, {"embed_dim": 24, "depth": 2, "num_heads": 2, "global_pool": "avg"}])
 def test_next_steps_run(tmp_path, model_kwargs):
     """The Python lines are executed as they stand, against weights of an independent timm model."""
     name = "test_vit"

@@ -49,6 +49,16 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+def assert_same_results(output: Path, other: Path) -> None:
+    for a, b in zip(*(read_results(o / "run" / "results.csv") for o in (output, other)), strict=True):
+        assert (a.epoch, a.step, a.train_losses, a.test_accuracies) == (
+            b.epoch,
+            b.step,
+            b.train_losses,
+            b.test_accuracies,
+        )
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """The folder of one finished run."""
@@ -130,10 +140,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(lively, tmp
     monkeypatch.undo()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert_same(final_weights(tmp_path), final_weights(lively))
-    expected, rows = (read_results(output / "run" / "results.csv") for output in (lively, tmp_path))
-    for a, b in zip(expected, rows, strict=True):
-        assert a.train_losses == b.train_losses
-        assert a.test_accuracies == b.test_accuracies
+    assert_same_results(tmp_path, lively)
 
 
 # Imports once, then runs each command it reads in a fork, so that a killed run costs no second import. (This process
@@ -178,6 +185,7 @@ def test_killed_ten_times_and_resumed_gives_the_same_weights(lively, tmp_path):
         forker.stdin.close()
     assert survived < 5, "most kills must hit a run that is not over yet"
     assert_same(final_weights(tmp_path), final_weights(lively))
+    assert_same_results(tmp_path, lively)
 
 
 def test_resume_without_a_folder_takes_the_newest_run(plain, capsys):

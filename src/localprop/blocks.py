@@ -21,7 +21,7 @@ def container_classes(model: nn.Module) -> set[type]:
 
 def holds_blocks(module: nn.Module, containers: set[type]) -> bool:
     """Whether to look for cuts inside a module, given the container classes of its model."""
-    if is_notrace_module(module):
+    if is_notrace_module(type(module)):
         return False
     if isinstance(module, nn.Sequential):
         parts = [child for child in module if has_matrix(child)]

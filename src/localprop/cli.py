@@ -59,31 +59,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LocalpropError as error:
         print(f"localprop: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside of training, which saves a checkpoint first
+        print("localprop: stopped", file=sys.stderr)
+        return 130
 
 
 def _parse(kind: Any, command: str, argv: Sequence[str], default: Any = tyro.MISSING) -> Any:
     """Reads flags into a dataclass; its default, where given, holds the flags' defaults."""
-    return tyro.cli(
+    options, unknown = tyro.cli(
         kind,
         prog=f"localprop {command}",
         args=argv,
         **({} if default is tyro.MISSING else {"default": default}),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes,),
+        return_unknown_args=True,
     )
+    if unknown:
+        flags = ["--" + name.replace("_", "-") for name in (to_flat(options) if kind is TrainConfig else vars(options))]
+        hint = suggestion(unknown[0].partition("=")[0], flags)
+        hint = hint if hint.startswith("did") else f"see localprop {command} --help"
+        raise ConfigError(f"{command} has no option {unknown[0]!r}; {hint}")
+    return options
 
 
 def _train(argv: Sequence[str]) -> int:
     """Train a model by local learning. -c FILE.yaml sets defaults; flags win."""
-    argv, defaults = _take_config_file(argv)
+    argv, files = _take_config_files(argv)
     argv = _bare_resume(argv)
-    config: TrainConfig = _parse(TrainConfig, "train", argv, defaults)
+    config: TrainConfig = _parse(TrainConfig, "train", argv, _over(TrainConfig(), files))
     if config.run.resume is None:
         return _run(config, None)
     from localprop.experiment import newest_run, read_config
 
     folder = newest_run(config.run.output) if config.run.resume == NEWEST else Path(config.run.resume)
     own = read_config(folder)
-    config = _parse(TrainConfig, "train", argv, own)
+    config = _parse(TrainConfig, "train", argv, _over(own, files))
     before, after = to_flat(own), to_flat(config)
     for key, value in after.items():
         if value != before[key] and key not in _FREE_ON_RESUME:
@@ -95,15 +105,17 @@ def _train(argv: Sequence[str]) -> int:
 def _run(config: TrainConfig, resumed: Path | None) -> int:
     from localprop.experiment import create_run_folder, prepare, write_description
     from localprop.report import Progress, final_table, next_steps
+    from localprop.state import TrainingState
     from localprop.trainer import WEIGHTS, Interrupted, Trainer
 
     console = Console()
-    experiment = prepare(config)
+    experiment = prepare(config, weights=resumed is None)
     config = experiment.config
     net = experiment.localize()
     steps = experiment.data.steps_per_epoch(config.optim.batch_size)
+    state = TrainingState(net, config.optim, steps, experiment.device)
     folder = resumed or create_run_folder(config)
-    trainer = Trainer(net, experiment.data, config, folder, experiment.device, experiment.title)
+    trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title)
     names = [_span(module.units) for module in net.local_modules]
     notes = trainer.resume() if resumed else []
     if not resumed:
@@ -204,19 +216,24 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _take_config_file(argv: Sequence[str]) -> tuple[list[str], TrainConfig]:
-    """Takes `-c FILE` out of the flags."""
-    rest, config, words = [], TrainConfig(), iter(argv)
+def _take_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes `-c FILE` out of the flags; gives the flags and the files."""
+    rest, files, words = [], [], iter(argv)
     for word in words:
         flag, equals, path = word.partition("=")
         if flag not in ("-c", "--config"):
             rest.append(word)
             continue
-        path = path if equals else next(words, "")
-        if not path:
+        files.append(path if equals else next(words, ""))
+        if not files[-1]:
             raise ConfigError("-c needs a YAML file of settings")
-        config = from_flat(read_yaml(Path(path)), path, config)
-    return rest, config
+    return rest, files
+
+
+def _over(config: TrainConfig, files: list[str]) -> TrainConfig:
+    for file in files:
+        config = from_flat(read_yaml(Path(file)), file, config)
+    return config
 
 
 def _bare_resume(argv: list[str]) -> list[str]:

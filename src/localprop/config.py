@@ -121,7 +121,7 @@ class DataConfig:
 class OptimConfig:
     """Optimization."""
 
-    epochs: int = 50
+    epochs: int = 30
     """Epochs to train."""
     batch_size: int = 32
     """Images per step."""
@@ -132,7 +132,7 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Weight decay, not applied to biases, norms and what the model exempts."""
     sched: str = "cosine"
-    """Any scheduler of timm, stepped per update: cosine, tanh, step, poly, wsd, ... or none."""
+    """Any scheduler of timm, stepped per update: cosine, tanh, poly, wsd, rsqrt, constant or none."""
     warmup_epochs: OptionalInt = None
     """Epochs over which the learning rate rises linearly (default: 3, at most a tenth of --epochs)."""
     min_lr: float = 1e-6
@@ -252,10 +252,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or not a mapping of settings.
     """
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read settings from {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{where} is not valid YAML; write one 'key: value' per line") from None

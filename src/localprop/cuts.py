@@ -14,7 +14,7 @@ from localprop.tracing import tensors_of
 class Cut(NamedTuple):
     """A place between two nodes where exactly one tensor crosses that carries a gradient."""
 
-    index: int  # of the first node after it
+    place: int  # index of the first node after it
     crossing: fx.Node
 
 
@@ -53,7 +53,7 @@ class Forward:
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         self.root = root
         self.image, *nodes, output = graph.nodes
-        self.result: fx.Node = output.args[0]  # type: ignore[assignment]
+        self.result: fx.Node = output.args[0]
         nodes = _sizes_first(nodes)
         self._order = {node: i for i, node in enumerate(nodes)}
         self._parameter_names = {id(p): name for name, p in root.named_parameters()}
@@ -76,7 +76,7 @@ class Forward:
         """
         crossings = self._crossings()
         blocks = [i for i, node in enumerate(self.nodes) if self.is_block(node)]
-        result = {}
+        result: dict[str, Cut] = {}
         for start, stop in pairwise(blocks):
             legal = [Cut(i, crossings[i]) for i in range(start + 1, stop + 1) if i in crossings]
             maps = [cut for cut in legal if cut.crossing.meta["value"].ndim >= 3]
@@ -91,7 +91,7 @@ class Forward:
         last_use = {s: i for i, node in enumerate(self.nodes) for s in node.all_input_nodes}
         last_use[self.result] = len(self.nodes)
         mutated = {n: i for i, node in enumerate(self.nodes) for n in node.meta["mutated"]}
-        result = {}
+        result: dict[int, fx.Node] = {}
         alive = {self.image}
         for i, node in enumerate(self.nodes):
             alive = {n for n in alive if last_use.get(n, -1) >= i}

@@ -1,20 +1,20 @@
 """What is done with a finished run: evaluating its weights, and handing them to timm."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import nn
-from torch.nn import functional as F
 
 from localprop.checkpoint import newest_checkpoint
 from localprop.config import from_flat
 from localprop.errors import CheckpointError, ConfigError, DataError
 from localprop.experiment import create_backbone, prepare, read_config, read_description
+from localprop.metrics import evaluate
 from localprop.trainer import CHECKPOINTS, WEIGHTS
 
 
@@ -32,30 +32,23 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: no run folder, or no weights in it.
         DataError: the data has other classes than the run.
     """
-    config = from_flat(changes, "eval", read_config(folder))
+    # In float32 and wherever this machine can, whatever the run was trained with.
+    config = from_flat({"amp": False, "device": None, **changes}, "eval", read_config(folder))
     description = read_description(folder)
-    # The weights come from the run, never from a hub.
-    experiment = prepare(replace(config, backbone=replace(config.backbone, pretrained=False)))
-    data, device = experiment.data, experiment.device
+    experiment = prepare(config, weights=False)
+    # Whatever the data, the weights expect what they were trained with.
+    data = replace(experiment.data, mean=tuple(description["mean"]), std=tuple(description["std"]))
+    device = experiment.device
     if data.classes != description["classes"]:
         raise DataError(f"{data.name} has other classes than {folder} was trained on; see {folder}/run.json")
     source = load_weights(folder, experiment.backbone)
     experiment.backbone.eval()
-    top1 = top5 = count = 0
-    loss = 0.0
-    with torch.no_grad():
-        for images, labels in data.test_batches(config.optim.batch_size, device):
-            logits = experiment.backbone(images).float()
-            loss += F.cross_entropy(logits, labels, reduction="sum").item()
-            ranked = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            top1 += int(ranked[:, 0].sum())
-            top5 += int(ranked.sum())
-            count += len(labels)
-    result = {"run": str(folder), "weights": source, "data": data.name, "images": count}
-    result["top1"] = round(100 * top1 / count, 3)
-    if data.num_classes > 5:
-        result["top5"] = round(100 * top5 / count, 3)
-    return {**result, "loss": round(loss / count, 5)}
+    batches = data.test_batches(config.optim.batch_size, device)
+    scores = evaluate(lambda images: [experiment.backbone(images)], batches)
+    result = {"run": str(folder), "weights": source, "data": data.name, "images": scores.images}
+    accuracies = {"top1": scores.top1[0], "top5": scores.top5}
+    result |= {name: round(value, 3) for name, value in accuracies.items() if value is not None}
+    return {**result, "loss": round(scores.loss, 5)}
 
 
 def export_run(folder: Path, output: Path | None) -> Path:
@@ -66,7 +59,7 @@ def export_run(folder: Path, output: Path | None) -> Path:
         ConfigError: `output` exists already.
     """
     output = output or folder / "export"
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists already; choose another --output, or delete it")
     description = read_description(folder)
     config = replace(read_config(folder).backbone, pretrained=False, model_kwargs=description["model_kwargs"])
@@ -80,13 +73,17 @@ def export_run(folder: Path, output: Path | None) -> Path:
     preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
     model.pretrained_cfg = {**settings, **{key: description[key] for key in preprocessing}}  # type: ignore[assignment]
     arguments = {key: value for key, value in kwargs.items() if key != "num_classes"}
-    save_for_hf(
-        model,
-        str(output),
-        model_config={"label_names": description["classes"]},
-        model_args=arguments,
-        safe_serialization=True,
-    )
+    try:
+        save_for_hf(
+            model,
+            str(output),
+            model_config={"label_names": description["classes"]},
+            model_args=arguments,
+            safe_serialization=True,
+        )
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(output, ignore_errors=True)
+        raise ConfigError(f"cannot write {output} ({error}); free some disk space or choose another --output") from None
     return output
 
 

@@ -55,7 +55,7 @@ class Experiment:
 
         return localize(
             self.backbone,
-            None if local.cuts is not None else local.modules,
+            local.modules,
             local.method,
             local.decoder,
             local.head,
@@ -76,8 +76,12 @@ class Experiment:
         return f"{self.config.local.method}, {self.config.backbone.model} on {self.data.name}"
 
 
-def prepare(config: TrainConfig) -> Experiment:
+def prepare(config: TrainConfig, weights: bool = True) -> Experiment:
     """Loads the data and builds the model; seeds PyTorch, so that the same settings give the same weights.
+
+    Args:
+        config: the settings.
+        weights: whether pretrained weights are wanted at all; not where others will take their place.
 
     Raises:
         ConfigError, DataError: the settings name something that does not exist or does not fit.
@@ -89,7 +93,11 @@ def prepare(config: TrainConfig) -> Experiment:
         small = model.model == DEFAULT_MODEL and data.img_size <= _SMALL_IMAGE
         model = replace(model, model_kwargs=SMALL_SWIN if small else {})
     torch.manual_seed(config.run.seed)
-    backbone, kwargs = create_backbone(model, data.num_classes)
+    backbone, kwargs = create_backbone(replace(model, pretrained=model.pretrained and weights), data.num_classes)
+    if model.pretrained:
+        # Pretrained weights expect the normalisation that they were trained with.
+        settings = backbone.pretrained_cfg
+        data = replace(data, mean=tuple(settings["mean"]), std=tuple(settings["std"]))  # type: ignore[index]
     return Experiment(replace(config, backbone=model), data, backbone.to(device), kwargs, device)
 
 
@@ -103,8 +111,10 @@ def create_backbone(config: ModelConfig, num_classes: int | None) -> tuple[nn.Mo
         ConfigError: no such model, an argument it does not take, or pretrained weights that cannot be had.
     """
     kwargs: dict[str, Any] = dict(config.model_kwargs or {})
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
+    if num_classes is not None and kwargs.setdefault("num_classes", num_classes) != num_classes:
+        raise ConfigError(
+            f"--model-kwargs num_classes={kwargs['num_classes']}: the data has {num_classes}; leave it out"
+        )
     if config.drop_path:
         kwargs["drop_path_rate"] = config.drop_path
     attempts = [kwargs]
@@ -225,10 +235,10 @@ def _device(config: TrainConfig) -> torch.device:
     name = config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        count = torch.cuda.device_count()
+        raise ConfigError(f"--device {name!r}: this machine has a cpu and {count} CUDA devices") from None
     if config.optim.amp and config.optim.amp_dtype == "float16" and device.type != "cuda":
         raise ConfigError("--amp-dtype float16 needs CUDA; use bfloat16")
     return device

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from localprop.chain import Chain, chain
 from localprop.cost import Cost, auxiliary_cost, unit_costs
+from localprop.decoders import DECODERS
 from localprop.errors import ChainError, ConfigError, suggestion
 from localprop.features import image_layout, infer_layout
+from localprop.heads import HEADS
 from localprop.methods import build_loss, check_method
 from localprop.network import Criterion, LocalLoss, LocalModule, LocalNetwork, ModuleSpec
 from localprop.partition import balanced, stage_ends
@@ -67,6 +69,9 @@ def localize(
     if cuts is not None and modules not in (None, len(cuts) + 1):
         raise ConfigError(f"{len(cuts)} cuts make {len(cuts) + 1} modules, not {modules}; leave out one of the two")
     count = check_method(method, len(cuts) + 1 if cuts is not None else modules, options)
+    for kind, name, known in (("head", head, HEADS), ("decoder", decoder, DECODERS)):
+        if name not in known:  # also where the method has no use for it
+            raise ConfigError(f"unknown {kind} {name!r}; {suggestion(name, known)}")
     units = chain(model, input_size)
     classes = units[-1].shape[-1]
     if len(units[-1].shape) != 1 or num_classes not in (None, classes):

@@ -13,7 +13,8 @@ from localprop.config import OptimConfig
 from localprop.errors import CheckpointError, ConfigError, NonFiniteLossError, suggestion
 from localprop.network import LocalNetwork
 
-SCHEDULERS = ("cosine", "tanh", "step", "constant", "multistep", "poly", "wsd", "rsqrt", "none")
+# timm also has step and multistep, whose usual milestones lie beyond the end of a short run.
+SCHEDULERS = ("cosine", "tanh", "constant", "poly", "wsd", "rsqrt", "none")
 
 
 class TrainingState:
@@ -35,7 +36,7 @@ class TrainingState:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """The learning rate of the last step."""
         return max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
 
     def train_step(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
@@ -133,7 +134,10 @@ def _optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     fused: dict[str, Any] = (
         {"fused": True} if "fused" in inspect.signature(get_optimizer_class(config.opt, False)).parameters else {}
     )
-    return create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused)
+    try:
+        return create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused)
+    except (AssertionError, ImportError) as error:
+        raise ConfigError(f"--opt {config.opt} needs a library that is missing ({error}); choose another") from None
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> Any:

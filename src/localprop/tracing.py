@@ -63,7 +63,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     duplicate = copy.deepcopy(model, memo)
     for module in duplicate.modules():
         if hasattr(module, "grad_checkpointing"):
-            module.grad_checkpointing = False
+            module.grad_checkpointing = False  # type: ignore[assignment]
     return duplicate
 
 
@@ -128,7 +128,7 @@ class _ConcreteProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        return iter([self[i] for i in range(len(self))])  # type: ignore[index]
 
     def __bool__(self) -> bool:
         return self._fixed(bool)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
 from localprop.checkpoint import newest_checkpoint, save_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError
 from localprop.memory import peak_memory
-from localprop.network import LocalNetwork
+from localprop.metrics import Scores, evaluate
 from localprop.report import EpochRow, Progress, draw_curves, read_results, write_results
 from localprop.seeding import derive_seed
 from localprop.state import TrainingState
@@ -56,7 +56,7 @@ class Trainer:
     """Trains a network on a dataset inside a run folder.
 
     Args:
-        net: on its device already.
+        state: the network, on its device already, and its optimizers.
         data: what to train and evaluate on.
         config: the run's settings.
         folder: the run folder.
@@ -65,13 +65,13 @@ class Trainer:
     """
 
     def __init__(
-        self, net: LocalNetwork, data: Data, config: TrainConfig, folder: Path, device: torch.device, title: str
+        self, state: TrainingState, data: Data, config: TrainConfig, folder: Path, device: torch.device, title: str
     ) -> None:
-        self.net, self.data, self.config, self.folder, self.device = net, data, config, folder, device
+        self.state, self.data, self.config, self.folder, self.device = state, data, config, folder, device
+        self.net = state.net
         self.title = title
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
-        self.state = TrainingState(net, config.optim, self.steps_per_epoch, device)
-        self.position = Position(loss_sums=[0.0] * len(net.local_modules))
+        self.position = Position(loss_sums=[0.0] * len(self.net.local_modules))
         self.rows: list[EpochRow] = []
         self._signal = 0
         self._skipped_noted = 0
@@ -106,8 +106,11 @@ class Trainer:
             NonFiniteLossError, DataError, CheckpointError: see there. Checkpoints written before stay.
         """
         with self._signals():
-            if self.position.epoch and len(self.rows) < self.position.epoch:
-                self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
+            if self.position.epoch and self.position.batch == 0:
+                if not self.rows or self.rows[-1].epoch < self.position.epoch:
+                    self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
+                else:
+                    self._begin_epoch()  # the checkpoint still has the sums of the epoch before
             while self.position.epoch < self.config.optim.epochs:
                 self._train_epoch(progress)
                 self._finish_epoch(progress)
@@ -115,37 +118,20 @@ class Trainer:
             save_weights(self.folder / WEIGHTS, self.state.evaluated.state_dict())
         return self.rows
 
-    def evaluate(self) -> tuple[list[float | None], float | None, float]:
-        """Evaluates on the test images: accuracy of each module's head and of the network, top-5, mean loss.
-
-        Returns:
-            Accuracies in percent (None without a head), top-5 in percent (None below 6 classes), cross-entropy.
-        """
+    def evaluate(self) -> Scores:
+        """Evaluates every module's head and the network (or its moving average) on the test images."""
         averaged = self.state.ema.module.eval() if self.state.ema else None
+
+        def predict(images: Tensor) -> list[Tensor | None]:
+            with self._autocast():
+                logits = self.net.module_logits(images)
+                return logits if averaged is None else [*logits[:-1], averaged(images)]
+
         self.net.eval()
-        correct = [0] * len(self.net.local_modules)
-        has_head = [True] * len(correct)
-        top5, loss, count = 0, 0.0, 0
-        with torch.no_grad():
-            for images, labels in self.data.test_batches(self.config.optim.batch_size, self.device):
-                with self._autocast():
-                    logits = self.net.module_logits(images)
-                    if averaged is not None:
-                        logits[-1] = averaged(images)
-                for k, predicted in enumerate(logits):
-                    if predicted is None:
-                        has_head[k] = False
-                    else:
-                        correct[k] += int((predicted.argmax(1) == labels).sum())
-                final = logits[-1].float()  # type: ignore[union-attr]
-                loss += F.cross_entropy(final, labels, reduction="sum").item()
-                if final.shape[1] > 5:
-                    top5 += int((final.topk(5).indices == labels[:, None]).sum())
-                count += len(labels)
-                self._stop_if_asked()
+        batches = self.data.test_batches(self.config.optim.batch_size, self.device)
+        scores = evaluate(predict, batches, self._stop_if_asked)
         self.net.train()
-        accuracies = [100 * c / count if head else None for c, head in zip(correct, has_head, strict=True)]
-        return accuracies, 100 * top5 / count if self.data.num_classes > 5 else None, loss / count
+        return scores
 
     def _train_epoch(self, progress: Progress) -> None:
         position, optim = self.position, self.config.optim
@@ -176,7 +162,7 @@ class Trainer:
             position.epoch, position.batch = position.epoch + 1, 0
             self._save()  # before the evaluation, which may fail
         self._clock = time.perf_counter()
-        accuracies, top5, loss = self.evaluate()
+        scores = self.evaluate()
         self._advance_clock(training=False)
         images = self.steps_per_epoch * self.config.optim.batch_size
         row = EpochRow(
@@ -184,9 +170,9 @@ class Trainer:
             step=self.state.step,
             lr=self.state.lr,
             train_losses=tuple(total / self.steps_per_epoch for total in position.loss_sums),
-            test_accuracies=tuple(accuracies),
-            test_top5=top5,
-            test_loss=loss,
+            test_accuracies=scores.top1,
+            test_top5=scores.top5,
+            test_loss=scores.loss,
             images_per_second=images / position.epoch_seconds,
             peak_memory=peak_memory(self.device),
             seconds=position.seconds,
@@ -197,8 +183,11 @@ class Trainer:
             draw_curves(self.folder / CURVES, self.rows, self.title)
             self._drawn = time.monotonic()
         progress.epoch(row)
-        position.loss_sums = [0.0] * len(position.loss_sums)
-        position.epoch_seconds = 0.0
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self.position.loss_sums = [0.0] * len(self.net.local_modules)
+        self.position.epoch_seconds = 0.0
 
     def _save(self) -> Path:
         meta = {"position": vars(self.position)}
@@ -234,8 +223,11 @@ class Trainer:
 
         def remember(number: int, frame: Any) -> None:
             self._signal = number
+            signal.signal(number, before[signal.Signals(number)])  # a second one ends a run that hangs
 
-        before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in before:
+            signal.signal(number, remember)
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 `load_data` gives a `Data`, whose batches are pure functions of (seed, epoch, batch), so that a run can be
 taken up again in the middle of an epoch. The files: loading.py (from settings to a dataset), base.py (what
 the trainer sees), sources.py (named datasets), folder.py (folders of images), memory.py and streaming.py
-(where pixels come from), augment.py (crops and flips of whole batches), seeding.py (random numbers).
+(where pixels come from), augment.py (crops and flips of whole batches).
 """
 
 from localprop.data.base import Data
