@@ -111,7 +111,7 @@ def check(name: str) -> dict:
 def write_table(results: dict[str, dict]) -> None:
     """Replaces the table in docs/models.md: models by their number of units."""
     page = ROOT / "docs" / "models.md"
-    head = page.read_text().partition("| units |")[0]
+    head = page.read_text().partition("\n| units |")[0] + "\n"
     rows = ["| units | models (and how many units each) |", "|---|---|"]
     for low, high in ((1, 3), (4, 9), (10, 19), (20, 39), (40, 999)):
         names = [f"{n} {r['units']}" for n, r in results.items() if low <= r.get("units", 0) <= high]

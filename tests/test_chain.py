@@ -266,6 +266,7 @@ def test_frozen_parameters(frozen_when_cut):
     ("make", "size"),
     [
         (lambda: timm.create_model("resnet18", in_chans=1), (1, 224, 224)),
+        (lambda: timm.create_model("tresnet_m"), (3, 224, 224)),  # its first layer has 48 channels
         (lambda: timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), depth=1), (3, 32, 48)),
         (lambda: nn.Sequential(nn.Identity(), timm.create_model("vit_tiny_patch16_224", depth=1)), (3, 224, 224)),
         (lambda: torchvision.models.vit_b_16(image_size=32), (3, 32, 32)),

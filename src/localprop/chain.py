@@ -226,14 +226,16 @@ def _own_input_size(model: nn.Module) -> tuple[int, int, int]:
         raise ChainError(
             f"{type(model).__name__} does not tell the size of its images; pass input_size=(channels, height, width)"
         )
-    return (_channels(model, settings.get("first_conv")) or size[0], size[1], size[2])
+    return (_channels(model, settings.get("first_conv"), size[0]), size[1], size[2])
 
 
-def _channels(model: nn.Module, first: Any) -> int | None:
+def _channels(model: nn.Module, first: Any, default: int) -> int:
     """Channels of the image, from the layer that timm's settings name as the first."""
     names = first if isinstance(first, (tuple, list)) else [first] if first else []
     modules = dict(model.named_modules())
-    return next((modules[name].in_channels for name in names if hasattr(modules.get(name), "in_channels")), None)
+    found = next((modules[name].in_channels for name in names if hasattr(modules.get(name), "in_channels")), default)
+    # A stem that folds 2 x 2 or 4 x 4 pixels into one has a first layer with so many times the channels.
+    return default if found in (4 * default, 16 * default) else found
 
 
 @contextmanager
