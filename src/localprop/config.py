@@ -121,7 +121,7 @@ class DataConfig:
 class OptimConfig:
     """Optimization."""
 
-    epochs: int = 20
+    epochs: int = 24
     """Epochs to train."""
     batch_size: int = 32
     """Images per step."""
