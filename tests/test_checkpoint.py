@@ -5,6 +5,7 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from checkpoint_states import bits, flip, names, save, state_at
 from localprop import checkpoint as module
@@ -47,7 +49,7 @@ NASTY = {
     "__metadata__": torch.ones(2),
     "betas": (0.9, (0.999, [1, (), []]), {}),
     "floats": [float("inf"), float("-inf"), float("nan"), -0.0, 0.1, 1e-323, 1.0, 1e22, 2**53 + 1.0],
-    "plain": [None, True, False, 0, 1, -(2**70), "", "ü\n\0\u2028", "nan", torch.bfloat16],
+    "plain": [None, True, False, 0, 1, -(2**70), "", "ü\n\0\u2028", "nan", torch.bfloat16, torch.Size([2, 3])],
 }
 
 
@@ -111,7 +113,7 @@ def test_loaded_tensors_own_their_memory(tmp_path):
     assert all(tensor.eq(1).all() for tensor in tensors)
 
 
-REFUSED = [{1, 2}, {1.5: 0}, {True: 0}, Path("x"), torch.Size([1]), 1j, torch.zeros(1, dtype=torch.cfloat)]
+REFUSED = [{1, 2}, {1.5: 0}, {True: 0}, Path("x"), 1j, torch.zeros(1, dtype=torch.cfloat)]
 
 
 @pytest.mark.parametrize("value", REFUSED, ids=str)
@@ -120,6 +122,34 @@ def test_what_cannot_come_back_exactly_is_refused(tmp_path, value):
         save_checkpoint(tmp_path, 1, {"module-0": {"deep": [value]}}, {}, keep=1)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_made_of_others_come_back(tmp_path):
+    inner = TwoTensor(torch.arange(6.0).reshape(2, 3), torch.zeros(2, 3))
+    value = TwoTensor(inner, TwoTensor(torch.ones(2, 3), torch.full((2, 3), float("nan"))))
+    path = save_checkpoint(tmp_path, 1, {"part": {"moment": value, "same place": inner.a}}, {}, keep=1)
+    loaded = load_checkpoint(path).parts["part"]["moment"]
+    assert type(loaded) is type(loaded.a) is TwoTensor
+    assert (loaded.shape, loaded.stride()) == (value.shape, value.stride())
+    for pair, own in ((loaded.a, value.a), (loaded.b, value.b)):
+        assert bits([pair.a, pair.b]) == bits([own.a, own.b])
+    with pytest.raises(CheckpointError, match="at meta/best/a"):
+        save_checkpoint(tmp_path, 2, {}, {"best": inner}, keep=1)
+
+
+def test_a_file_does_not_choose_what_is_imported(tmp_path):
+    class Gone(TwoTensor):
+        pass
+
+    Gone.__module__ = "this.library"  # importing it would print a poem
+    parts = {"module-0": Gone(torch.ones(2), torch.ones(2)), "backbone": {}}
+    path = save_checkpoint(tmp_path, 1, parts, {}, keep=1)
+    Gone.__module__ = __name__
+    with pytest.raises(CheckpointError, match=r"holds a this\.library\..*Gone, which is not loaded; install") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    assert "this" not in sys.modules
+    assert load_checkpoint(path, only=["backbone"]).parts == {"backbone": {}}
 
 
 def test_tensor_in_meta_is_refused(tmp_path):

@@ -71,8 +71,9 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
         folder: holds the checkpoints of one run.
         step: optimizer steps done.
         parts: name of a part to its state: dicts with str or int keys, lists and tuples, nested at will, of
-            tensors, None, bool, int, float, str and torch.dtype. All comes back bit for bit; tensors come
-            back contiguous, and those that share memory as separate ones.
+            tensors, None, bool, int, float, str, torch.dtype and torch.Size. All comes back bit for bit; tensors
+            come back contiguous, and those that share memory as separate ones. A tensor made of others
+            (`__tensor_flatten__`) comes back as one if its class is imported by then.
         meta: the same, without tensors.
         keep: checkpoints to keep, this one included.
 
@@ -251,6 +252,12 @@ def _split(value: Any, place: str, tensors: dict[str, Tensor] | None) -> Any:
 
     What JSON lacks becomes an object whose only key starts with "$".
     """
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):  # made of others, such as a quantized one
+        names, context = value.__tensor_flatten__()
+        inner = {name: getattr(value, name) for name in names}
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        description = (kind, inner, context, value.shape, value.stride())
+        return {"$wrapper": [_split(item, place, tensors) for item in description]}
     if isinstance(value, Tensor) and tensors is not None:
         while place in tensors:  # {"a/b": ..., "a": {"b": ...}}, or the keys 0 and "0"
             place += "'"
@@ -260,8 +267,10 @@ def _split(value: Any, place: str, tensors: dict[str, Tensor] | None) -> Any:
         items = [(key, _split(item, f"{place}/{key}", tensors)) for key, item in value.items()]
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
         return dict(items) if plain else {"$dict": items}
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, torch.Size):
         entries = [_split(item, f"{place}/{index}", tensors) for index, item in enumerate(value)]
+        if isinstance(value, torch.Size):
+            return {"$size": entries}
         return {"$tuple": entries} if isinstance(value, tuple) else entries
     if type(value) is float and not math.isfinite(value):
         return {"$float": repr(value)}
@@ -271,7 +280,7 @@ def _split(value: Any, place: str, tensors: dict[str, Tensor] | None) -> Any:
         return value
     raise CheckpointError(
         f"cannot save the {type(value).__name__} at {place}; a checkpoint takes tensors (not in meta), "
-        "dicts with str or int keys, lists, tuples, None, bool, int, float, str and torch.dtype"
+        "dicts with str or int keys, lists, tuples, None, bool, int, float, str, torch.dtype and torch.Size"
     )
 
 
@@ -284,6 +293,11 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     match next(iter(value.items()), None):
         case ("$tensor", name):
             return tensors[name]
+        case ("$wrapper", items):
+            kind, *description = (_join(item, tensors) for item in items)
+            return _wrapper_class(kind).__tensor_unflatten__(*description)
+        case ("$size", items):
+            return torch.Size(items)
         case ("$dict", items):
             return {key: _join(item, tensors) for key, item in items}
         case ("$tuple", items):
@@ -293,6 +307,20 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
         case ("$dtype", name):
             return getattr(torch, name)
     return {key: _join(item, tensors) for key, item in value.items()}
+
+
+def _wrapper_class(name: str) -> Any:
+    """The class of a tensor made of others. Nothing is imported for it: a file does not choose what code runs."""
+    classes: list[Any] = [Tensor]
+    for kind in classes:
+        if f"{kind.__module__}.{kind.__qualname__}" == name:
+            return kind
+        classes += kind.__subclasses__()
+    library = name.partition(".")[0]
+    raise CheckpointError(
+        f"the checkpoint holds a {name}, which is not loaded; install {library} in the version that the run was "
+        "started with"
+    )
 
 
 def _read_part(path: Path, device: str | torch.device) -> Any:

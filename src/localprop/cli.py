@@ -38,7 +38,10 @@ localprop COMMAND --help tells a command's options.
 
 NEWEST = "newest"
 # What may differ when a run goes on: where it runs, not what it computes.
-_FREE_ON_RESUME = {"resume", "device", "workers", "data_dir", "output", "checkpoint_steps", "checkpoint_hist"}
+_FREE_ON_RESUME = {
+    *("resume", "device", "compile", "offload_optimizer"),
+    *("workers", "data_dir", "output", "checkpoint_steps", "checkpoint_hist"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

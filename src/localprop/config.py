@@ -126,7 +126,7 @@ class OptimConfig:
     batch_size: int = 32
     """Images per step."""
     opt: str = "adamw"
-    """Any optimizer of timm."""
+    """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
     lr: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.05
@@ -147,6 +147,8 @@ class OptimConfig:
     """Automatic mixed precision."""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """Type of mixed precision; float16 needs CUDA."""
+    offload_optimizer: bool = False
+    """Keep the optimizer states of modules at rest in the host's memory; needs CUDA. Trains bit for bit the same."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class RunConfig:
     """Seed of weights, data order, augmentation and dropout."""
     device: OptionalStr = None
     """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
+    compile: bool = False
+    """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
     checkpoint_steps: OptionalInt = None
     """Save a checkpoint every so many steps as well as after each epoch."""
     checkpoint_hist: int = 2

@@ -33,7 +33,8 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         DataError: the data has other classes than the run.
     """
     # In float32 and wherever this machine can, whatever the run was trained with.
-    config = from_flat({"amp": False, "device": None, **changes}, "eval", read_config(folder))
+    anywhere = {"amp": False, "offload_optimizer": False, "device": None}
+    config = from_flat({**anywhere, **changes}, "eval", read_config(folder))
     description = read_description(folder)
     experiment = prepare(config, weights=False)
     # Whatever the data, the weights expect what they were trained with.
@@ -98,7 +99,7 @@ def load_weights(folder: Path, model: nn.Module) -> str:
         if path.exists():
             weights = load_file(path)
         else:
-            checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS)
+            checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS, only=("backbone", "ema"))
             if checkpoint is None:
                 raise CheckpointError(f"{folder} has no weights yet; train it: localprop train --resume {folder}")
             path, weights = checkpoint.path, checkpoint.parts.get("ema", checkpoint.parts["backbone"])

@@ -15,11 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from localprop.checkpoint import write_text
+from localprop.compiling import compile_network, require_compiler
 from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig, from_flat, read_yaml, to_flat
 from localprop.data import Data, load_data
 from localprop.errors import CheckpointError, ConfigError, suggestion
 from localprop.localize import localize
 from localprop.network import LocalNetwork
+from localprop.optimizers import LOW_BIT
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -45,7 +47,11 @@ class Experiment:
     device: torch.device
 
     def localize(self) -> LocalNetwork:
-        """The backbone as a local network, on its device."""
+        """The backbone as a local network, on its device, compiled if asked.
+
+        Raises:
+            ConfigError, ChainError: the settings do not fit the model, or there is no compiler that they need.
+        """
         local, data = self.config.local, self.data
         smoothing = data.config.smoothing
 
@@ -53,7 +59,7 @@ class Experiment:
             # With mixup and cutmix the labels are smoothed already.
             return F.cross_entropy(logits, labels, label_smoothing=0.0 if labels.is_floating_point() else smoothing)
 
-        return localize(
+        net = localize(
             self.backbone,
             local.modules,
             local.method,
@@ -69,6 +75,12 @@ class Experiment:
             std=data.std,
             method_kwargs=local.method_kwargs,
         )
+        if self.config.optim.opt in LOW_BIT and self.device.type != "cpu":
+            require_compiler(self.device, f"--opt {self.config.optim.opt}")
+        if self.config.run.compile:
+            require_compiler(self.device, "--compile")
+            compile_network(net)
+        return net
 
     @property
     def title(self) -> str:
@@ -241,6 +253,8 @@ def _device(config: TrainConfig) -> torch.device:
         raise ConfigError(f"--device {name!r}: this machine has a cpu and {count} CUDA devices") from None
     if config.optim.amp and config.optim.amp_dtype == "float16" and device.type != "cuda":
         raise ConfigError("--amp-dtype float16 needs CUDA; use bfloat16")
+    if config.optim.offload_optimizer and device.type != "cuda":
+        raise ConfigError(f"--offload-optimizer needs CUDA, and the device is {device}; leave it out")
     return device
 
 

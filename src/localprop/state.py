@@ -1,20 +1,17 @@
 """What changes while a network is trained: weights, optimizers, learning rates, loss scale, moving average."""
 
-import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from localprop.config import OptimConfig
-from localprop.errors import CheckpointError, ConfigError, NonFiniteLossError, suggestion
+from localprop.errors import CheckpointError, NonFiniteLossError
 from localprop.network import LocalNetwork
-
-# timm also has step and multistep, whose usual milestones lie beyond the end of a short run.
-SCHEDULERS = ("cosine", "tanh", "constant", "poly", "wsd", "rsqrt", "none")
+from localprop.offload import Offload
+from localprop.optimizers import create_optimizer, create_scheduler
 
 
 class TrainingState:
@@ -28,8 +25,11 @@ class TrainingState:
         self.net = net
         self.config = config
         self.step = 0
-        self.optimizers = [_optimizer(module, config) for module in net.local_modules]
-        self.schedulers = [_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
+        self.optimizers = [create_optimizer(module, config) for module in net.local_modules]
+        self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
+        # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
+        offloads = config.offload_optimizer and device.type == "cuda"
+        self.offload = Offload(self.optimizers, device) if offloads else None
         scaled = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(device.type) if scaled else None
         self.ema = ModelEmaV3(net.backbone, decay=config.model_ema_decay) if config.model_ema else None
@@ -56,6 +56,8 @@ class TrainingState:
         for scheduler in self.schedulers:
             if scheduler:
                 scheduler.step_update(self.step)
+        if self.offload:
+            self.offload.fetch(0)
         output = self.net.backward(images, labels, scaler=self.scaler, seed=seed, after_module=self._step_module)
         if self.scaler:
             self.scaler.update()
@@ -76,12 +78,13 @@ class TrainingState:
             self.scaler.unscale_(optimizer)
         if self.config.clip_grad:
             nn.utils.clip_grad_norm_(self.net.local_modules[k].parameters(), self.config.clip_grad)
-        if self.scaler:
-            self.scaler.step(optimizer)
-        else:
-            optimizer.step()
-        # Gone before the next module's gradients come.
-        optimizer.zero_grad(set_to_none=True)
+        with self.offload.present(k) if self.offload else nullcontext():
+            if self.scaler:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()
+            # Gone before the next module's gradients come.
+            optimizer.zero_grad(set_to_none=True)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -90,6 +93,8 @@ class TrainingState:
 
     def parts(self) -> dict[str, Any]:
         """Everything that has to be saved, as the parts of a checkpoint."""
+        if self.offload:
+            self.offload.synchronize()
         parts: dict[str, Any] = {"backbone": self.net.backbone.state_dict()}
         for k, (module, optimizer) in enumerate(zip(self.net.local_modules, self.optimizers, strict=True)):
             parts[f"module-{k}"] = {
@@ -113,6 +118,8 @@ class TrainingState:
             for k, (module, optimizer) in enumerate(zip(self.net.local_modules, self.optimizers, strict=True)):
                 module.auxiliary.load_state_dict(parts[f"module-{k}"]["auxiliary"])
                 optimizer.load_state_dict(parts[f"module-{k}"]["optimizer"])
+                if self.offload:
+                    self.offload.release(k)
             if self.ema:
                 self.ema.module.load_state_dict(parts["ema"])
             if self.scaler:
@@ -124,34 +131,3 @@ class TrainingState:
                 "that the run was started with"
             ) from None
         self.step = step
-
-
-def _optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    known = [str(name) for name in list_optimizers()]
-    if config.opt not in known:
-        raise ConfigError(f"--opt {config.opt!r} is no optimizer of timm; {suggestion(config.opt, known)}")
-    # PyTorch's own optimizers have a fused step, six times as fast for a small network on a CPU.
-    fused: dict[str, Any] = (
-        {"fused": True} if "fused" in inspect.signature(get_optimizer_class(config.opt, False)).parameters else {}
-    )
-    try:
-        return create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused)
-    except (AssertionError, ImportError) as error:
-        raise ConfigError(f"--opt {config.opt} needs a library that is missing ({error}); choose another") from None
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> Any:
-    if config.sched not in SCHEDULERS:
-        raise ConfigError(f"--sched {config.sched!r} is no schedule; {suggestion(config.sched, SCHEDULERS)}")
-    warmup = config.warmup_epochs if config.warmup_epochs is not None else min(3, config.epochs // 10)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=warmup,
-        min_lr=config.min_lr,
-        warmup_lr=min(1e-5, config.lr),
-        step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
-    )
-    return scheduler

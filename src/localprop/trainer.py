@@ -129,7 +129,9 @@ class Trainer:
 
         self.net.eval()
         batches = self.data.test_batches(self.config.optim.batch_size, self.device)
-        scores = evaluate(predict, batches, self._stop_if_asked)
+        # Compiled code would be compiled again for evaluation, and once more for its last, smaller batch.
+        with torch.compiler.set_stance("force_eager") if self.config.run.compile else nullcontext():
+            scores = evaluate(predict, batches, self._stop_if_asked)
         self.net.train()
         return scores
 
