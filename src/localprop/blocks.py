@@ -29,6 +29,18 @@ def holds_blocks(module: nn.Module, containers: set[type]) -> bool:
     return type(module) in containers
 
 
+def block_names(model: nn.Module) -> frozenset[str]:
+    """Names of the modules in `model` that may be split: those of the classes that lists of blocks hold.
+
+    torch's own layers stay whole: without gradients they compute otherwise than with, which no trace shows.
+    """
+    lists = [module for module in model.modules() if _is_block_list(module)]
+    classes = {type(child) for module in lists for child in module.children() if _is_composite(child)}
+    classes -= container_classes(model)
+    classes = {c for c in classes if not is_notrace_module(c) and not c.__module__.startswith("torch.nn.")}
+    return frozenset(name for name, module in model.named_modules() if type(module) in classes)
+
+
 def _is_composite(module: nn.Module) -> bool:
     """Whether a module is more than one layer."""
     return any(map(has_matrix, module.children()))

@@ -3,11 +3,12 @@
 A unit's code is generated from the traced graph and runs *on the backbone itself*: it looks modules and parameters
 up there at each call. Nothing is copied, so the backbone stays usable, keeps its `state_dict` keys, and may be
 moved, copied, frozen or trained by other code at any time. Forward hooks on blocks and layers run; those on a module
-that the chain cuts open (a stage, the backbone itself) do not.
+that the chain cuts open (a stage, a block that is split, the backbone itself) do not. What such a module computes
+itself, outside the modules it calls, follows the mode (train or eval) of the backbone.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,8 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.proxy import TraceError
 from torch.utils.checkpoint import checkpoint
 
-from localprop.cuts import Code, Cut, Forward
+from localprop.blocks import block_names
+from localprop.cuts import Code, Cut, Forward, Segment
 from localprop.errors import ChainError, suggestion
 from localprop.tracing import fake_copy, trace
 
@@ -32,7 +34,7 @@ class Unit:
     """A part of the backbone between two places where exactly one tensor crosses.
 
     Attributes:
-        name: qualified name of the block in the backbone.
+        name: qualified name of the block in the backbone, or of the part of a block.
         shape: shape of the output, batch axis left out.
         parameters: qualified names of the parameters it uses.
     """
@@ -114,7 +116,7 @@ class Chain(Sequence[Unit]):
         return ends[-1]
 
 
-def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Chain:
+def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, split_blocks: bool = False) -> Chain:
     """Finds the units of `model`: traces its forward on fake tensors, without data and without changing it.
 
     A model whose parts cannot be told apart (several tensors are alive everywhere) is one unit.
@@ -122,19 +124,23 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     Args:
         model: any image model whose forward takes a batch of images and gives logits.
         input_size: (channels, height, width) of the images; where left out, what the model says of itself.
+        split_blocks: whether to cut inside blocks too, between an attention and its MLP, say. A block that cannot
+            be cut inside stays one unit; every block is a whole number of units.
 
     Raises:
         ChainError: the forward cannot be traced, or does not give one tensor.
     """
     size = input_size or _own_input_size(model)
-    forwards = _trace_modes(model, size)
-    cuts = {training: forward.cuts() for training, forward in forwards.items()}
-    ends = [name for name in cuts[True] if name in cuts[False]]
-    for training, forward in forwards.items():
-        ends = _untied(forward, cuts[training], ends)
-    segments = {t: forward.split([cuts[t][end] for end in ends]) for t, forward in forwards.items()}
+    split = block_names(model) if split_blocks else frozenset()
+    while True:
+        forwards = _trace_modes(model, size, split)
+        segments = _segments(forwards)
+        blocks = [[str(n.target) for n in s.nodes if forwards[True].is_block(n)] for s in segments[True]]
+        opened, split = split, frozenset(name for name in split if _is_split(name, blocks))
+        if split == opened:
+            break  # else trace again, so that a block not split is called as it is
     codes = {t: forward.compile(segments[t]) for t, forward in forwards.items()}
-    names = _unit_names([[str(n.target) for n in s.nodes if forwards[True].is_block(n)] for s in segments[True]])
+    names = _unit_names([_main_parts(model, own, split) for own in blocks])
     switches = tuple(name for name, module in model.named_modules() if hasattr(module, "grad_checkpointing"))
     units = tuple(
         Unit(
@@ -156,15 +162,15 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     )
 
 
-def _trace_modes(model: nn.Module, size: tuple[int, int, int]) -> dict[bool, Forward]:
-    """The traced forward in train mode (True) and in eval mode (False)."""
+def _trace_modes(model: nn.Module, size: tuple[int, int, int], opened: Set[str]) -> dict[bool, Forward]:
+    """The forward in train mode (True) and in eval mode (False), traced with the blocks `opened` opened."""
     which = f"cannot cut {type(model).__name__} for images of {'x'.join(map(str, size))}"
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         with _no_logging("torch._subclasses.fake_tensor"):
             duplicate = fake_copy(model, mode)
-            graphs = {training: trace(duplicate.train(training), size, dtype, mode) for training in (True, False)}
+            graphs = {t: trace(duplicate.train(t), size, dtype, mode, opened) for t in (True, False)}
     except Exception as error:  # a model's own code may raise anything at all
         raise ChainError(f"{which}: {_reason(error)}") from error
     for graph in graphs.values():
@@ -191,10 +197,33 @@ def _reason(error: Exception) -> str:
     )
 
 
+def _segments(forwards: dict[bool, Forward]) -> dict[bool, list[Segment]]:
+    """The segments between the cuts that both modes allow."""
+    cuts = {training: forward.cuts() for training, forward in forwards.items()}
+    ends = [name for name in cuts[True] if name in cuts[False]]
+    for training, forward in forwards.items():
+        ends = _untied(forward, cuts[training], ends)
+    return {t: forward.split([cuts[t][end] for end in ends]) for t, forward in forwards.items()}
+
+
 def _untied(forward: Forward, cuts: dict[str, Cut], ends: list[str]) -> list[str]:
     """The ends left when no parameter may be used on both sides of a cut."""
     used = [set(forward.parameters(segment)) for segment in forward.split([cuts[end] for end in ends])]
     return [end for i, end in enumerate(ends, 1) if set().union(*used[:i]).isdisjoint(set().union(*used[i:]))]
+
+
+def _is_split(name: str, blocks: list[list[str]]) -> bool:
+    """Whether the block `name` is a whole number of units, and more than one; `blocks` has the parts of each unit."""
+    inside = [[block.startswith(name + ".") for block in own] for own in blocks]
+    touched = [own for own in inside if any(own)]
+    return len(touched) > 1 and all(map(all, touched))
+
+
+def _main_parts(model: nn.Module, own: list[str], split: Set[str]) -> list[str]:
+    """What a unit is named after: its blocks; in a split block its largest part (an MLP, not the scale behind it)."""
+    if any(part.startswith(name + ".") for name in split for part in own):
+        return [max(own, key=lambda part: sum(p.numel() for p in model.get_submodule(part).parameters()))]
+    return own
 
 
 def _unit_names(blocks: list[list[str]]) -> list[str]:

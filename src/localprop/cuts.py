@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx, nn
 
 from localprop.blocks import has_matrix
-from localprop.tracing import tensors_of
+from localprop.tracing import BATCHES, tensors_of
 
 
 class Cut(NamedTuple):
@@ -72,18 +72,28 @@ class Forward:
         """Where to cut, by the name of the block before it.
 
         Between two blocks there may be several legal places. The latest is taken, so that norms, activations and
-        reshapes stay with the block before them; but none where positions are already pooled away.
+        reshapes stay with the block before them; but none where positions are already pooled away. A cut between
+        opened blocks lies in neither; one inside a block lies where the tensor has a row per image, and its map is
+        not flattened.
         """
         crossings = self._crossings()
         blocks = [i for i, node in enumerate(self.nodes) if self.is_block(node)]
+        opened = [node.meta["block"] for node in self.nodes]
         result: dict[str, Cut] = {}
         for start, stop in pairwise(blocks):
+            ends, begins = opened[start], opened[stop]
             legal = [Cut(i, crossings[i]) for i in range(start + 1, stop + 1) if i in crossings]
-            maps = [cut for cut in legal if cut.crossing.meta["value"].ndim >= 3]
+            inside = begins is not None and begins == ends
+            if inside:
+                legal = [cut for cut in legal if _is_per_image(cut.crossing)]
+            else:
+                legal = [c for c in legal if opened[c.place - 1] in (None, ends) and opened[c.place] in (None, begins)]
             if legal:
+                axes = [cut.crossing.meta["value"].ndim for cut in legal]
+                enough = max(axes) if inside else min(max(axes), 3)
                 name = str(self.nodes[start].target)
                 result.pop(name, None)  # a block that is called twice counts where it is called last
-                result[name] = (maps or legal)[-1]
+                result[name] = [cut for cut, count in zip(legal, axes, strict=True) if count >= enough][-1]
         return result
 
     def _crossings(self) -> dict[int, fx.Node]:
@@ -174,6 +184,11 @@ def _sizes_first(nodes: list[fx.Node]) -> list[fx.Node]:
         movable = sources and not tensors_of(node.meta["value"]) and mutated.isdisjoint(sources)
         rank[node] = max(rank.get(source, -1) for source in sources) if movable else i
     return sorted(nodes, key=rank.__getitem__)
+
+
+def _is_per_image(node: fx.Node) -> bool:
+    """Whether the first axis of a node's tensor is the batch: a local loss compares its rows with labels."""
+    return all(node.meta[key].shape[:1] == (size,) for key, size in BATCHES.items())
 
 
 def _requires_grad(node: fx.Node) -> bool:

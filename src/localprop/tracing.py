@@ -1,4 +1,4 @@
-"""Traces the top level of a model's forward into a torch.fx graph, down to its blocks and no further.
+"""Traces the top level of a model's forward into a torch.fx graph: down to its blocks, or to the parts of a block.
 
 Plain symbolic tracing fails on many real models: they branch on shapes, unpack tuples, build tensors from sizes.
 The tracer here computes, beside every node it records, the node's value on fake tensors (shapes without data), once
@@ -12,8 +12,8 @@ import math
 import operator
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Set
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -26,7 +26,7 @@ from torch.fx.proxy import TraceError
 from localprop.blocks import container_classes, holds_blocks
 
 _ROOT = "backbone"
-_BATCHES = {"value": 2, "twin": 3}  # key of a node's meta: size of the batch it is computed for
+BATCHES = {"value": 2, "twin": 3}  # key of a node's meta: size of the batch it is computed for
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # torch.fx does not see calls that make a tensor from numbers.
 _FACTORIES = [torch.arange, torch.linspace, torch.tensor, torch.eye, torch.empty, torch.full, torch.ones, torch.zeros]
@@ -76,7 +76,9 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [t for item in value for t in tensors_of(item)] if isinstance(value, (list, tuple)) else []
 
 
-def trace(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, mode: FakeTensorMode) -> fx.Graph:
+def trace(
+    model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, mode: FakeTensorMode, opened: Set[str] = frozenset()
+) -> fx.Graph:
     """Traces `model(image)`.
 
     Args:
@@ -84,10 +86,13 @@ def trace(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, mode: Fak
         size: (channels, height, width) of the image.
         dtype: type of the image.
         mode: the mode that the copy belongs to.
+        opened: names of the blocks whose own forward is traced too. What they call stays whole, and so does a
+            block whose forward cannot be traced.
 
     Returns:
         A graph of calls to blocks and of the operations between them. `node.meta["value"]` is each node's fake
-        value, `node.meta["mutated"]` the nodes whose tensors it writes in place. Module names carry no prefix.
+        value, `node.meta["mutated"]` the nodes whose tensors it writes in place, `node.meta["block"]` the name of
+        the opened block that it is in, or None. Module names carry no prefix.
 
     Raises:
         Exception: any, since it runs the model's own code.
@@ -97,8 +102,8 @@ def trace(model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, mode: Fak
             parameter.requires_grad_()
     with mode, torch.enable_grad():
         # Not leaves of autograd, so that the model may write to its input.
-        images = {key: torch.empty(n, *size, dtype=dtype).requires_grad_().clone() for key, n in _BATCHES.items()}
-        tracer = _ConcreteTracer(images, model)
+        images = {key: torch.empty(n, *size, dtype=dtype).requires_grad_().clone() for key, n in BATCHES.items()}
+        tracer = _ConcreteTracer(images, model, opened)
         with tracer.recording(model):
             graph = tracer.trace(_Root(model))
     for node in graph.nodes:
@@ -114,7 +119,7 @@ class _ConcreteProxy(fx.Proxy):
 
     def _fixed(self, function: Callable[[Any], Any]) -> Any:
         """What Python code needs as a plain number: possible if it is the same for every batch size."""
-        first, *rest = (function(self.node.meta[key]) for key in _BATCHES)
+        first, *rest = (function(self.node.meta[key]) for key in BATCHES)
         if any(other != first for other in rest):
             raise TraceError("its control flow depends on the size of the batch")
         return first
@@ -156,10 +161,12 @@ for _name in ("iadd", "isub", "imul", "itruediv"):  # torch.fx turns x += y into
 
 
 class _ConcreteTracer(fx.Tracer):
-    def __init__(self, images: dict[str, Tensor], model: nn.Module) -> None:
+    def __init__(self, images: dict[str, Tensor], model: nn.Module, opened: Set[str]) -> None:
         super().__init__(autowrap_modules=())
         self._images = images
         self._containers = container_classes(model)
+        self._opened = opened
+        self._block: str | None = None  # the opened block that is being traced
         self._running = False  # inside a leaf, modules and functions behave as outside a trace
         self._context = _context()
 
@@ -213,17 +220,24 @@ class _ConcreteTracer(fx.Tracer):
         name = self.path_of_module(m)
         if name == _ROOT:
             return forward(*args, **kwargs)
-        if holds_blocks(m, self._containers):
+        block = name.removeprefix(_ROOT + ".")
+        is_opened = block in self._opened
+        if self._block is None and (is_opened or holds_blocks(m, self._containers)):
             before = len(self.graph.nodes)
+            self._block = block if is_opened else None
             try:
-                return forward(*args, **kwargs)
+                with _stateless(m) if is_opened else nullcontext():
+                    return forward(*args, **kwargs)
             except Exception:  # a model's own code may raise anything: keep this part whole
                 for node in list(self.graph.nodes)[: before - 1 : -1]:
                     self.graph.erase_node(node)
+            finally:
+                self._block = None
         return self.create_proxy("call_module", name, args, kwargs)
 
     def create_node(self, kind: str, *rest: Any, **named: Any) -> fx.Node:
         node = super().create_node(kind, *rest, **named)
+        node.meta["block"] = self._block
         if kind != "output":
             self._evaluate(node)
         return node
@@ -238,7 +252,7 @@ class _ConcreteTracer(fx.Tracer):
         versions = {n: _version(n) for n in node.all_input_nodes}
         self._running = True
         try:
-            for key in _BATCHES:
+            for key in BATCHES:
                 node.meta[key] = self._run(node, key)
         finally:
             self._running = False
@@ -246,7 +260,7 @@ class _ConcreteTracer(fx.Tracer):
 
     def _wrap(self, proxy: Any) -> Any:
         """What the model's code gets to see of a new node."""
-        value, twin = (proxy.node.meta[key] for key in _BATCHES)
+        value, twin = (proxy.node.meta[key] for key in BATCHES)
         if type(value) is not type(twin):
             raise TraceError("its control flow depends on the size of the batch")
         if value is None or isinstance(value, (bool, str)):
@@ -275,6 +289,26 @@ class _ConcreteTracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextmanager
+def _stateless(module: nn.Module) -> Iterator[None]:
+    """Refuses a forward that sets attributes or buffers of its module: a graph does not. They are put back."""
+    before = {k: copy.copy(v) if isinstance(v, (dict, list)) else v for k, v in vars(module).items()}
+    try:
+        yield
+        if _identities(vars(module)) != _identities(before):
+            raise TraceError("it sets attributes of its own")
+    finally:
+        vars(module).clear()
+        vars(module).update(before)
+
+
+def _identities(value: Any) -> Any:
+    """What differs as soon as anything in a value is another object; dicts (of buffers, say) and lists are opened."""
+    if isinstance(value, dict):
+        return {key: _identities(item) for key, item in value.items()}
+    return [_identities(item) for item in value] if isinstance(value, list) else id(value)
 
 
 def _concrete(argument: Any, key: str) -> Any:
