@@ -7,6 +7,7 @@ from localprop.heads import HEADS
 from localprop.localize import localize
 from localprop.methods import METHODS
 from localprop.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
+from localprop.plan import Plan, PlanRow, plan
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,7 +21,10 @@ __all__ = [
     "LocalOutput",
     "LocalpropError",
     "ModuleSpec",
+    "Plan",
+    "PlanRow",
     "Unit",
     "chain",
     "localize",
+    "plan",
 ]

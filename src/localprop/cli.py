@@ -1,4 +1,4 @@
-"""The command line: `localprop train | eval | export | chain`."""
+"""The command line: `localprop train | plan | eval | export | chain`."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from localprop.config import (
     OptionalInt,
     OptionalPath,
     OptionalStr,
+    PlanConfig,
     TrainConfig,
     from_flat,
     read_yaml,
@@ -29,6 +30,7 @@ usage: localprop COMMAND [OPTIONS]
 Train transformers, and any other timm model, without end-to-end backpropagation.
 
   train          train a model by local learning; without options, a small Swin on handwritten digits
+  plan           memory and time of training, predicted without a GPU and without data; --budget tells what fits
   eval RUN       accuracy of a run's weights
   export RUN     a run's weights as a folder that timm.create_model loads
   chain MODEL    the units that a timm model can be cut into
@@ -78,7 +80,7 @@ def _parse(kind: Any, command: str, argv: Sequence[str], default: Any = tyro.MIS
         return_unknown_args=True,
     )
     if unknown:
-        flags = ["--" + name.replace("_", "-") for name in (to_flat(options) if kind is TrainConfig else vars(options))]
+        flags = ["--" + name.replace("_", "-") for name in to_flat(options)]
         hint = suggestion(unknown[0].partition("=")[0], flags)
         hint = hint if hint.startswith("did") else f"see localprop {command} --help"
         raise ConfigError(f"{command} has no option {unknown[0]!r}; {hint}")
@@ -106,6 +108,7 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _run(config: TrainConfig, resumed: Path | None) -> int:
+    from localprop.advice import Headroom, fit, predict
     from localprop.experiment import create_run_folder, prepare, write_description
     from localprop.report import Progress, final_table, next_steps
     from localprop.state import TrainingState
@@ -113,14 +116,21 @@ def _run(config: TrainConfig, resumed: Path | None) -> int:
 
     console = Console()
     experiment = prepare(config, weights=resumed is None)
+    notes = []
+    if config.local.budget and not resumed:
+        with console.status("looking for what fits the budget ..."):
+            experiment, note = fit(experiment)
+        notes.append(note)
     config = experiment.config
     net = experiment.localize()
+    headroom = Headroom(experiment)
+    predicted, warning = predict(experiment, net, headroom)
     steps = experiment.data.steps_per_epoch(config.optim.batch_size)
     state = TrainingState(net, config.optim, steps, experiment.device)
     folder = resumed or create_run_folder(config)
-    trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title)
+    trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted)
     names = [_span(module.units) for module in net.local_modules]
-    notes = trainer.resume() if resumed else []
+    notes += trainer.resume() if resumed else []
     if not resumed:
         write_description(folder, experiment, net)
     side = experiment.data.img_size
@@ -129,15 +139,38 @@ def _run(config: TrainConfig, resumed: Path | None) -> int:
     try:
         progress = Progress(console, config.optim.epochs, steps, config.optim.batch_size, len(names), trainer.rows)
         with progress:
-            for note in notes:
+            for note in [*notes, *warning]:
                 progress.note(note)
             rows = trainer.run(progress)
     except Interrupted as stop:
         print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
         return stop.exit_code
+    except MemoryError as error:
+        del trainer, state, net
+        raise headroom.explain(error, predicted) from None
     console.print(final_table(rows, names))
     steps_text = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
     console.out(steps_text, highlight=False)
+    return 0
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from localprop.advice import plan_lines, plan_model, plan_report
+    from localprop.checkpoint import write_text
+    from localprop.report import draw_plan, plan_table
+
+    argv, files = _take_config_files(argv)
+    config: PlanConfig = _parse(PlanConfig, "plan", argv, _over(PlanConfig(), files))
+    console = Console()
+    with console.status("") as status:
+        result, title = plan_model(config, lambda setting: status.update(f"simulating {setting.name} ..."))
+    console.print(plan_table(result, title))
+    drawn = result.choice if result.choice and result.choice.setting.modules > 1 else result.typical
+    draw_plan(config.picture, result, drawn, f"{title}: memory over one training step")
+    if config.json:
+        write_text(config.json, json.dumps(plan_report(config, result), indent=1) + "\n")
+    for line in plan_lines(config, result):
+        console.out(line, highlight=False)
     return 0
 
 
@@ -213,6 +246,7 @@ def _chain(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
+    "plan": _plan,
     "eval": _eval,
     "export": _export,
     "chain": _chain,
@@ -233,7 +267,7 @@ def _take_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, files
 
 
-def _over(config: TrainConfig, files: list[str]) -> TrainConfig:
+def _over(config: Any, files: list[str]) -> Any:
     for file in files:
         config = from_flat(read_yaml(Path(file)), file, config)
     return config

@@ -6,6 +6,7 @@ A flag of the command line, a key of a YAML file and a field here are the same w
 import ast
 import contextlib
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,18 @@ def _read_pairs(words: list[str]) -> dict[str, Any]:
     return pairs
 
 
+def parse_bytes(text: str) -> int:
+    """Reads an amount of memory: 8GiB, 500MiB, 2G, or plain bytes. G and GB are GiB, as with `ulimit`.
+
+    Raises:
+        ConfigError: it is no such amount.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([kmgt])i?b?|b)?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ConfigError(f"{text!r} is no amount of memory; write 8GiB or 500MiB")
+    return int(float(match[1]) * 1024 ** (" kmgt".index(match[2].lower()) if match[2] else 0))
+
+
 Pairs = Annotated[
     dict[str, Any] | None,
     PrimitiveConstructorSpec(
@@ -47,6 +60,7 @@ Pairs = Annotated[
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+OptionalBool = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalNames = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
 
@@ -83,10 +97,30 @@ class LocalConfig:
     """What rebuilds the target: conv, deconv, pixel-shuffle, transformer, infopro."""
     head: str = "mlp"
     """What predicts the label inside the network: linear, mlp, conv."""
-    partition: Literal["balanced", "stage"] = "balanced"
-    """Where to cut: balanced (the largest module as small as can be) or stage (where the resolution changes)."""
+    partition: Literal["balanced", "compute", "stage"] = "balanced"
+    """Where to cut: balanced (the module with the highest peak memory takes as little as can be), compute (the
+    slowest module is as fast as can be) or stage (where the resolution changes)."""
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
+    min_depth: int = 1
+    """Least number of units in a module; very shallow first modules learn worse."""
+    split_blocks: bool = False
+    """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
+    budget: OptionalStr = None
+    """Choose --modules (and --split-blocks) so that predicted peak memory stays below this: 8GiB, 500MiB."""
+    recompute: OptionalBool = None
+    """Compute activation functions and layer norms again in backward, instead of keeping their results: less memory,
+    the same numbers (default: yes in local modules, no end-to-end)."""
+    grad_checkpointing: bool = False
+    """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("modules", self.modules), ("min_depth", self.min_depth)):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.budget is not None:
+            parse_bytes(self.budget)
+
     method_kwargs: Pairs = None
     """For the method, such as weight=0.5."""
 
@@ -192,7 +226,6 @@ class TrainConfig:
         for name, value, least in [
             ("epochs", optim.epochs, 1),
             ("batch_size", optim.batch_size, 1),
-            ("modules", self.local.modules, 1),
             ("img_size", self.backbone.img_size, 1),
             ("checkpoint_steps", run.checkpoint_steps, 1),
             ("checkpoint_hist", run.checkpoint_hist, 1),
@@ -212,24 +245,74 @@ class TrainConfig:
             raise ConfigError(f"--clip-grad is {optim.clip_grad}; it must be above 0")
 
 
-GROUPS = [f.name for f in dataclasses.fields(TrainConfig)]
+@dataclass(frozen=True)
+class PlanConfig:
+    """Tell what training takes: memory, time and operations per step, without a GPU and without data.
+
+    A table with end-to-end training, activation checkpointing and K local modules, and a picture of memory over one
+    step. With --budget also which of them fits.
+    """
+
+    backbone: ModelConfig = field(default_factory=ModelConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    batch_size: int = 32
+    """Images per step."""
+    opt: str = "adamw"
+    """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or mixed precision: bf16 or fp16."""
+    model_ema: bool = False
+    """Keep a moving average of the weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer states of modules at rest in the host's memory."""
+    num_classes: OptionalInt = None
+    """Number of labels (default: the model's own)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Whose speed the expected times are for."""
+    json: OptionalPath = None
+    """Write everything into this file too."""
+    picture: Path = Path("plan.png")
+    """Where to draw the picture."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"--batch-size is {self.batch_size}; it must be at least 1")
 
 
-def to_flat(config: TrainConfig) -> dict[str, Any]:
+def to_flat(config: Any) -> dict[str, Any]:
     """The settings as one flat dict of YAML-friendly values, keyed by flag names with underscores."""
 
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
-    return {
-        f.name: plain(getattr(group, f.name))
-        for group in (getattr(config, name) for name in GROUPS)
-        for f in dataclasses.fields(group)
-    }
+    result: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        result |= to_flat(value) if dataclasses.is_dataclass(value) else {f.name: plain(value)}
+    return result
 
 
-def from_flat(settings: dict[str, Any], source: str, base: TrainConfig | None = None) -> TrainConfig:
-    """Builds a config from flat `settings`, over `base` (default: the defaults).
+def to_flags(config: TrainConfig) -> list[str]:
+    """The flags of `localprop train` that give these settings; defaults are left out."""
+    default, words = to_flat(TrainConfig()), []
+    for name, value in to_flat(config).items():
+        if value == default[name]:
+            continue
+        if isinstance(value, bool) and isinstance(default[name], bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, dict):
+            words += [
+                f"{key}={item!r}" if not isinstance(item, str) else f"{key}={item}" for key, item in value.items()
+            ]
+        else:
+            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return words
+
+
+def from_flat(settings: dict[str, Any], source: str, base: Any = None) -> Any:
+    """Builds a config from flat `settings`, over `base` (default: the defaults of training).
 
     Raises:
         ConfigError: an unknown key or an impossible value; the line names `source`.
@@ -240,13 +323,18 @@ def from_flat(settings: dict[str, Any], source: str, base: TrainConfig | None = 
     for key in settings:
         if key not in known:
             raise ConfigError(f"{source}: unknown setting {key!r}; {suggestion(key, known)}")
-    groups = {}
-    for name in GROUPS:
-        group = getattr(base, name)
-        own = {f.name: f for f in dataclasses.fields(group)}
-        values = {k: _typed(k, v, own[k].type, source) for k, v in settings.items() if k in own}
-        groups[name] = dataclasses.replace(group, **values)
-    return TrainConfig(**groups)
+    return _with(base, settings, source)
+
+
+def _with(base: Any, settings: dict[str, Any], source: str) -> Any:
+    values = {}
+    for f in dataclasses.fields(base):
+        value = getattr(base, f.name)
+        if dataclasses.is_dataclass(value):
+            values[f.name] = _with(value, settings, source)
+        elif f.name in settings:
+            values[f.name] = _typed(f.name, settings[f.name], f.type, source)
+    return dataclasses.replace(base, **values)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

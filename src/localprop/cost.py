@@ -1,6 +1,6 @@
 """What units and auxiliary nets take in a training step, found by running them on fake tensors: no data, no GPU."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,85 +9,202 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.chain import Chain
+from localprop.recompute import recomputing
 from localprop.tracing import fake_copy
+from localprop.tracking import Tracker
 
-_BATCH = 32  # costs are per image: what a batch shares (bias tables, batch norm's statistics) spreads over so many
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What the costs of a training step depend on, beside the network.
+
+    Attributes:
+        batch_size: images per step.
+        amp_dtype: type of automatic mixed precision; None without.
+        recompute: whether cheap results are computed again in backward (see `localprop.recompute`).
+        grad_checkpointing: whether units are checkpointed.
+    """
+
+    batch_size: int = 32
+    amp_dtype: torch.dtype | None = None
+    recompute: bool = False
+    grad_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a part of a network.
+    """What one unit, or one local loss, takes; in bytes, weights and optimizer state left out.
 
     Attributes:
-        saved: bytes kept from forward for backward, per image; parameters and buffers, which exist anyway, left out.
-        parameters: bytes of trainable parameters, and so of their gradients.
+        kept: kept from forward to backward, beside input and output.
+        forward: largest at any moment of forward, beside the input.
+        backward: largest at any moment of backward, beside the input: what is kept, and gradients.
+        output: the output.
+        keeps_input: whether the input is kept for backward.
+        gradients: gradients of the parameters.
+        seconds: expected time of forward and backward; of meaning only beside others.
     """
 
-    saved: float
-    parameters: int
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.saved + other.saved, self.parameters + other.parameters)
-
-    def bytes(self, batch_size: int) -> float:
-        """Bytes that exist only while this part is trained: what it saves for backward, and its gradients."""
-        return self.saved * batch_size + self.parameters
+    kept: int
+    forward: int
+    backward: int
+    output: int
+    keeps_input: bool
+    gradients: int
+    seconds: float
 
 
-def unit_costs(model: nn.Module, chain: Chain) -> list[Cost]:
-    """The cost of each unit of a chain, in train mode.
+def module_peak(units: Sequence[Cost], auxiliary: Cost) -> int:
+    """Largest number of bytes that a module takes at any moment of its step, beside its input.
 
-    A tensor between two units that either of them keeps is counted once, as the input of the second: so the costs
-    of consecutive units add up.
+    Args:
+        units: costs of its units, in order.
+        auxiliary: cost of its local loss.
     """
+    peak = alive = 0  # alive: kept by the units before
+    before = []
+    for i, unit in enumerate(units):
+        before.append(alive)
+        given = units[i - 1].output if i else 0
+        peak = max(peak, alive + unit.forward + (0 if i and unit.keeps_input else given))
+        following = units[i + 1] if i + 1 < len(units) else None
+        alive += unit.kept + (unit.output if following is None or following.keeps_input else 0)
+    peak = max(peak, alive + auxiliary.forward, alive + auxiliary.backward)
+    gradients, output = auxiliary.gradients, units[-1].output  # which is the next module's input
+    for i in reversed(range(len(units))):
+        peak = max(peak, before[i] + units[i].backward + gradients + output)
+        gradients += units[i].gradients
+    return peak
+
+
+def unit_costs(model: nn.Module, chain: Chain, circumstances: Circumstances) -> list[Cost]:
+    """The cost of each unit of a chain, in train mode."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     duplicate = fake_copy(model, mode).train()
     dtype = next((p.dtype for p in duplicate.parameters() if p.is_floating_point()), torch.float32)
     with mode:
-        features = torch.empty(_BATCH, *chain.input_size, dtype=dtype)
+        features = torch.empty(circumstances.batch_size, *chain.input_size, dtype=dtype)
     context: dict[str, Any] = {}
-    boundary: dict[int, int] = {}
     costs = []
     for unit in chain:
-        with mode, torch.enable_grad():
-            features, saved = _run(duplicate, unit, duplicate, features, context)
-        saved |= boundary
-        address = features.untyped_storage()._cdata
-        boundary = {address: saved.pop(address)} if address in saved else {}
-        owned = [duplicate.get_parameter(name) for name in unit.parameters]
-        costs.append(Cost(sum(saved.values()) / _BATCH, _trainable_bytes(owned)))
+        parameters = [duplicate.get_parameter(name) for name in unit.parameters]
+
+        def run(x: Tensor, unit: Any = unit) -> Tensor:
+            return unit(duplicate, x, context, circumstances.grad_checkpointing)
+
+        cost, features = _measure(mode, run, features, parameters, circumstances)
+        costs.append(cost)
     return costs
 
 
 def auxiliary_cost(
-    auxiliary: nn.Module, output: tuple[int, ...], target: tuple[int, ...], image: tuple[int, ...]
+    auxiliary: nn.Module,
+    output: tuple[int, ...],
+    target: tuple[int, ...],
+    image: tuple[int, ...],
+    circumstances: Circumstances,
 ) -> Cost:
-    """The cost of an auxiliary net on a module's `output`, whose input has shape `target` (batch axes left out)."""
+    """The cost of a local loss on a module's `output`, whose input has shape `target` (batch axes left out)."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     duplicate = fake_copy(auxiliary, mode).train()
+    batch = circumstances.batch_size
+    half = circumstances.amp_dtype
+    with mode:
+        features = torch.empty(batch, *output, dtype=half)
+        inputs, images = torch.empty(batch, *target, dtype=half), torch.empty(batch, *image)
+        labels = torch.zeros(batch, dtype=torch.long)
+
+    def run(x: Tensor) -> Tensor:
+        return duplicate(x, inputs, images, labels)[0]
+
+    return _measure(mode, run, features, duplicate.parameters(), circumstances)[0]
+
+
+class Costs:
+    """The costs of a model's units, and of local losses on them, each found once.
+
+    Args:
+        model: the backbone.
+        chain: its units.
+    """
+
+    def __init__(self, model: nn.Module, chain: Chain) -> None:
+        self.model, self.chain = model, chain
+        self._units: dict[Circumstances, list[Cost]] = {}
+        self._auxiliaries: dict[Any, Cost] = {}
+
+    def units(self, circumstances: Circumstances) -> list[Cost]:
+        """See `unit_costs`."""
+        if circumstances not in self._units:
+            self._units[circumstances] = unit_costs(self.model, self.chain, circumstances)
+        return self._units[circumstances]
+
+    def auxiliary(
+        self, loss: nn.Module, output: tuple[int, ...], target: tuple[int, ...], circumstances: Circumstances
+    ) -> Cost:
+        """See `auxiliary_cost`. Losses whose nets look the same cost the same."""
+        key = (repr(loss), output, target, circumstances)
+        if key not in self._auxiliaries:
+            self._auxiliaries[key] = auxiliary_cost(loss, output, target, self.chain.input_size, circumstances)
+        return self._auxiliaries[key]
+
+
+class _Gradient(torch.autograd.Function):
+    """Stands for what comes after: gives a gradient for `output` that is freed as soon as it is used."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.like = output.shape, output.dtype
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype)
+
+
+def _measure(
+    mode: FakeTensorMode,
+    run: Callable[[Tensor], Tensor],
+    source: Tensor,
+    parameters: Iterable[nn.Parameter],
+    circumstances: Circumstances,
+) -> tuple[Cost, Tensor]:
+    """Runs a part forward and backward; gives its cost, and a tensor like its output."""
+    parameters = [p for p in parameters if p.requires_grad]
+    tracker, dtype = Tracker(), circumstances.amp_dtype
     with mode, torch.enable_grad():
-        features = torch.empty(_BATCH, *output, requires_grad=True)
-        arguments = [torch.empty(_BATCH, *target), torch.empty(_BATCH, *image)]
-        labels = torch.zeros(_BATCH, dtype=torch.long)
-        _, saved = _run(duplicate, duplicate, features, *arguments, labels)
-    return Cost(sum(saved.values()) / _BATCH, _trainable_bytes(duplicate.parameters()))
-
-
-def _trainable_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-
-
-def _run(owner: nn.Module, part: Callable[..., Any], *arguments: Any) -> tuple[Any, dict[int, int]]:
-    """Runs a part of `owner`; gives its result, and the bytes of each storage that autograd keeps."""
-    static = {t.untyped_storage()._cdata for t in [*owner.parameters(), *owner.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}  # storages, not sizes: a freed one's address may be used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in static:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = part(*arguments)
-    return result, {address: storage.nbytes() for address, storage in kept.items()}
+        leaf = source.detach().requires_grad_()
+        with tracker:
+            tracker.label([*parameters, leaf], "given")
+            # A copy, not a leaf, of which autograd itself holds no reference: it lives on only if the part keeps it.
+            entry = leaf.clone()
+            input_kept = tracker.allocation(entry)
+            before = tracker.used
+            with (
+                torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
+                recomputing(circumstances.recompute),
+            ):
+                output = run(entry)
+            loss = _Gradient.apply(output)
+            shape, given, size = output.shape, output.dtype, output.untyped_storage().nbytes()
+            turn = len(tracker.events)
+            del output, entry
+            keeps_input = input_kept.stop is None
+            without = before if keeps_input else before - input_kept.size
+            kept, start = tracker.used - without, len(tracker.events)
+            if loss.requires_grad:
+                loss.backward()
+            del loss
+        after = torch.empty(shape, dtype=given)
+    in_use = tracker.in_use()
+    cost = Cost(
+        kept=kept,
+        forward=max(in_use[:turn]) - before,
+        backward=max(in_use[start - 1 :]) - without,
+        output=size,
+        keeps_input=keeps_input,
+        gradients=sum(p.numel() * p.element_size() for p in parameters),
+        seconds=tracker.seconds,
+    )
+    return cost, after

@@ -28,6 +28,14 @@ class CheckpointError(LocalpropError):
     """A checkpoint or run folder that is missing, damaged or of another run."""
 
 
+class PlanError(LocalpropError):
+    """Memory that cannot be predicted, or a budget that nothing fits."""
+
+
+class OutOfMemory(LocalpropError):
+    """Training needed more memory than there is."""
+
+
 class NonFiniteLossError(LocalpropError):
     """A local loss that is NaN or infinite; raised before the weights of its module are touched."""
 

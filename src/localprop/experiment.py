@@ -52,7 +52,7 @@ class Experiment:
         Raises:
             ConfigError, ChainError: the settings do not fit the model, or there is no compiler that they need.
         """
-        local, data = self.config.local, self.data
+        local, data, optim = self.config.local, self.data, self.config.optim
         smoothing = data.config.smoothing
 
         def criterion(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -67,9 +67,14 @@ class Experiment:
             local.head,
             partition=local.partition,
             cuts=local.cuts,
-            input_size=(3, data.img_size, data.img_size),
+            min_depth=local.min_depth,
+            split_blocks=local.split_blocks,
+            recompute=local.recompute,
+            grad_checkpointing=local.grad_checkpointing,
+            input_size=self.input_size,
             num_classes=data.num_classes,
-            batch_size=self.config.optim.batch_size,
+            batch_size=optim.batch_size,
+            amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
             criterion=criterion,
             mean=data.mean,
             std=data.std,
@@ -81,6 +86,11 @@ class Experiment:
             require_compiler(self.device, "--compile")
             compile_network(net)
         return net
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        return (3, self.data.img_size, self.data.img_size)
 
     @property
     def title(self) -> str:

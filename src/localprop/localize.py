@@ -1,6 +1,6 @@
 """Divides a backbone into local modules: the one call that puts chain, partition, method and network together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -11,8 +11,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn import functional as F
 
-from localprop.chain import Chain, chain
-from localprop.cost import Cost, auxiliary_cost, unit_costs
+from localprop.chain import chain
+from localprop.cost import Circumstances, Cost, Costs, module_peak
 from localprop.decoders import DECODERS
 from localprop.errors import ChainError, ConfigError, suggestion
 from localprop.features import image_layout, infer_layout
@@ -21,8 +21,7 @@ from localprop.methods import build_loss, check_method
 from localprop.network import Criterion, LocalLoss, LocalModule, LocalNetwork, ModuleSpec
 from localprop.partition import balanced, stage_ends
 
-_NOMINAL_BATCH = 32
-"""Batch size for which a balanced partition weighs activations against gradients, where none is given."""
+PARTITIONS = ("balanced", "compute", "stage")
 
 
 def localize(
@@ -32,11 +31,17 @@ def localize(
     decoder: str = "conv",
     head: str = "mlp",
     *,
-    partition: Literal["balanced", "stage"] = "balanced",
+    partition: Literal["balanced", "compute", "stage"] = "balanced",
     cuts: Sequence[str] | None = None,
+    min_depth: int = 1,
+    split_blocks: bool = False,
+    recompute: bool | None = None,
+    grad_checkpointing: bool = False,
+    costs: Costs | None = None,
     input_size: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
-    batch_size: int = _NOMINAL_BATCH,
+    batch_size: int = 32,
+    amp_dtype: torch.dtype | None = None,
     criterion: Criterion = F.cross_entropy,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -50,11 +55,19 @@ def localize(
         method: how modules learn: feature-reconstruction, infopro, greedy, end-to-end.
         decoder: what rebuilds a target: conv, deconv, pixel-shuffle, transformer, infopro.
         head: what predicts the label inside the network: linear, mlp, conv.
-        partition: "balanced", the largest module as small as can be; or "stage", at changes of resolution.
+        partition: "balanced", the module that takes most memory takes as little as can be; "compute", the slowest
+            module takes as little time as can be; or "stage", at changes of resolution.
         cuts: names of units, or of blocks of units ("layers.0"), to cut after, instead of modules and partition.
+        min_depth: least number of units in a module. Very shallow first modules learn worse.
+        split_blocks: let units be parts of blocks, such as a transformer block's attention and its MLP.
+        recompute: compute activation functions and layer norms again in backward instead of keeping their results:
+            less memory, the same numbers. Default: in local modules, but not end-to-end.
+        grad_checkpointing: keep of each unit its input only, and run it again in backward.
+        costs: the model's chain and what is known of its costs, from an earlier call; default: found now.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         num_classes: number of labels, checked against the model's logits; default: their number.
-        batch_size: batch size for which a balanced partition is made.
+        batch_size: batch size for which the partition is made.
+        amp_dtype: type of mixed precision for which the partition is made; default: none.
         criterion: loss of predicted labels, from (logits, labels).
         mean: per channel, with which images are normalised, for methods that rebuild the image in [0, 1]; default:
             the model's own, else ImageNet's.
@@ -72,7 +85,10 @@ def localize(
     for kind, name, known in (("head", head, HEADS), ("decoder", decoder, DECODERS)):
         if name not in known:  # also where the method has no use for it
             raise ConfigError(f"unknown {kind} {name!r}; {suggestion(name, known)}")
-    units = chain(model, input_size)
+    if min_depth < 1:
+        raise ConfigError(f"min_depth is {min_depth}; it must be at least 1")
+    costs = costs or Costs(model, chain(model, input_size, split_blocks))
+    units = costs.chain
     classes = units[-1].shape[-1]
     if len(units[-1].shape) != 1 or num_classes not in (None, classes):
         raise ChainError(
@@ -94,25 +110,39 @@ def localize(
         mean=tuple(mean or settings.get("mean") or IMAGENET_DEFAULT_MEAN),
         std=tuple(std or settings.get("std") or IMAGENET_DEFAULT_STD),
     )
-    plan = _Plan(model, units, method, options, spec)
+    recompute = count > 1 if recompute is None else recompute
+    circumstances = Circumstances(batch_size, amp_dtype, recompute, grad_checkpointing)
+    division = _Division(costs, method, options, spec, circumstances)
     if cuts is not None:
         ends = [*(units.position(name) for name in cuts), len(units)]
         if ends != sorted(set(ends)):
             raise ChainError(f"cuts {', '.join(cuts)} are not in order and before the last unit of: {units.names()}")
     elif partition == "stage":
-        ends = plan.balance(stage_ends(units), batch_size, "stages, where the resolution changes")
-    elif partition == "balanced":
-        ends = plan.balance(list(range(1, len(units) + 1)), batch_size, "units")
+        ends = division.balance(stage_ends(units), min_depth, "memory", "stages, where the resolution changes")
+    elif partition in ("balanced", "compute"):
+        ends = division.balance(
+            list(range(1, len(units) + 1)), min_depth, "memory" if partition == "balanced" else "time", "units"
+        )
     else:
-        raise ConfigError(f"no partition is called {partition!r}; {suggestion(partition, ['balanced', 'stage'])}")
-    return plan.build(ends)
+        raise ConfigError(f"no partition is called {partition!r}; {suggestion(partition, PARTITIONS)}")
+    return division.build(ends)
 
 
-class _Plan:
+class _Division:
     """A backbone with everything settled but where to cut."""
 
-    def __init__(self, model: nn.Module, units: Chain, method: str, options: dict[str, Any], spec: ModuleSpec) -> None:
-        self.model, self.units, self.method, self.options, self.spec = model, units, method, options, spec
+    def __init__(
+        self,
+        costs: Costs,
+        method: str,
+        options: dict[str, Any],
+        spec: ModuleSpec,
+        circumstances: Circumstances,
+    ) -> None:
+        self.costs, self.method, self.options, self.spec = costs, method, options, spec
+        self.model, self.units = costs.model, costs.chain
+        self.circumstances = circumstances
+        units = self.units
         self.layouts = [
             spec.image,
             *(
@@ -126,38 +156,54 @@ class _Plan:
         spec = replace(self.spec, index=index, input=self.layouts[start], output=self.layouts[stop], **changes)
         return build_loss(self.method, spec, self.options)
 
-    def balance(self, ends: list[int], batch_size: int, what: str) -> list[int]:
-        """The `count` of the possible `ends` that make the largest module smallest, auxiliary nets included."""
-        if self.spec.count > len(ends):
+    def balance(self, ends: list[int], min_depth: int, aim: Literal["memory", "time"], what: str) -> list[int]:
+        """The `count` of the possible `ends` with which the largest module is smallest, auxiliary nets included."""
+        count = self.spec.count
+        if count > len(ends):
             raise ChainError(
-                f"{self.spec.count} modules asked for, but the backbone has {len(ends)} {what}, so at most "
+                f"{count} modules asked for, but the backbone has {len(ends)} {what}, so at most "
                 f"{len(ends)}: {', '.join(self.units[end - 1].name for end in ends)}"
             )
-        if self.spec.count == len(ends):
-            return ends
-        if self.spec.count == 1:
+        if count == 1:
             return ends[-1:]
-        costs = unit_costs(self.model, self.units)
         starts = [0, *ends]
+        cost = self._costs(aim)
+
+        def allowed(i: int, j: int) -> float:
+            start, stop = starts[i], starts[j]
+            return cost(start, stop) if stop - start >= min_depth else float("inf")
+
+        chosen = [starts[j] for j in balanced(len(ends), count, allowed)]
+        if any(stop - start < min_depth for start, stop in pairwise([0, *chosen])):
+            raise ChainError(
+                f"{count} modules of at least {min_depth} units do not fit: the backbone has {len(self.units)} units; "
+                "lower modules or min_depth"
+            )
+        return chosen
+
+    def _costs(self, aim: Literal["memory", "time"]) -> Callable[[int, int], float]:
+        """The cost of a module of units [start, stop): bytes at its peak, or expected time."""
+        costs = self.costs.units(self.circumstances)
+        # The last unit of a module is never checkpointed.
+        plain = replace(self.circumstances, grad_checkpointing=False)
+        last = self.costs.units(plain)
 
         @cache
         def auxiliary(index: int, start: int, stop: int) -> Cost:
             with torch.random.fork_rng(devices=[]):
                 # The user's criterion may not take such labels as the cost is found with, and keeps next to nothing.
                 loss = self.loss(index, start, stop, criterion=F.cross_entropy)
-            shapes = [self._shape(stop), self._shape(start), self._shape(0)]
-            return auxiliary_cost(loss, *shapes)
+            return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), plain)
 
-        def cost(i: int, j: int) -> float:
-            start, stop = starts[i], starts[j]
-            own = sum(costs[start:stop], Cost(0, 0))
+        def cost(start: int, stop: int) -> float:
+            own = [*costs[start : stop - 1], last[stop - 1]]
             # Which module it will be is not known yet, only whether the first, the last or between.
             index = 0 if start == 0 else self.spec.count - 1 if stop == len(self.units) else 1
             # Of units with equal outputs any stands for all: their auxiliary nets cost the same.
-            same = self._representative
-            return (own + auxiliary(index, same(start), same(stop))).bytes(batch_size)
+            loss = auxiliary(index, self._representative(start), self._representative(stop))
+            return module_peak(own, loss) if aim == "memory" else sum(unit.seconds for unit in [*own, loss])
 
-        return [starts[j] for j in balanced(len(ends), self.spec.count, cost)]
+        return cost
 
     def build(self, ends: list[int]) -> LocalNetwork:
         """The network with modules that end after these numbers of units."""
@@ -165,7 +211,16 @@ class _Plan:
         local_modules = []
         for index, (start, stop) in enumerate(pairwise([0, *ends])):
             loss = self.loss(index, start, stop).to(first.device, first.dtype)
-            local_modules.append(LocalModule(self.model, self.units[start:stop], loss, self.layouts[stop]))
+            local_modules.append(
+                LocalModule(
+                    self.model,
+                    self.units[start:stop],
+                    loss,
+                    self.layouts[stop],
+                    self.circumstances.recompute,
+                    self.circumstances.grad_checkpointing,
+                )
+            )
         return LocalNetwork(self.model, local_modules)
 
     def _shape(self, position: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from localprop.chain import Unit
 from localprop.features import Layout
+from localprop.recompute import recomputing
 from localprop.seeding import derive_seed
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -52,16 +53,25 @@ class ModuleSpec:
 
 
 class LocalLoss(nn.Module, ABC):
-    """A module's local loss, with the auxiliary nets that it needs and inference does not."""
+    """A module's local loss, with the auxiliary nets that it needs and inference does not.
+
+    Attributes:
+        uses_images: whether the loss looks at the images (other than as the input of the first module). Where no
+            later module's does, they are freed.
+    """
+
+    uses_images: bool = True
 
     @abstractmethod
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Computes the local loss.
 
         Args:
             output: the module's output; gradients flow back through it.
             inputs: the module's input, detached.
-            images: the batch of images, normalised.
+            images: the batch of images, normalised; None where `uses_images` is False.
             labels: (B,) integers, or (B, C) probabilities.
 
         Returns:
@@ -76,11 +86,13 @@ class LocalLoss(nn.Module, ABC):
 class Classification(LocalLoss):
     """The last module's loss under every method: the criterion on the backbone's own logits."""
 
+    uses_images = False
+
     def __init__(self, spec: ModuleSpec) -> None:
         super().__init__()
         self.criterion = spec.criterion
 
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LocalLoss.forward`; the output is the logits."""
         return self.criterion(output, labels), output
 
@@ -96,11 +108,22 @@ class LocalModule(nn.Module):
         units: names of the units.
         auxiliary: the local loss with its auxiliary nets (an empty module in the last).
         output: layout of the module's output.
+        recompute: whether cheap results are computed again in backward; see `localprop.recompute`.
+        grad_checkpointing: whether every unit but the last keeps no activations and runs again in backward. (What
+            the last one keeps is needed at once, so nothing is gained by computing it twice.)
     """
 
     auxiliary: LocalLoss
 
-    def __init__(self, backbone: nn.Module, units: Sequence[Unit], auxiliary: LocalLoss, output: Layout) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        units: Sequence[Unit],
+        auxiliary: LocalLoss,
+        output: Layout,
+        recompute: bool = False,
+        grad_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         # In tuples, so that the backbone is not registered a second time: its state_dict keys stay its own.
         self._backbone = (backbone,)
@@ -109,6 +132,8 @@ class LocalModule(nn.Module):
         self._parameter_names = [name for name, _ in backbone.named_parameters() if name in used]
         self.auxiliary = auxiliary
         self.output = output
+        self.recompute = recompute
+        self.grad_checkpointing = grad_checkpointing
 
     @property
     def units(self) -> list[str]:
@@ -117,9 +142,10 @@ class LocalModule(nn.Module):
 
     def forward(self, features: Tensor, context: dict[str, Any]) -> Tensor:
         """Runs the units; `context` is what they hand along beside the features (see `Unit`)."""
-        for unit in self._units:
-            features = unit(self._backbone[0], features, context)
-        return features
+        *others, last = self._units
+        for unit in others:
+            features = unit(self._backbone[0], features, context, self.grad_checkpointing)
+        return last(self._backbone[0], features, context)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the backbone exempts from weight decay; timm's optimizers ask for them."""
@@ -203,7 +229,8 @@ class LocalNetwork(nn.Module):
         run in mixed precision, the backward outside of it, as PyTorch advises.
 
         Args:
-            images: (B, channels, height, width).
+            images: (B, channels, height, width). Freed after the last module that looks at them, if the caller
+                keeps no reference.
             labels: (B,) integers, or (B, C) probabilities.
             scaler: scales each local loss before its backward (float16).
             seed: where given, module k draws its random numbers (dropout, stochastic depth) from a stream of its
@@ -213,11 +240,17 @@ class LocalNetwork(nn.Module):
         """
         context: dict[str, Any] = {}
         features, losses, logits = images, [], []
+        looking = [k for k, module in enumerate(self.local_modules) if module.auxiliary.uses_images]
+        wanted: Tensor | None = images
+        del images
         for k, module in enumerate(self.local_modules):
             if seed is not None:
                 torch.manual_seed(derive_seed(seed, "module", k))
-            output = module(features, context)
-            loss, head_logits = module.auxiliary(output, features, images, labels)
+            if k > max(looking, default=-1):
+                wanted = None
+            with recomputing(module.recompute):
+                output = module(features, context)
+                loss, head_logits = module.auxiliary(output, features, wanted, labels)
             _backward(scaler.scale(loss) if scaler else loss)
             losses.append(loss.detach())
             logits.append(None if head_logits is None else head_logits.detach())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from localprop.config import OptimConfig
 from localprop.errors import CheckpointError, NonFiniteLossError
+from localprop.memory import plain_tensors
 from localprop.network import LocalNetwork
 from localprop.offload import Offload
 from localprop.optimizers import create_optimizer, create_scheduler
@@ -39,12 +40,12 @@ class TrainingState:
         """The learning rate of the last step."""
         return max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
 
-    def train_step(self, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+    def train_step(self, batch: list[Tensor], seed: int) -> Tensor:
         """One step: forward, backward and optimizer step, module by module.
 
         Args:
-            images: (B, channels, height, width).
-            labels: (B,) integers, or (B, C) probabilities.
+            batch: images (B, channels, height, width), and labels: (B,) integers, or (B, C) probabilities. Both are
+                taken out of the list, so that the images are freed when no later module needs them.
             seed: of the step's dropout and stochastic depth.
 
         Returns:
@@ -58,7 +59,9 @@ class TrainingState:
                 scheduler.step_update(self.step)
         if self.offload:
             self.offload.fetch(0)
-        output = self.net.backward(images, labels, scaler=self.scaler, seed=seed, after_module=self._step_module)
+        output = self.net.backward(
+            batch.pop(0), batch.pop(), scaler=self.scaler, seed=seed, after_module=self._step_module
+        )
         if self.scaler:
             self.scaler.update()
         self.step += 1
@@ -90,6 +93,14 @@ class TrainingState:
     def evaluated(self) -> nn.Module:
         """The backbone whose accuracy counts: the moving average where there is one."""
         return self.ema.module if self.ema else self.net.backbone
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """Everything that lives from step to step: "parameters" (with buffers and moving average), "optimizer"."""
+        models = [self.net, *([self.ema] if self.ema else [])]
+        return {
+            "parameters": [tensor for model in models for tensor in (*model.parameters(), *model.buffers())],
+            "optimizer": [t for optimizer in self.optimizers for t in plain_tensors(list(optimizer.state.values()))],
+        }
 
     def parts(self) -> dict[str, Any]:
         """Everything that has to be saved, as the parts of a checkpoint."""

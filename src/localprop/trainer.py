@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from localprop.checkpoint import newest_checkpoint, save_checkpoint, save_weight
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError
-from localprop.memory import peak_memory
+from localprop.memory import is_out_of_memory, measured
 from localprop.metrics import Scores, evaluate
 from localprop.report import EpochRow, Progress, draw_curves, read_results, write_results
 from localprop.seeding import derive_seed
@@ -62,12 +63,27 @@ class Trainer:
         folder: the run folder.
         device: where the network is.
         title: heading of the curves.
+        predicted: predicted peak memory of a step in bytes; None if there is no prediction.
+
+    Attributes:
+        peak: measured peak memory of a step in bytes. It is that of the second step since the start, when optimizers
+            have their state; on CUDA, of all steps so far. None before.
     """
 
     def __init__(
-        self, state: TrainingState, data: Data, config: TrainConfig, folder: Path, device: torch.device, title: str
+        self,
+        state: TrainingState,
+        data: Data,
+        config: TrainConfig,
+        folder: Path,
+        device: torch.device,
+        title: str,
+        predicted: int | None = None,
     ) -> None:
         self.state, self.data, self.config, self.folder, self.device = state, data, config, folder, device
+        self.predicted = predicted
+        self.peak: int | None = None
+        self._steps = 0  # since the start of this process
         self.net = state.net
         self.title = title
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
@@ -142,21 +158,41 @@ class Trainer:
         self._clock = time.perf_counter()
         batches = self.data.train_batches(position.epoch, optim.batch_size, self.device, start=position.batch)
         sums = torch.tensor(position.loss_sums, dtype=torch.float64)
-        for images, labels in batches:
+        for batch in batches:
             seed = derive_seed(self.config.run.seed, "step", self.state.step)
-            with self._autocast():
-                losses = self.state.train_step(images, labels, seed)
-            del images, labels
+            losses = self._step(batch, seed)
             shown = losses.tolist()
             sums += torch.tensor(shown, dtype=torch.float64)
             position.batch += 1
             position.loss_sums = sums.tolist()
             self._advance_clock(training=True)
             self._note_skipped(progress)
-            progress.step(position.epoch + 1, position.batch, shown, peak_memory(self.device))
+            progress.step(position.epoch + 1, position.batch, shown, self.peak or self.predicted or 0)
             if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
                 self._save()
             self._stop_if_asked()
+
+    def _step(self, batch: list[Tensor], seed: int) -> Tensor:
+        """One training step; measured where that costs nothing, and once where it does.
+
+        Raises:
+            MemoryError: there is not enough.
+        """
+        self._steps += 1
+        try:
+            if self.device.type != "cuda" and self._steps != 2:
+                with self._autocast():
+                    return self.state.train_step(batch, seed)
+            with measured(chain(*self.state.tensors().values()), self.device) as measurement, self._autocast():
+                # On a CPU the batch has to begin inside, for its end to be seen.
+                own = [tensor.clone() for tensor in batch] if self.device.type == "cpu" else batch
+                losses = self.state.train_step(own, seed)
+            self.peak = max(self.peak or 0, measurement.peak)
+            return losses
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise MemoryError(str(error).strip().splitlines()[0]) from error
+            raise
 
     def _finish_epoch(self, progress: Progress) -> None:
         position = self.position
@@ -176,7 +212,8 @@ class Trainer:
             test_top5=scores.top5,
             test_loss=scores.loss,
             images_per_second=images / position.epoch_seconds,
-            peak_memory=peak_memory(self.device),
+            predicted_memory=self.predicted,
+            peak_memory=self.peak,
             seconds=position.seconds,
         )
         self.rows.append(row)

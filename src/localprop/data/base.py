@@ -103,15 +103,18 @@ class Data:
             )
         return self.train_size // batch_size
 
-    def train_batches(self, epoch: int, batch_size: int, device: torch.device | str, start: int = 0) -> Iterator[Batch]:
+    def train_batches(
+        self, epoch: int, batch_size: int, device: torch.device | str, start: int = 0
+    ) -> Iterator[list[Tensor]]:
         """The training batches of an epoch, from batch number `start` on.
 
         A batch is a pure function of (seed, epoch, its number): those after a restart equal the uninterrupted
         ones bit for bit, and the global random states are as the caller left them.
 
         Returns:
-            Iterator of images (batch, 3, img_size, img_size), float32, normalised, and labels:
-            (batch,) int64, or with mixup or cutmix (batch, classes) float32, smoothed.
+            Iterator of [images, labels]: images (batch, 3, img_size, img_size), float32, normalised; labels
+            (batch,) int64, or with mixup or cutmix (batch, classes) float32, smoothed. Who empties the list holds
+            the only references.
 
         Raises:
             DataError: at once as `steps_per_epoch`; while iterating, when more training images are unreadable
@@ -135,18 +138,21 @@ class Data:
         for images, labels in self.store.test(batch_size, device):
             yield images.float().sub(mean).div_(std), labels
 
-    def _train_batches(self, epoch: int, batch_size: int, steps: range, device: torch.device) -> Iterator[Batch]:
+    def _train_batches(self, epoch: int, batch_size: int, steps: range, device: torch.device) -> Iterator[list[Tensor]]:
         order = torch.randperm(self.train_size, generator=generator(derive_seed(self.seed, "order", epoch)))
         mean, std = self._normalisation(device)
         mixup = self._mixup() if self._mixes else None
         batches = self.store.train(epoch, order.tolist(), batch_size, steps, device)
-        for step, (images, labels) in zip(steps, batches, strict=True):
+        for step in steps:
+            images, labels = next(batches)
             images = images.float().sub(mean).div_(std)
             if mixup:
                 # timm's Mixup draws from NumPy's global generator.
                 with seeded(derive_seed(self.seed, "mix", epoch, step)):
                     images, labels = mixup(images, labels)
-            yield images, labels
+            batch = [images, labels]
+            del images, labels
+            yield batch
 
     @property
     def _mixes(self) -> bool:

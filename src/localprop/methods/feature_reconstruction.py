@@ -5,12 +5,18 @@ be able to rebuild from what it gives: so little of the information that later m
 first module's input is the image. The paper's loss weights are not published.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from localprop.decoders import build_decoder
 from localprop.heads import build_head
 from localprop.network import LocalLoss, ModuleSpec
+
+_PARTS = 4
 
 
 class FeatureReconstruction(LocalLoss):
@@ -24,6 +30,8 @@ class FeatureReconstruction(LocalLoss):
             module can lower by shrinking its output. The image is a target as it is.
     """
 
+    uses_images = False
+
     def __init__(self, spec: ModuleSpec, weight: float = 1.0, normalize: bool = True) -> None:
         super().__init__()
         self.criterion = spec.criterion
@@ -33,17 +41,50 @@ class FeatureReconstruction(LocalLoss):
         self.head = build_head(spec.head, spec.output, spec.num_classes)
         self.decoder = build_decoder(spec.decoder, spec.output, spec.input)
 
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LocalLoss.forward`."""
         logits = self.head(output)
-        # In float32: squares of half-precision features lose most of their digits.
-        target = self.target.grid(inputs).float()
-        if self.normalize:
-            channels_last = target.permute(0, 2, 3, 1)
-            target = F.layer_norm(channels_last, channels_last.shape[-1:]).permute(0, 3, 1, 2)
-        error = F.mse_loss(self.decoder(output).float(), target)
+        error = reconstruction_error(self.decoder(output), self.target.grid(inputs), self.normalize)
         return self.criterion(logits, labels) + self.weight * error, logits
 
     def classify(self, output: Tensor) -> Tensor:
         """The head's logits."""
         return self.head(output)
+
+
+class _Error(torch.autograd.Function):
+    """The mean squared error, keeping of it the difference alone, which becomes the gradient where it lies."""
+
+    @staticmethod
+    def forward(ctx: Any, rebuilt: Tensor, target: Tensor, normalize: bool) -> Tensor:
+        # In float32: squares of half-precision features lose most of their digits. In parts: so that the float32
+        # and the normalised copy of the target never exist as a whole.
+        difference, total = torch.empty_like(rebuilt), rebuilt.new_zeros((), dtype=torch.float32)
+        size = -(-len(rebuilt) // _PARTS)
+        for part, own, wanted in zip(*(t.split(size) for t in (difference, rebuilt, target)), strict=True):
+            wanted = wanted.permute(0, 2, 3, 1).float()
+            if normalize:
+                wanted = F.layer_norm(wanted, wanted.shape[-1:])
+            error = own.float() - wanted.permute(0, 3, 1, 2)
+            total += error.square().sum()
+            part.copy_(error)
+        # Not saved for backward as autograd means it: it is written to there, so there is no second backward.
+        ctx.difference = difference
+        return total / rebuilt.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        difference, ctx.difference = ctx.difference, None
+        return difference.mul_(gradient * 2 / difference.numel()), None, None
+
+
+def reconstruction_error(rebuilt: Tensor, target: Tensor, normalize: bool) -> Tensor:
+    """The mean squared error of a rebuilt grid, in float32.
+
+    Args:
+        rebuilt: (B, C, H, W).
+        target: (B, C, H, W); gets no gradient.
+        normalize: whether each position of the target is normalised over channels first.
+    """
+    return _Error.apply(rebuilt, target, normalize)

@@ -12,12 +12,14 @@ from localprop.network import LocalLoss, ModuleSpec
 class Greedy(LocalLoss):
     """The criterion on the prediction of an auxiliary head."""
 
+    uses_images = False
+
     def __init__(self, spec: ModuleSpec) -> None:
         super().__init__()
         self.criterion = spec.criterion
         self.head = build_head(spec.head, spec.output, spec.num_classes)
 
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LocalLoss.forward`."""
         logits = self.head(output)
         return self.criterion(logits, labels), logits

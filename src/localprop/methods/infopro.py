@@ -76,13 +76,17 @@ class InfoPro(LocalLoss):
                     f"{spec.image.channels} channels; pass one for each"
                 )
             self.decoder = build_decoder(spec.decoder, spec.output, spec.image)
+        self.uses_images = self.decoder is not None
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
 
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """See `LocalLoss.forward`."""
         loss, logits = output.new_zeros((), dtype=torch.float32), None
         if self.decoder is not None:
+            assert images is not None  # as uses_images says
             pixels = (images * self.std + self.mean).clamp(0, 1)
             rebuilt = self.decoder(output).float()
             loss = loss + self.reconstruction_weight * F.binary_cross_entropy_with_logits(rebuilt, pixels.float())

@@ -2,6 +2,7 @@
 
 from localprop.report.curves import draw_curves
 from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
+from localprop.report.planning import draw_plan, plan_table
 from localprop.report.progress import Progress
 from localprop.report.results import EpochRow, read_results, write_results
 from localprop.report.summary import final_table, next_steps
@@ -10,6 +11,7 @@ __all__ = [
     "EpochRow",
     "Progress",
     "draw_curves",
+    "draw_plan",
     "final_table",
     "format_accuracy",
     "format_bytes",
@@ -17,6 +19,7 @@ __all__ = [
     "format_loss",
     "format_speed",
     "next_steps",
+    "plan_table",
     "read_results",
     "write_results",
 ]

@@ -94,7 +94,7 @@ class Progress:
         self._step = self._steps if self._row else 0
         self._losses = np.array(self._row.train_losses if self._row else [])
         self._seen = 0
-        self._peak_memory = self._row.peak_memory if self._row else 0
+        self._peak_memory = (self._row.peak_memory or 0) if self._row else 0
         self._drawn = time.monotonic()
         self._live = None
         if console.is_interactive and os.environ.get("CI", "").lower() in ("", "0", "false"):
@@ -117,7 +117,7 @@ class Progress:
             epoch: the epoch it belongs to, from 1.
             step_in_epoch: steps of that epoch done, from 1.
             losses: local loss of each module; the mean over the epoch is shown.
-            peak_memory: bytes.
+            peak_memory: bytes; 0 if unknown.
         """
         now = time.monotonic()
         self._pace.step(epoch, now)
@@ -137,7 +137,7 @@ class Progress:
         """An epoch has been trained and tested."""
         self._pace.epoch(time.monotonic())
         self._row, self._epoch, self._step = row, row.epoch, self._steps
-        self._losses, self._peak_memory = np.array(row.train_losses), row.peak_memory
+        self._losses, self._peak_memory = np.array(row.train_losses), row.peak_memory or 0
         self._drawn = time.monotonic()
         if self._live:
             self._live.refresh()
@@ -149,9 +149,10 @@ class Progress:
         self._console.print(Text(line), soft_wrap=True)
 
     def _plain_line(self, row: EpochRow) -> str:
+        memory = format_bytes(row.peak_memory) if row.peak_memory else ""
         return (
             f"{self._counter()}  loss {self._plain_losses()}  test {format_accuracy(row.accuracy):>6}%"
-            f"  {format_speed(row.images_per_second):>13}  {format_bytes(row.peak_memory):>8}  {self._time()}"
+            f"  {format_speed(row.images_per_second):>13}  {memory:>8}  {self._time()}"
         )
 
     def _plain_losses(self) -> str:

@@ -10,7 +10,7 @@ from localprop.checkpoint import written_aside
 from localprop.errors import CheckpointError
 
 COLUMNS_BEFORE = ("epoch", "step", "lr")
-COLUMNS_AFTER = ("test_top5", "test_loss", "images_per_second", "peak_memory", "seconds")
+COLUMNS_AFTER = ("test_top5", "test_loss", "images_per_second", "predicted_memory", "peak_memory", "seconds")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class EpochRow:
         test_top5: top-5 accuracy of the network in percent; None where it has no meaning.
         test_loss: mean cross-entropy of the network.
         images_per_second: training throughput over the epoch.
-        peak_memory: bytes.
+        predicted_memory: peak memory of a training step in bytes, as predicted; None where that could not be.
+        peak_memory: the same, as measured; None before it has been.
         seconds: wall clock since the run began, summed over resumes.
     """
 
@@ -39,7 +40,8 @@ class EpochRow:
     test_top5: float | None
     test_loss: float
     images_per_second: float
-    peak_memory: int
+    predicted_memory: int | None
+    peak_memory: int | None
     seconds: float
 
     @property
@@ -97,6 +99,11 @@ def _row_of(cells: Mapping[str, str]) -> EpochRow:
         test_top5=float(cells["test_top5"]) if cells["test_top5"] else None,
         test_loss=float(cells["test_loss"]),
         images_per_second=float(cells["images_per_second"]),
-        peak_memory=int(cells["peak_memory"]),
+        predicted_memory=_optional(cells["predicted_memory"]),
+        peak_memory=_optional(cells["peak_memory"]),
         seconds=float(cells["seconds"]),
     )
+
+
+def _optional(cell: str) -> int | None:
+    return int(cell) if cell else None

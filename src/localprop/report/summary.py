@@ -38,9 +38,17 @@ def final_table(rows: Sequence[EpochRow], module_names: Sequence[str]) -> Render
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_row("test accuracy", accuracies)
     facts.add_row("speed", format_speed(speed))
-    facts.add_row("peak memory", format_bytes(max(row.peak_memory for row in rows)))
+    facts.add_row("peak memory", _memory(rows))
     facts.add_row("time", format_duration(last.seconds))
     return Group(table, facts)
+
+
+def _memory(rows: Sequence[EpochRow]) -> str:
+    measured = [row.peak_memory for row in rows if row.peak_memory]
+    predicted = rows[-1].predicted_memory
+    words = [f"{format_bytes(max(measured))} measured"] if measured else []
+    words += [f"{format_bytes(predicted)} predicted"] if predicted else []
+    return ", ".join(words) or "-"
 
 
 def next_steps(run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any]) -> str:

@@ -1,0 +1,260 @@
+"""Tells before training, without a GPU and without data, what each way to train a model takes, and which one fits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from localprop.chain import Chain, chain
+from localprop.config import OptimConfig
+from localprop.cost import Costs
+from localprop.errors import ChainError, PlanError
+from localprop.localize import localize
+from localprop.simulation import StepTrace, simulate_step
+
+_CLEARLY = 0.97
+MODULES: tuple[int | Literal["max"], ...] = (2, 3, 4, 6, 8, "max")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train a model.
+
+    Attributes:
+        modules: number of local modules; 1 is end-to-end training.
+        method: how modules learn.
+        split_blocks: whether units are parts of blocks.
+        grad_checkpointing: whether units are checkpointed.
+        largest: whether there cannot be more modules.
+    """
+
+    modules: int
+    method: str
+    split_blocks: bool = False
+    grad_checkpointing: bool = False
+    largest: bool = False
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        name = "end-to-end" if self.modules == 1 else f"K={self.modules}"
+        name += ", split" * self.split_blocks + ", max" * self.largest
+        return name + " + ckpt" * self.grad_checkpointing
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one setting takes.
+
+    Attributes:
+        setting: the setting.
+        batch_size: images per step.
+        trace: memory and time of one step.
+        module_units: names of each module's units.
+    """
+
+    setting: Setting
+    batch_size: int
+    trace: StepTrace
+    module_units: list[list[str]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training takes: a row per setting, end-to-end first.
+
+    Attributes:
+        rows: the settings, at one batch size.
+        budget: bytes that the peak must stay below, where given.
+        choice: the setting that fits the budget, or that has the smallest peak at the largest batch that fits; None
+            without a budget.
+    """
+
+    rows: list[PlanRow]
+    budget: int | None = None
+    choice: PlanRow | None = None
+
+    @property
+    def baseline(self) -> PlanRow:
+        """Ordinary end-to-end training."""
+        return self.rows[0]
+
+    @property
+    def typical(self) -> PlanRow:
+        """The setting to show beside end-to-end: four modules, or the number next to that."""
+        return min(self.rows[1:], key=lambda row: (row.setting.modules == 1, abs(row.setting.modules - 4)))
+
+    def memory_ratio(self, row: PlanRow) -> float:
+        """Peak memory against end-to-end."""
+        return row.trace.peak / self.baseline.trace.peak
+
+    def time_ratio(self, row: PlanRow) -> float:
+        """Expected time per step against end-to-end."""
+        return row.trace.seconds / self.baseline.trace.seconds
+
+    def flops_ratio(self, row: PlanRow) -> float:
+        """Floating point operations per step against end-to-end."""
+        return row.trace.flops / self.baseline.trace.flops
+
+
+def plan(
+    model: nn.Module,
+    batch_size: int = 32,
+    *,
+    modules: Sequence[int | Literal["max"]] = MODULES,
+    method: str = "feature-reconstruction",
+    input_size: tuple[int, int, int] | None = None,
+    opt: OptimConfig | str = "adamw",
+    amp_dtype: torch.dtype | None = None,
+    budget: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    on_setting: Callable[[Setting], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """Predicts what a training step takes: end-to-end, with activation checkpointing, and in K local modules.
+
+    Each setting's step is run on fake tensors, optimizer included; the model is not changed. Predictions are compared
+    with measurements in docs/memory.md.
+
+    Args:
+        model: any image model that `localize` takes.
+        batch_size: images per step.
+        modules: numbers of local modules; "max" is one per unit, with whole blocks and with split ones. Numbers
+            that the model does not allow are left out.
+        method: how the modules learn.
+        input_size: (channels, height, width) of the images; default: what the model says of itself.
+        opt: name of an optimizer, or all settings of the optimizer.
+        amp_dtype: type of automatic mixed precision; default: none.
+        budget: bytes; the plan then has a `choice`.
+        device: whose speed the expected times are for.
+        on_setting: called before each setting is looked at.
+        options: further arguments of `localize`: decoder, head, partition, cuts, min_depth, split_blocks, recompute,
+            grad_checkpointing, method_kwargs, ...
+
+    Raises:
+        ChainError, ConfigError: as `localize`.
+        PlanError: memory cannot be predicted, or nothing fits the budget even with one image per step.
+    """
+    optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
+    optim = replace(optim, amp=amp_dtype is not None)
+    planner = _Planner(model, chain(model, input_size), optim, amp_dtype, batch_size, device, options, on_setting)
+    rows = planner.baselines()
+    if method != "end-to-end":
+        rows += planner.local(modules, method)
+    if budget is None:
+        return Plan(rows)
+    return Plan(rows, budget, planner.choose(Plan(rows), budget))
+
+
+class _Planner:
+    """A model with everything settled but the setting."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Chain,
+        optim: OptimConfig,
+        amp_dtype: torch.dtype | None,
+        batch_size: int,
+        device: str,
+        options: dict[str, Any],
+        on_setting: Callable[[Setting], None] | None,
+    ) -> None:
+        self.model, self.optim, self.amp_dtype, self.device = model, optim, amp_dtype, device
+        self.batch_size = batch_size
+        self.options = dict(options)
+        self.costs = {False: Costs(model, units)}
+        self.split = bool(self.options.pop("split_blocks", False))
+        self.checkpointing = bool(self.options.pop("grad_checkpointing", False))
+        self.on_setting = on_setting or (lambda setting: None)
+
+    def baselines(self) -> list[PlanRow]:
+        """End-to-end training, plain and with activation checkpointing."""
+        plain = Setting(1, "end-to-end")
+        rows = [self.row(setting, self.batch_size) for setting in (plain, replace(plain, grad_checkpointing=True))]
+        return [row for row in rows if row]
+
+    def local(self, modules: Sequence[int | Literal["max"]], method: str) -> list[PlanRow]:
+        """Local learning with each number of modules.
+
+        Where more modules of whole blocks save nothing any more, the largest block is what is left: from there on
+        blocks are split.
+        """
+        rows: list[PlanRow] = []
+        split, depth = self.split, self.options.get("min_depth", 1)
+        for count in modules:
+            while True:
+                most = len(self.known(split).chain) // depth
+                number = most if count == "max" else count
+                setting = Setting(number, method, split, self.checkpointing, number == most)
+                known = any(row.setting == setting for row in rows)
+                row = self.row(setting, self.batch_size) if number > 1 and not known else None
+                least = min((row.trace.peak for row in rows), default=None)
+                rows += [row] if row else []
+                if split or not row or least is None or row.trace.peak < _CLEARLY * least:
+                    break
+                split = True
+        return rows
+
+    def known(self, split: bool) -> Costs:
+        """The model's chain, of whole blocks or of their parts, and its costs so far."""
+        if split not in self.costs:
+            size = self.costs[not split].chain.input_size
+            self.costs[split] = Costs(self.model, chain(self.model, size, split_blocks=split))
+        return self.costs[split]
+
+    def row(self, setting: Setting, batch_size: int) -> PlanRow | None:
+        """What a setting takes; None where the model does not have so many modules."""
+        self.on_setting(setting)
+        costs = self.known(setting.split_blocks)
+        local = setting.modules > 1
+        options = self.options if local else {}
+        try:
+            net = localize(
+                self.model,
+                setting.modules,
+                setting.method,
+                costs=costs,
+                batch_size=batch_size,
+                amp_dtype=self.amp_dtype,
+                grad_checkpointing=setting.grad_checkpointing,
+                **options,
+            )
+        except ChainError:
+            if not local:
+                raise
+            return None
+        trace = simulate_step(net, self.optim, batch_size, costs.chain.input_size, self.device)
+        return PlanRow(setting, batch_size, trace, [module.units for module in net.local_modules])
+
+    def choose(self, plan: Plan, budget: int) -> PlanRow:
+        """The setting that fits: the fastest, and of equally fast ones that with the fewest modules.
+
+        Where none fits, the one with the smallest peak, at the largest batch with which it fits.
+        """
+        fitting = [row for row in plan.rows if row.trace.peak <= budget]
+        if fitting:
+            # Expected times that differ by less than a tenth are equal, as far as can be told.
+            return min(fitting, key=lambda row: (round(plan.time_ratio(row), 1), row.setting.modules))
+        smallest = min(plan.rows, key=lambda row: row.trace.peak)
+        return self._largest_batch(smallest, budget)
+
+    def _largest_batch(self, row: PlanRow, budget: int) -> PlanRow:
+        fits, too_large = None, row.batch_size
+        low = 0
+        while too_large - low > 1:
+            middle = (low + too_large) // 2
+            tried = self.row(row.setting, middle)
+            if tried is not None and tried.trace.peak <= budget:
+                low, fits = middle, tried
+            else:
+                too_large = middle
+        if fits is None:
+            least = tried.trace.peak if (tried := self.row(row.setting, 1)) else row.trace.peak
+            raise PlanError(
+                f"nothing fits {budget / 2**20:.0f} MiB: {row.setting.name} with 1 image per step takes "
+                f"{least / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
+            )
+        return fits

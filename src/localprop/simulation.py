@@ -1,0 +1,138 @@
+"""One training step on fake tensors: what it allocates and computes, without data, memory or a GPU."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from localprop.config import OptimConfig
+from localprop.errors import PlanError
+from localprop.network import LocalNetwork
+from localprop.state import TrainingState
+from localprop.tracing import fake_copy
+from localprop.tracking import MACHINES, Tracker
+
+PARTS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """What one training step takes, from the second step on, when optimizers have their state.
+
+    Attributes:
+        peak: largest number of bytes in use at any moment: weights, optimizer state and the batch included.
+        parts: the peak's bytes by use: "parameters" (with buffers and moving average), "optimizer", "gradients",
+            "activations" (what lives from forward into backward, with the batch) and "temporaries".
+        module: index of the local module that is trained at the peak.
+        flops: floating point operations, a multiply and an add counted as two.
+        seconds: expected time; of meaning only beside another on the same machine.
+        timeline: (seconds, bytes in use) after each allocation or free, in order.
+        module_ends: seconds at which each module is done.
+    """
+
+    peak: int
+    parts: dict[str, int]
+    module: int
+    flops: float
+    seconds: float
+    timeline: list[tuple[float, int]] = field(repr=False)
+    module_ends: list[float] = field(repr=False)
+
+
+def simulate_step(
+    net: LocalNetwork,
+    config: OptimConfig,
+    batch_size: int,
+    input_size: tuple[int, int, int],
+    device: str = "cpu",
+) -> StepTrace:
+    """Runs a training step of a copy of `net` on fake tensors.
+
+    Args:
+        net: the network; it is not changed, and may be on any device.
+        config: optimizer, precision, moving average.
+        batch_size: images per step.
+        input_size: (channels, height, width) of an image.
+        device: "cpu" or "cuda": whose speed the expected time is for.
+
+    Raises:
+        PlanError: the network's code does something that cannot be done without values.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tracker = Tracker(MACHINES[device])
+    # float16 takes what bfloat16 does, and its loss scale needs a GPU.
+    config = replace(config, amp_dtype="bfloat16")
+    ends: list[int] = []
+    try:
+        fake = fake_copy(net, mode).train()
+        assert isinstance(fake, LocalNetwork)
+        with mode, torch.random.fork_rng(devices=[]):
+            state = TrainingState(fake, config, 10, torch.device("cpu"))
+            _prime(state)
+            with tracker, _watched(state, tracker, ends):
+                for kind, tensors in state.tensors().items():
+                    tracker.label(tensors, kind)
+                batch = [torch.empty(batch_size, *input_size), torch.zeros(batch_size, dtype=torch.long)]
+                with torch.autocast("cpu", torch.bfloat16, enabled=config.amp):
+                    state.train_step(batch, seed=0)
+    except Exception as error:  # whatever a user's model, method or criterion may raise on fake tensors
+        line = (str(error).strip().splitlines() or [""])[0][:200]
+        raise PlanError(f"memory cannot be predicted: {type(error).__name__}: {line}") from error
+    return _summary(tracker, ends)
+
+
+def _prime(state: TrainingState) -> None:
+    """Gives the optimizers the state that they have after a first step."""
+    for module, optimizer in zip(state.net.local_modules, state.optimizers, strict=True):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _watched(state: TrainingState, tracker: Tracker, ends: list[int]) -> Iterator[None]:
+    """Tells the tracker which tensors are gradients; notes in `ends` the event at which each module is done."""
+
+    def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        tracker.label([p.grad for p in parameters if p.grad is not None], "gradients")
+
+    def after(*_: object) -> None:
+        ends.append(len(tracker.events))
+
+    handles = [optimizer.register_step_pre_hook(before) for optimizer in state.optimizers]
+    handles += [optimizer.register_step_post_hook(after) for optimizer in state.optimizers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _summary(tracker: Tracker, ends: list[int]) -> StepTrace:
+    in_use, events = tracker.in_use(), tracker.events
+    moment = max(range(len(in_use)), key=in_use.__getitem__)
+    module = min(bisect_right(ends, moment), len(ends) - 1)
+    first = ends[module - 1] if module else 0
+    # When this module's backward began: what was there before and is freed after was kept for it.
+    turn = next((i for i in range(first, len(events)) if events[i].backward), len(events))
+    parts = dict.fromkeys(PARTS, 0)
+    for allocation in tracker.allocations:
+        stop = len(events) if allocation.stop is None else allocation.stop
+        if allocation.start <= moment < stop:
+            kept = allocation.start < turn <= stop
+            parts[allocation.kind or ("activations" if kept else "temporaries")] += allocation.size
+    return StepTrace(
+        peak=in_use[moment],
+        parts=parts,
+        module=module,
+        flops=tracker.flops,
+        seconds=tracker.seconds,
+        timeline=[(event.seconds, used) for event, used in zip(events, in_use, strict=True)],
+        module_ends=[*(events[end - 1].seconds for end in ends[:-1]), tracker.seconds],
+    )
