@@ -45,18 +45,22 @@ class Unit:
     code: dict[bool, Code] = field(repr=False)  # by whether the backbone is in training mode
     switches: tuple[str, ...] = field(repr=False)  # modules on which timm's set_grad_checkpointing sets a flag
 
-    def __call__(self, backbone: nn.Module, features: Tensor, context: dict[str, Any]) -> Tensor:
-        """Runs the unit; if `set_grad_checkpointing` was called on the backbone, without keeping its activations.
+    def __call__(
+        self, backbone: nn.Module, features: Tensor, context: dict[str, Any], grad_checkpointing: bool = False
+    ) -> Tensor:
+        """Runs the unit.
 
         Args:
             backbone: the model whose modules and parameters it uses.
             features: output of the unit before it; the image for the first.
             context: what units hand along beside the one tensor: values through which no gradient flows (grid
                 sizes, rotary tables, masks). Start with an empty dict for each batch.
+            grad_checkpointing: keep no activations, but run the unit again in backward; also where timm's
+                `set_grad_checkpointing` was called on the backbone.
         """
         code = self.code[backbone.training]
         arguments = (backbone, features, *(context[name] for name in code.reads))
-        if backbone.training and torch.is_grad_enabled() and self._checkpoints(backbone):
+        if backbone.training and torch.is_grad_enabled() and (grad_checkpointing or self._checkpoints(backbone)):
             output = checkpoint(code.function, *arguments, use_reentrant=False)
         else:
             output = code.function(*arguments)

@@ -47,8 +47,7 @@ class _Root(nn.Module):
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of `model` with fake parameters and buffers on the CPU: no memory, and the original stays untouched.
 
-    Hooks are left out, since they are the user's own code and not to be run on fake tensors. Activation checkpointing
-    is off, because a checkpointed run of blocks hides them; units checkpoint themselves (see `localprop.chain`).
+    Hooks are left out, since they are the user's own code and not to be run on fake tensors.
     """
     memo: dict[int, Any] = {}
     with mode:
@@ -60,11 +59,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     for module in model.modules():
         memo.update({id(t): t.detach().cpu() for t in vars(module).values() if isinstance(t, Tensor)})
         memo.update({id(getattr(module, hooks)): OrderedDict() for hooks in _HOOKS})
-    duplicate = copy.deepcopy(model, memo)
-    for module in duplicate.modules():
-        if hasattr(module, "grad_checkpointing"):
-            module.grad_checkpointing = False  # type: ignore[assignment]
-    return duplicate
+    return copy.deepcopy(model, memo)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -97,6 +92,10 @@ def trace(
     Raises:
         Exception: any, since it runs the model's own code.
     """
+    for module in model.modules():
+        # A checkpointed run of blocks would hide them; units checkpoint themselves (see `localprop.chain`).
+        if hasattr(module, "grad_checkpointing"):
+            module.grad_checkpointing = False  # type: ignore[assignment]
     for parameter in model.parameters():  # frozen ones too: they may be unfrozen later
         if parameter.is_floating_point():
             parameter.requires_grad_()
