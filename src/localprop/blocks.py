@@ -30,15 +30,22 @@ def holds_blocks(module: nn.Module, containers: set[type]) -> bool:
 
 
 def block_names(model: nn.Module) -> frozenset[str]:
-    """Names of the modules in `model` that may be split: those of the classes that lists of blocks hold.
-
-    torch's own layers stay whole: without gradients they compute otherwise than with, which no trace shows.
-    """
+    """Names of the blocks of `model`: the modules of those classes that lists of blocks hold."""
     lists = [module for module in model.modules() if _is_block_list(module)]
     classes = {type(child) for module in lists for child in module.children() if _is_composite(child)}
     classes -= container_classes(model)
-    classes = {c for c in classes if not is_notrace_module(c) and not c.__module__.startswith("torch.nn.")}
     return frozenset(name for name, module in model.named_modules() if type(module) in classes)
+
+
+def splittable(model: nn.Module) -> frozenset[str]:
+    """Names of the blocks of `model` that may be split.
+
+    torch's own layers stay whole: without gradients they compute otherwise than with, which no trace shows.
+    """
+    classes = {name: type(model.get_submodule(name)) for name in block_names(model)}
+    return frozenset(
+        name for name, c in classes.items() if not is_notrace_module(c) and not c.__module__.startswith("torch.nn.")
+    )
 
 
 def _is_composite(module: nn.Module) -> bool:

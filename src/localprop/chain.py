@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.proxy import TraceError
 from torch.utils.checkpoint import checkpoint
 
-from localprop.blocks import block_names
+from localprop.blocks import block_names, splittable
 from localprop.cuts import Code, Cut, Forward, Segment
 from localprop.errors import ChainError, suggestion
 from localprop.tracing import fake_copy, trace
@@ -37,6 +37,8 @@ class Unit:
         name: qualified name of the block in the backbone, or of the part of a block.
         shape: shape of the output, batch axis left out.
         parameters: qualified names of the parameters it uses.
+        depth: number of blocks, or parts of split blocks, in it; 0 for a stem, a downsampling, the classifier. In a
+            model without lists of blocks, 1.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Unit:
     parameters: tuple[str, ...]
     code: dict[bool, Code] = field(repr=False)  # by whether the backbone is in training mode
     switches: tuple[str, ...] = field(repr=False)  # modules on which timm's set_grad_checkpointing sets a flag
+    depth: int = 1
 
     def __call__(
         self, backbone: nn.Module, features: Tensor, context: dict[str, Any], grad_checkpointing: bool = False
@@ -135,7 +138,7 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, spli
         ChainError: the forward cannot be traced, or does not give one tensor.
     """
     size = input_size or _own_input_size(model)
-    split = block_names(model) if split_blocks else frozenset()
+    split = splittable(model) if split_blocks else frozenset()
     while True:
         forwards = _trace_modes(model, size, split)
         segments = _segments(forwards)
@@ -146,13 +149,15 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, spli
     codes = {t: forward.compile(segments[t]) for t, forward in forwards.items()}
     names = _unit_names([_main_parts(model, own, split) for own in blocks])
     switches = tuple(name for name, module in model.named_modules() if hasattr(module, "grad_checkpointing"))
+    used = [tuple(forwards[True].parameters(segment)) for segment in segments[True]]
     units = tuple(
         Unit(
             name,
             tuple(segment.result.meta["value"].shape[1:]),
-            tuple(forwards[True].parameters(segment)),
+            used[i],
             {training: codes[training][i] for training in codes},
             switches,
+            _depth(model, used[i]),
         )
         for i, (name, segment) in enumerate(zip(names, segments[True], strict=True))
     )
@@ -214,6 +219,12 @@ def _untied(forward: Forward, cuts: dict[str, Cut], ends: list[str]) -> list[str
     """The ends left when no parameter may be used on both sides of a cut."""
     used = [set(forward.parameters(segment)) for segment in forward.split([cuts[end] for end in ends])]
     return [end for i, end in enumerate(ends, 1) if set().union(*used[:i]).isdisjoint(set().union(*used[i:]))]
+
+
+def _depth(model: nn.Module, parameters: tuple[str, ...]) -> int:
+    """Number of blocks of which some of these parameters are part."""
+    names = block_names(model)
+    return sum(any(p.startswith(f"{name}.") for p in parameters) for name in names) if names else 1
 
 
 def _is_split(name: str, blocks: list[list[str]]) -> bool:

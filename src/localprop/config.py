@@ -103,7 +103,7 @@ class LocalConfig:
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
     min_depth: int = 1
-    """Least number of units in a module; very shallow first modules learn worse."""
+    """Least number of blocks, or of parts of split ones, in a module; very shallow modules learn worse."""
     split_blocks: bool = False
     """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
     budget: OptionalStr = None
@@ -115,9 +115,9 @@ class LocalConfig:
     """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
 
     def __post_init__(self) -> None:
-        for name, value in (("modules", self.modules), ("min_depth", self.min_depth)):
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        for name, value, least in (("modules", self.modules, 1), ("min_depth", self.min_depth, 0)):
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
         if self.budget is not None:
             parse_bytes(self.budget)
 

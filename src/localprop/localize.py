@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from localprop.features import image_layout, infer_layout
 from localprop.heads import HEADS
 from localprop.methods import build_loss, check_method
 from localprop.network import Criterion, LocalLoss, LocalModule, LocalNetwork, ModuleSpec
-from localprop.partition import balanced, stage_ends
+from localprop.partition import balanced, most_modules, stage_ends
 
 PARTITIONS = ("balanced", "compute", "stage")
 
@@ -58,7 +58,8 @@ def localize(
         partition: "balanced", the module that takes most memory takes as little as can be; "compute", the slowest
             module takes as little time as can be; or "stage", at changes of resolution.
         cuts: names of units, or of blocks of units ("layers.0"), to cut after, instead of modules and partition.
-        min_depth: least number of units in a module. Very shallow first modules learn worse.
+        min_depth: least number of blocks, or parts of split ones, in a module: very shallow modules learn worse. With
+            0 a stem or a downsampling may be a module. (Explicit cuts are as they are.)
         split_blocks: let units be parts of blocks, such as a transformer block's attention and its MLP.
         recompute: compute activation functions and layer norms again in backward instead of keeping their results:
             less memory, the same numbers. Default: in local modules, but not end-to-end.
@@ -85,8 +86,8 @@ def localize(
     for kind, name, known in (("head", head, HEADS), ("decoder", decoder, DECODERS)):
         if name not in known:  # also where the method has no use for it
             raise ConfigError(f"unknown {kind} {name!r}; {suggestion(name, known)}")
-    if min_depth < 1:
-        raise ConfigError(f"min_depth is {min_depth}; it must be at least 1")
+    if min_depth < 0:
+        raise ConfigError(f"min_depth is {min_depth}; it must be at least 0")
     costs = costs or Costs(model, chain(model, input_size, split_blocks))
     units = costs.chain
     classes = units[-1].shape[-1]
@@ -158,28 +159,25 @@ class _Division:
 
     def balance(self, ends: list[int], min_depth: int, aim: Literal["memory", "time"], what: str) -> list[int]:
         """The `count` of the possible `ends` with which the largest module is smallest, auxiliary nets included."""
-        count = self.spec.count
-        if count > len(ends):
+        count, most = self.spec.count, most_modules(self.units, ends, min_depth)
+        if count > most:
+            blocks = sum(unit.depth for unit in self.units)
+            depth = f", and a module takes at least {min_depth} of its {blocks} blocks" if most < len(ends) else ""
             raise ChainError(
-                f"{count} modules asked for, but the backbone has {len(ends)} {what}, so at most "
-                f"{len(ends)}: {', '.join(self.units[end - 1].name for end in ends)}"
+                f"{count} modules asked for, but the backbone has {len(ends)} {what}{depth}: "
+                f"at most {max(most, 1)}: {', '.join(self.units[end - 1].name for end in ends)}"
             )
         if count == 1:
             return ends[-1:]
         starts = [0, *ends]
         cost = self._costs(aim)
+        depths = [0, *accumulate(unit.depth for unit in self.units)]
 
         def allowed(i: int, j: int) -> float:
             start, stop = starts[i], starts[j]
-            return cost(start, stop) if stop - start >= min_depth else float("inf")
+            return cost(start, stop) if depths[stop] - depths[start] >= min_depth else float("inf")
 
-        chosen = [starts[j] for j in balanced(len(ends), count, allowed)]
-        if any(stop - start < min_depth for start, stop in pairwise([0, *chosen])):
-            raise ChainError(
-                f"{count} modules of at least {min_depth} units do not fit: the backbone has {len(self.units)} units; "
-                "lower modules or min_depth"
-            )
-        return chosen
+        return [starts[j] for j in balanced(len(ends), count, allowed)]
 
     def _costs(self, aim: Literal["memory", "time"]) -> Callable[[int, int], float]:
         """The cost of a module of units [start, stop): bytes at its peak, or expected time."""

@@ -1,6 +1,6 @@
 """Where to cut a chain: exact, by dynamic programming over the runs of consecutive units."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from localprop.chain import Chain
@@ -59,3 +59,14 @@ def stage_ends(chain: Chain) -> list[int]:
     if len(ends) > 1 and ends[0] == 1:
         ends = ends[1:]
     return [*ends, len(shapes)]
+
+
+def most_modules(chain: Chain, ends: Sequence[int], min_depth: int) -> int:
+    """The largest number of modules, each of at least `min_depth` blocks, that end after some of `ends`."""
+    count = depth = start = 0
+    for end in ends:
+        depth += sum(unit.depth for unit in chain[start:end])
+        start = end
+        if depth >= min_depth:
+            count, depth = count + 1, 0
+    return count

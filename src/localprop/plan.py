@@ -12,6 +12,7 @@ from localprop.config import OptimConfig
 from localprop.cost import Costs
 from localprop.errors import ChainError, PlanError
 from localprop.localize import localize
+from localprop.partition import most_modules
 from localprop.simulation import StepTrace, simulate_step
 
 _CLEARLY = 0.97
@@ -121,7 +122,7 @@ def plan(
     Args:
         model: any image model that `localize` takes.
         batch_size: images per step.
-        modules: numbers of local modules; "max" is one per unit, with whole blocks and with split ones. Numbers
+        modules: numbers of local modules; "max" is one per block, or per part of a split block. Numbers
             that the model does not allow are left out.
         method: how the modules learn.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
@@ -186,7 +187,8 @@ class _Planner:
         split, depth = self.split, self.options.get("min_depth", 1)
         for count in modules:
             while True:
-                most = len(self.known(split).chain) // depth
+                units = self.known(split).chain
+                most = most_modules(units, range(1, len(units) + 1), depth)
                 number = most if count == "max" else count
                 setting = Setting(number, method, split, self.checkpointing, number == most)
                 known = any(row.setting == setting for row in rows)
