@@ -19,7 +19,7 @@ from localprop.features import image_layout, infer_layout
 from localprop.heads import HEADS
 from localprop.methods import build_loss, check_method
 from localprop.network import Criterion, LocalLoss, LocalModule, LocalNetwork, ModuleSpec
-from localprop.partition import balanced, most_modules, stage_ends
+from localprop.partition import balanced, module_ends, most_modules, stage_ends
 
 PARTITIONS = ("balanced", "compute", "stage")
 
@@ -58,8 +58,9 @@ def localize(
         partition: "balanced", the module that takes most memory takes as little as can be; "compute", the slowest
             module takes as little time as can be; or "stage", at changes of resolution.
         cuts: names of units, or of blocks of units ("layers.0"), to cut after, instead of modules and partition.
-        min_depth: least number of blocks, or parts of split ones, in a module: very shallow modules learn worse. With
-            0 a stem or a downsampling may be a module. (Explicit cuts are as they are.)
+        min_depth: least number of blocks, or parts of split ones, in a module: very shallow modules learn worse. A
+            module also ends with a block then: a downsampling, or a stem, goes with what follows it. With 0 a module
+            may begin and end anywhere. (Explicit cuts are as they are.)
         split_blocks: let units be parts of blocks, such as a transformer block's attention and its MLP.
         recompute: compute activation functions and layer norms again in backward instead of keeping their results:
             less memory, the same numbers. Default: in local modules, but not end-to-end.
@@ -159,14 +160,16 @@ class _Division:
 
     def balance(self, ends: list[int], min_depth: int, aim: Literal["memory", "time"], what: str) -> list[int]:
         """The `count` of the possible `ends` with which the largest module is smallest, auxiliary nets included."""
-        count, most = self.spec.count, most_modules(self.units, ends, min_depth)
+        possible = module_ends(self.units, ends, min_depth)
+        count, most = self.spec.count, most_modules(self.units, possible, min_depth)
         if count > most:
             blocks = sum(unit.depth for unit in self.units)
             depth = f", and a module takes at least {min_depth} of its {blocks} blocks" if most < len(ends) else ""
             raise ChainError(
                 f"{count} modules asked for, but the backbone has {len(ends)} {what}{depth}: "
-                f"at most {max(most, 1)}: {', '.join(self.units[end - 1].name for end in ends)}"
+                f"at most {max(most, 1)}: {', '.join(self.units[end - 1].name for end in possible)}"
             )
+        ends = possible
         if count == 1:
             return ends[-1:]
         starts = [0, *ends]

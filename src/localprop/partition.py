@@ -61,10 +61,15 @@ def stage_ends(chain: Chain) -> list[int]:
     return [*ends, len(shapes)]
 
 
+def module_ends(chain: Chain, ends: Sequence[int], min_depth: int) -> list[int]:
+    """Those of `ends` after which a module may end: after a block, and after the last unit; with `min_depth` 0, all."""
+    return [end for end in ends if not min_depth or chain[end - 1].depth or end == len(chain)]
+
+
 def most_modules(chain: Chain, ends: Sequence[int], min_depth: int) -> int:
     """The largest number of modules, each of at least `min_depth` blocks, that end after some of `ends`."""
     count = depth = start = 0
-    for end in ends:
+    for end in module_ends(chain, ends, min_depth):
         depth += sum(unit.depth for unit in chain[start:end])
         start = end
         if depth >= min_depth:

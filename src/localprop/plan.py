@@ -197,6 +197,8 @@ class _Planner:
                 rows += [row] if row else []
                 if split or not row or least is None or row.trace.peak < _CLEARLY * least:
                     break
+                if len(self.known(True).chain) == len(self.known(False).chain):
+                    break
                 split = True
         return rows
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.config import OptimConfig
 from localprop.errors import PlanError
+from localprop.memory import plain_tensors, total_bytes
 from localprop.network import LocalNetwork
 from localprop.state import TrainingState
 from localprop.tracing import fake_copy
@@ -71,7 +72,8 @@ def simulate_step(
         assert isinstance(fake, LocalNetwork)
         with mode, torch.random.fork_rng(devices=[]):
             state = TrainingState(fake, config, 10, torch.device("cpu"))
-            _prime(state)
+            with Tracker():  # which answers when an optimizer asks for a number
+                _prime(state)
             with tracker, _watched(state, tracker, ends):
                 for kind, tensors in state.tensors().items():
                     tracker.label(tensors, kind)
@@ -81,7 +83,9 @@ def simulate_step(
     except Exception as error:  # whatever a user's model, method or criterion may raise on fake tensors
         line = (str(error).strip().splitlines() or [""])[0][:200]
         raise PlanError(f"memory cannot be predicted: {type(error).__name__}: {line}") from error
-    return _summary(tracker, ends)
+    states = [total_bytes(plain_tensors(list(optimizer.state.values()))) for optimizer in state.optimizers]
+    # Offloaded, the state of each module is there only while that module is trained.
+    return _summary(tracker, ends, [sum(states) - own for own in states] if config.offload_optimizer else None)
 
 
 def _prime(state: TrainingState) -> None:
@@ -114,10 +118,14 @@ def _watched(state: TrainingState, tracker: Tracker, ends: list[int]) -> Iterato
             handle.remove()
 
 
-def _summary(tracker: Tracker, ends: list[int]) -> StepTrace:
+def _summary(tracker: Tracker, ends: list[int], away: list[int] | None) -> StepTrace:
+    """What a step took; `away`: bytes that are on the host instead while each module is trained."""
     in_use, events = tracker.in_use(), tracker.events
+    owners = [min(bisect_right(ends, i), len(ends) - 1) for i in range(len(events))]
+    if away:
+        in_use = [used - away[owner] for used, owner in zip(in_use, owners, strict=True)]
     moment = max(range(len(in_use)), key=in_use.__getitem__)
-    module = min(bisect_right(ends, moment), len(ends) - 1)
+    module = owners[moment]
     first = ends[module - 1] if module else 0
     # When this module's backward began: what was there before and is freed after was kept for it.
     turn = next((i for i in range(first, len(events)) if events[i].backward), len(events))
@@ -127,6 +135,7 @@ def _summary(tracker: Tracker, ends: list[int]) -> StepTrace:
         if allocation.start <= moment < stop:
             kept = allocation.start < turn <= stop
             parts[allocation.kind or ("activations" if kept else "temporaries")] += allocation.size
+    parts["optimizer"] -= away[module] if away else 0
     return StepTrace(
         peak=in_use[moment],
         parts=parts,

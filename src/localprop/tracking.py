@@ -89,6 +89,8 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation."""
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a wrapper (a quantized moment) takes it apart first, and its parts come here
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
         kwargs = kwargs or {}

@@ -1,0 +1,63 @@
+"""Peak memory of a training step by the allocator's own account, and steps to measure; public names only."""
+
+import gc
+import os
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import localprop
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+SIZE = (3, 224, 224)
+
+
+def peak_of(step: Callable[[], None], held: list[torch.Tensor], device: str) -> int:
+    """Bytes at the highest moment of `step`: on CUDA the allocator's maximum, on a CPU the sum of its memory events.
+
+    Args:
+        step: one training step, which makes its own batch.
+        held: everything that exists before and after: weights, buffers, optimizer state.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return sum(storages.values()) + max(accumulate(changes))
+
+
+def local_step(
+    net: localprop.LocalNetwork, batch_size: int, device: str, amp: bool = False
+) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """A training step as a user writes it, and the tensors that live from step to step; optimizers have their state."""
+    net.to(device).train()
+    optimizers = [torch.optim.AdamW(module.parameters(), fused=True) for module in net.local_modules]
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def step_module(k: int, loss: torch.Tensor) -> None:
+        optimizers[k].step()
+        optimizers[k].zero_grad()
+
+    def batch() -> list[torch.Tensor]:
+        return [torch.randn(batch_size, *SIZE, device=device), torch.randint(0, 10, (batch_size,), device=device)]
+
+    def step() -> None:
+        own = batch()
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            net.backward(own.pop(0), own.pop(), after_module=step_module)
+
+    state = [value for o in optimizers for values in o.state.values() for value in values.values()]
+    return step, [*net.parameters(), *net.buffers(), *(value for value in state if isinstance(value, torch.Tensor))]

@@ -1,0 +1,127 @@
+"""Measured peak memory of real training steps, against end-to-end and against what `localprop.plan` predicts.
+
+python benchmarks/memory.py table     Swin-Tiny, 224 px, AdamW, fp32, batch 32 and 128: about 25 minutes on two cores
+python benchmarks/memory.py grid      five models, fp32 and bf16, K = 1, 2, 4, max, with and without checkpointing:
+                                      about 15 minutes
+--device cuda measures `torch.cuda.max_memory_allocated` instead of the CPU allocator's events.
+
+Writes benchmarks/results/memory_table.json and memory_grid.json, on CUDA with _cuda.
+"""
+
+import argparse
+import time
+
+import timm
+import torch
+from common import write_result
+from measuring import local_step, peak_of
+
+import localprop
+
+SWIN = "swin_tiny_patch4_window7_224"
+GRID = [SWIN, "vit_small_patch16_224", "deit_tiny_patch16_224", "convnext_tiny", "pvt_v2_b1"]
+LIGHT = {"decoder": "pixel-shuffle", "head": "linear"}
+
+
+def backbone(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=10)
+
+
+def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, **options) -> dict:
+    """Trains one real step of a plan's row; gives predicted and measured bytes."""
+    setting, local = row.setting, row.setting.modules > 1
+    net = localprop.localize(
+        backbone(name),
+        setting.modules,
+        setting.method,
+        split_blocks=setting.split_blocks,
+        grad_checkpointing=setting.grad_checkpointing,
+        batch_size=row.batch_size,
+        amp_dtype=torch.bfloat16 if amp else None,
+        **(options if local else {}),
+    )
+    assert [module.units for module in net.local_modules] == row.module_units  # the plan is of this very network
+    step, held = local_step(net, row.batch_size, device, amp)
+    started = time.perf_counter()
+    peak = peak_of(step, held, device)
+    result = {
+        "model": name,
+        "setting": setting.name,
+        "method": setting.method,
+        **options,
+        "modules": setting.modules,
+        "split_blocks": setting.split_blocks,
+        "grad_checkpointing": setting.grad_checkpointing,
+        "batch_size": row.batch_size,
+        "precision": "bf16" if amp else "fp32",
+        "predicted": row.trace.peak,
+        "measured": peak,
+        "error_percent": round(100 * (row.trace.peak / peak - 1), 3),
+    }
+    print(
+        f"{name:30s} {setting.method:22s} {setting.name:20s} batch {row.batch_size:3d} {result['precision']} "
+        f"{peak / 2**20:8.1f} MiB, predicted {result['error_percent']:+.2f}%  ({time.perf_counter() - started:.0f} s)",
+        flush=True,
+    )
+    return result
+
+
+def table(device: str) -> None:
+    """The numbers that docs/memory.md and the README quote."""
+    rows: list[dict] = []
+
+    def add(batch_size: int, wanted: list, **options) -> None:
+        plan = localprop.plan(backbone(SWIN), batch_size, modules=wanted, device=device, **options)
+        first = not any(r["batch_size"] == batch_size for r in rows)
+        arguments = {k: v for k, v in options.items() if k not in ("method", "split_blocks")}
+        for row in plan.rows:
+            if row.setting.modules > 1 or first:
+                rows.append(measure(SWIN, row, device, **arguments))
+                baseline = next(r for r in rows if r["batch_size"] == batch_size and r["setting"] == "end-to-end")
+                rows[-1]["ratio"] = round(rows[-1]["measured"] / baseline["measured"], 4)
+                print(f"{'':54s} ratio {rows[-1]['ratio']:.3f}", flush=True)
+
+    add(32, [2, 3, 4, 6, 8, "max"])
+    add(32, [2, 4, 8, "max"], split_blocks=True, **LIGHT)
+    add(32, [2, 4, 8], recompute=False)
+    add(32, [2, 4, 8, "max"], method="infopro")
+    add(32, [2, 4], method="greedy")
+    add(32, [2, 4], partition="stage")
+    add(128, [4, 8])
+    write_result(_name("memory_table", device), {"device": device, "rows": rows})
+
+
+def grid(device: str) -> None:
+    """How near predictions are."""
+    rows = []
+    for name in GRID:
+        for amp in (False, True):
+            for checkpointing in (False, True):
+                dtype = torch.bfloat16 if amp else None
+                plan = localprop.plan(
+                    backbone(name), 8, modules=[2, 4, "max"], amp_dtype=dtype, device=device,
+                    grad_checkpointing=checkpointing,
+                )  # fmt: skip
+                for row in plan.rows:
+                    if row.setting.grad_checkpointing == checkpointing:
+                        rows.append(measure(name, row, device, amp))
+    errors = [abs(row["error_percent"]) for row in rows]
+    print(f"largest error {max(errors):.2f}%, mean {sum(errors) / len(errors):.2f}%, {len(rows)} steps")
+    write_result(_name("memory_grid", device), {"device": device, "largest_error_percent": max(errors), "rows": rows})
+
+
+def _name(name: str, device: str) -> str:
+    return name if device == "cpu" else f"{name}_{device}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["table", "grid"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = parser.parse_args()
+    {"table": table, "grid": grid}[options.what](options.device)
+
+
+if __name__ == "__main__":
+    main()
