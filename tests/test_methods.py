@@ -12,7 +12,9 @@ from localprop import ModuleSpec
 from localprop.decoders import DECODERS
 from localprop.errors import ConfigError
 from localprop.features import Layout
+from localprop.memory import allocated_changes
 from localprop.methods import METHODS, build_loss
+from localprop.methods.feature_reconstruction import reconstruction_error
 from localprop.methods.infopro import supervised_contrast
 from tiny import MODELS, batch, split
 
@@ -172,6 +174,35 @@ def test_reconstruction_is_computed_in_float32():
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reconstruction_error_and_its_gradient(size, normalize, dtype):
+    rebuilt, target = (features((12, 5, 4), size, seed).to(dtype) for seed in (0, 1))
+    rebuilt.requires_grad_()
+    value = reconstruction_error(rebuilt, target, normalize)
+    (0.3 * value).backward()
+    plain = rebuilt.detach().float().requires_grad_()
+    wanted = target.float().permute(0, 2, 3, 1)
+    wanted = (F.layer_norm(wanted, (12,)) if normalize else wanted).permute(0, 3, 1, 2)
+    expected = F.mse_loss(plain, wanted)
+    (0.3 * expected).backward()
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    assert rebuilt.grad.dtype == dtype
+    # In half precision the difference is rounded, and its product with the factor.
+    torch.testing.assert_close(rebuilt.grad.float(), plain.grad, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=0)
+
+
+def test_reconstruction_error_keeps_the_difference_alone():
+    rebuilt, target = features((16, 8, 8), 32).requires_grad_(), features((16, 8, 8), 32, 1)
+    bytes_of = rebuilt.numel() * 4
+    changes, error = allocated_changes(lambda: reconstruction_error(rebuilt, target, True))
+    assert bytes_of <= sum(changes) < 1.01 * bytes_of
+    assert max(np.cumsum(changes)) < 2.1 * bytes_of  # the float32 copies are those of a quarter at a time
+    changes, _ = allocated_changes(error.backward)
+    assert max(np.cumsum(changes)) < 0.01 * bytes_of  # the difference becomes the gradient
+
+
 # (first, last) weights of reconstruction and task that the authors published, and the line between.
 PUBLISHED = {
     2: [(5, 0.5)],
@@ -290,7 +321,22 @@ def test_only_a_modules_output_carries_gradients_to_its_loss(method):
     seen = []
     for module in net.local_modules:
         module.auxiliary.register_forward_pre_hook(
-            lambda _, tensors: seen.append([t.requires_grad for t in tensors[:3]])
+            lambda _, tensors: seen.append([t is not None and t.requires_grad for t in tensors[:3]])
         )
     net.backward(*batch())
     assert seen == [[True, False, False]] * 3
+
+
+# Of InfoPro with two modules, only the first rebuilds the image; of three, the published weights leave it to both.
+LOOKING = {("feature-reconstruction", 3): [], ("greedy", 3): [], ("infopro", 3): [0, 1], ("infopro", 2): [0]}
+
+
+@pytest.mark.parametrize(("method", "modules"), LOOKING)
+def test_images_are_given_to_the_losses_that_look_at_them(method, modules):
+    net, (images, labels) = split("cnn", modules, method), batch()
+    seen = []
+    for module in net.local_modules:
+        module.auxiliary.register_forward_pre_hook(lambda _, tensors: seen.append(tensors[2]))
+    net.backward(images, labels)
+    assert [k for k, tensor in enumerate(seen) if tensor is images] == LOOKING[method, modules]
+    assert [k for k, tensor in enumerate(seen) if tensor is not images and tensor is not None] == []

@@ -37,7 +37,7 @@ def test_the_network_computes_what_the_backbone_does(name, most):
     model, images = build(name), batch()[0]
     keys = list(model.state_dict())
     modules = len(units_of(name)) if most else 2
-    net = localize(model, modules, input_size=SIZE) if most else split(name, 2, model=model)
+    net = localize(model, modules, min_depth=0, input_size=SIZE) if most else split(name, 2, model=model)
     assert len(net.local_modules) == modules
     model.eval()
     assert torch.equal(net(images), model(images))

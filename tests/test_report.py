@@ -51,6 +51,7 @@ def make_rows(modules, epochs, heads=True):
             test_top5=None if epoch % 2 else 99.5,
             test_loss=1 / epoch,
             images_per_second=1234.5,
+            predicted_memory=3 * 2**29 + 10 * 2**20 + epoch,
             peak_memory=3 * 2**29,
             seconds=epoch * 61.7,
         )
@@ -89,6 +90,24 @@ def test_results_round_trip_bit_for_bit(tmp_path, modules, heads):
     assert header.startswith("epoch,step,lr,train_loss_1")
     assert f"train_loss_{modules},test_acc_1" in header
     assert len(lines) == 4
+
+
+def test_memory_may_be_unknown(tmp_path):
+    """A run of one step has no measurement, and what fake tensors cannot run no prediction."""
+    rows, path = make_rows(2, 4), tmp_path / "results.csv"
+    for i, unknown in enumerate([{"predicted_memory": None}, {"peak_memory": None}, {}]):
+        rows[i] = dataclasses.replace(rows[i], **unknown)
+    write_results(path, rows)
+    assert read_results(path) == rows
+    shown = []
+    for row in (rows[0], rows[1], dataclasses.replace(rows[1], predicted_memory=None)):
+        console = Console(file=io.StringIO(), width=80)
+        console.print(final_table([row], ["a", "b"]))
+        shown.append(re.search(r"peak memory +(.*?) *\n", console.file.getvalue())[1])
+    assert shown == ["1.50 GiB measured", "1.51 GiB predicted", "-"]
+    output = Console(file=io.StringIO(), width=80)
+    run(Progress(output, 4, STEPS, 32, 2), rows)
+    assert [line.count("GiB") for line in output.file.getvalue().splitlines()[1:]] == [1, 0, 1, 1]
 
 
 def test_resume_drops_the_rows_after_the_checkpoint(tmp_path):
@@ -263,7 +282,7 @@ def test_final_table_has_every_module(heads):
         shown = "-" if accuracy is None else f"{accuracy:.2f}"
         assert re.search(rf"{k + 1} +{re.escape(name)} +{loss:.3f} +{re.escape(shown)}", text)
     assert f"{rows[-1].accuracy:.2f}%, best 98.76% (epoch 2)" in text
-    assert "1.50 GiB" in text
+    assert "1.50 GiB measured, 1.51 GiB predicted" in text
     assert "3:05" in text
 
 

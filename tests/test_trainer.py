@@ -21,7 +21,7 @@ from localprop.report import Progress, read_results
 
 SMALL = [
     *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
-    *["--modules", "3", "--batch-size", "256", "--epochs", "3", "--device", "cpu"],
+    *["--min-depth", "0", "--modules", "3", "--batch-size", "256", "--epochs", "3", "--device", "cpu"],
 ]
 STEPS_PER_EPOCH = 5
 # Everything that could make a resumed run differ: dropped paths, mixed labels, clipping, a moving average.
@@ -228,7 +228,7 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_the_module(tmp_path, 
 @pytest.mark.parametrize("method", ["end-to-end", "greedy", "infopro", "feature-reconstruction"])
 def test_every_method_trains_in_mixed_precision(tmp_path, method):
     modules = [] if method == "end-to-end" else ["--modules", "3"]
-    flags = [*SMALL[:6], "--batch-size", "256", "--epochs", "1", "--amp", "--method", method, *modules]
+    flags = [*SMALL[:8], "--batch-size", "256", "--epochs", "1", "--amp", "--method", method, *modules]
     assert main(["train", *flags, "--output", str(tmp_path), "--experiment", "run"]) == 0
     (row,) = read_results(tmp_path / "run" / "results.csv")
     assert len(row.train_losses) == (1 if method == "end-to-end" else 3)

@@ -58,7 +58,7 @@ class _Remember(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _CHEAP and result.requires_grad and not kwargs.get("inplace"):
+        if func in _CHEAP and args and result.requires_grad and result._version == 0:  # which it is not in place
             self._remember(func, args, kwargs, result)
         return result
 
@@ -67,13 +67,19 @@ class _Remember(TorchFunctionMode):
         storage = result.untyped_storage()
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         named = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        self.recipes[storage._cdata] = _Recipe(
+        key, recipes = storage._cdata, self.recipes
+
+        def forget(_: object) -> None:
+            # Else what it is computed from would live on, though nobody will ask for the result.
+            recipes.pop(key, None)
+
+        recipes[key] = _Recipe(
             func,
             detached,
             named,
             [t._version for t in _tensors(detached, named)],
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-            weakref.ref(storage),
+            weakref.ref(storage, forget),
         )
 
     def recipe(self, tensor: Tensor) -> _Recipe | None:
