@@ -10,24 +10,31 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from localprop.memory import allocated_changes
 
-# CPU convolutions copy weights and maps into layouts of their own; other kernels of image models take next to nothing.
+# CPU convolutions copy weights and maps into layouts of their own.
 _CONVOLUTIONS = {
     torch.ops.aten.convolution.default: 1,  # and how many of the first arguments have a batch axis
     torch.ops.aten.convolution_backward.default: 2,
 }
+# These copy inputs that are not contiguous; and how many of the first arguments are such.
+_COPYING = {torch.ops.aten.native_layer_norm.default: 1, torch.ops.aten.native_layer_norm_backward.default: 2}
 _MOST = 16
 
 
 def workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that an operation takes on this machine's CPU beside its results.
 
-    Found by running it: on up to 16 images as they are; of more, it is taken to go on growing as from 8 to 16. (It does
-    not grow evenly from the first image on: kernels choose their algorithm by size.)
+    Of a layer norm and of a roll it is known. Of a convolution it is found by running it: on up to 16 images as they
+    are; of more, it is taken to go on growing as from 8 to 16. (It does not grow evenly from the first image on:
+    kernels choose their algorithm by size.) Of anything else it is next to nothing.
 
     Args:
         func: an operation of `torch.ops.aten`.
         args: its arguments, with fake tensors.
     """
+    if func in _COPYING:
+        return sum(t.nbytes for t in args[: _COPYING[func]] if not t.is_contiguous())
+    if func is torch.ops.aten.roll.default:
+        return args[0].nbytes * (len(args[1]) > 1)  # one axis after the other
     batched = _CONVOLUTIONS.get(func)
     if not batched:
         return 0
