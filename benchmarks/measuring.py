@@ -20,6 +20,7 @@ def peak_of(step: Callable[[], None], held: list[torch.Tensor], device: str) -> 
     Args:
         step: one training step, which makes its own batch.
         held: everything that exists before and after: weights, buffers, optimizer state.
+        device: cpu or cuda.
     """
     gc.collect()
     if device == "cuda":
@@ -27,12 +28,38 @@ def peak_of(step: Callable[[], None], held: list[torch.Tensor], device: str) -> 
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain(held)}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]
     return sum(storages.values()) + max(accumulate(changes))
+
+
+def plain(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors that wrappers (quantized moments) are made of, and the others."""
+    result = []
+    for tensor in tensors:
+        names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+        result += [tensor] if names is None else plain([getattr(tensor, name) for name in names])
+    return result
+
+
+def batch_of(size: int, device: str) -> list[torch.Tensor]:
+    """[images, labels]."""
+    return [torch.randn(size, *SIZE, device=device), torch.randint(0, 10, (size,), device=device)]
+
+
+def prime(optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """Gives optimizers the state that they have after a first step; returns its tensors."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    values = [value for o in optimizers for state in o.state.values() for value in state.values()]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def local_step(
@@ -41,23 +68,15 @@ def local_step(
     """A training step as a user writes it, and the tensors that live from step to step; optimizers have their state."""
     net.to(device).train()
     optimizers = [torch.optim.AdamW(module.parameters(), fused=True) for module in net.local_modules]
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    state = prime(optimizers)
 
     def step_module(k: int, loss: torch.Tensor) -> None:
         optimizers[k].step()
         optimizers[k].zero_grad()
 
-    def batch() -> list[torch.Tensor]:
-        return [torch.randn(batch_size, *SIZE, device=device), torch.randint(0, 10, (batch_size,), device=device)]
-
     def step() -> None:
-        own = batch()
+        own = batch_of(batch_size, device)
         with torch.autocast(device, torch.bfloat16, enabled=amp):
             net.backward(own.pop(0), own.pop(), after_module=step_module)
 
-    state = [value for o in optimizers for values in o.state.values() for value in values.values()]
-    return step, [*net.parameters(), *net.buffers(), *(value for value in state if isinstance(value, torch.Tensor))]
+    return step, [*net.parameters(), *net.buffers(), *state]

@@ -268,7 +268,7 @@ class PlanConfig:
     num_classes: OptionalInt = None
     """Number of labels (default: the model's own)."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Whose speed the expected times are for."""
+    """Whose kernels and speed to assume."""
     json: OptionalPath = None
     """Write everything into this file too."""
     picture: Path = Path("plan.png")

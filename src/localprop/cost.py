@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from localprop.attention import kernels_of
 from localprop.chain import Chain
 from localprop.recompute import recomputing
 from localprop.tracing import fake_copy
-from localprop.tracking import Tracker
+from localprop.tracking import MACHINES, Tracker
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Circumstances:
         amp_dtype: type of automatic mixed precision; None without.
         recompute: whether cheap results are computed again in backward (see `localprop.recompute`).
         grad_checkpointing: whether units are checkpointed.
+        device: "cpu" or "cuda": whose kernels and speed to assume.
     """
 
     batch_size: int = 32
     amp_dtype: torch.dtype | None = None
     recompute: bool = False
     grad_checkpointing: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def _measure(
 ) -> tuple[Cost, Tensor]:
     """Runs a part forward and backward; gives its cost, and a tensor like its output."""
     parameters = [p for p in parameters if p.requires_grad]
-    tracker, dtype = Tracker(), circumstances.amp_dtype
+    tracker, dtype = Tracker(MACHINES[circumstances.device]), circumstances.amp_dtype
     with mode, torch.enable_grad():
         leaf = source.detach().requires_grad_()
         with tracker:
@@ -184,6 +187,7 @@ def _measure(
             with (
                 torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
                 recomputing(circumstances.recompute),
+                kernels_of(circumstances.device),
             ):
                 output = run(entry)
             loss = _Gradient.apply(output)

@@ -20,6 +20,7 @@ from localprop.heads import HEADS
 from localprop.methods import build_loss, check_method
 from localprop.network import Criterion, LocalLoss, LocalModule, LocalNetwork, ModuleSpec
 from localprop.partition import balanced, module_ends, most_modules, stage_ends
+from localprop.tracking import MACHINES
 
 PARTITIONS = ("balanced", "compute", "stage")
 
@@ -42,6 +43,7 @@ def localize(
     num_classes: int | None = None,
     batch_size: int = 32,
     amp_dtype: torch.dtype | None = None,
+    device: str | None = None,
     criterion: Criterion = F.cross_entropy,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -70,6 +72,7 @@ def localize(
         num_classes: number of labels, checked against the model's logits; default: their number.
         batch_size: batch size for which the partition is made.
         amp_dtype: type of mixed precision for which the partition is made; default: none.
+        device: "cpu" or "cuda", for which the partition is made; default: where the model is.
         criterion: loss of predicted labels, from (logits, labels).
         mean: per channel, with which images are normalised, for methods that rebuild the image in [0, 1]; default:
             the model's own, else ImageNet's.
@@ -113,7 +116,9 @@ def localize(
         std=tuple(std or settings.get("std") or IMAGENET_DEFAULT_STD),
     )
     recompute = count > 1 if recompute is None else recompute
-    circumstances = Circumstances(batch_size, amp_dtype, recompute, grad_checkpointing)
+    where = device or next((p.device.type for p in model.parameters()), "cpu")
+    where = where if where in MACHINES else "cpu"
+    circumstances = Circumstances(batch_size, amp_dtype, recompute, grad_checkpointing, where)
     division = _Division(costs, method, options, spec, circumstances)
     if cuts is not None:
         ends = [*(units.position(name) for name in cuts), len(units)]

@@ -129,7 +129,7 @@ def plan(
         opt: name of an optimizer, or all settings of the optimizer.
         amp_dtype: type of automatic mixed precision; default: none.
         budget: bytes; the plan then has a `choice`.
-        device: whose speed the expected times are for.
+        device: "cpu" or "cuda": whose kernels and speed to assume.
         on_setting: called before each setting is looked at.
         options: further arguments of `localize`: decoder, head, partition, cuts, min_depth, split_blocks, recompute,
             grad_checkpointing, method_kwargs, ...
@@ -224,6 +224,7 @@ class _Planner:
                 batch_size=batch_size,
                 amp_dtype=self.amp_dtype,
                 grad_checkpointing=setting.grad_checkpointing,
+                device=self.device,
                 **options,
             )
         except ChainError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from localprop.attention import kernels_of
 from localprop.config import OptimConfig
 from localprop.errors import PlanError
 from localprop.memory import plain_tensors, total_bytes
@@ -57,12 +58,13 @@ def simulate_step(
         config: optimizer, precision, moving average.
         batch_size: images per step.
         input_size: (channels, height, width) of an image.
-        device: "cpu" or "cuda": whose speed the expected time is for.
+        device: "cpu" or "cuda": whose kernels and speed to assume.
 
     Raises:
         PlanError: the network's code does something that cannot be done without values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    device = device if device in MACHINES else "cpu"
     tracker = Tracker(MACHINES[device])
     # float16 takes what bfloat16 does, and its loss scale needs a GPU.
     config = replace(config, amp_dtype="bfloat16")
@@ -78,7 +80,7 @@ def simulate_step(
                 for kind, tensors in state.tensors().items():
                     tracker.label(tensors, kind)
                 batch = [torch.empty(batch_size, *input_size), torch.zeros(batch_size, dtype=torch.long)]
-                with torch.autocast("cpu", torch.bfloat16, enabled=config.amp):
+                with kernels_of(device), torch.autocast("cpu", torch.bfloat16, enabled=config.amp):
                     state.train_step(batch, seed=0)
     except Exception as error:  # whatever a user's model, method or criterion may raise on fake tensors
         line = (str(error).strip().splitlines() or [""])[0][:200]

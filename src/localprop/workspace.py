@@ -10,10 +10,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from localprop.memory import allocated_changes
 
-# CPU convolutions copy weights and maps into layouts of their own.
-_CONVOLUTIONS = {
-    torch.ops.aten.convolution.default: 1,  # and how many of the first arguments have a batch axis
+# Whose workspace is found by running them, and how many of their first arguments have a batch axis. Convolutions copy
+# weights and maps into layouts of their own, as does bilinear upsampling; the rest is made of several operations.
+_MEASURED = {
+    torch.ops.aten.convolution.default: 1,
     torch.ops.aten.convolution_backward.default: 2,
+    torch.ops.aten.native_batch_norm.default: 1,
+    torch.ops.aten.native_batch_norm_backward.default: 2,
+    torch.ops.aten.upsample_bilinear2d.default: 1,
+    torch.ops.aten.binary_cross_entropy_with_logits.default: 2,
 }
 # These copy inputs that are not contiguous; and how many of the first arguments are such.
 _COPYING = {torch.ops.aten.native_layer_norm.default: 1, torch.ops.aten.native_layer_norm_backward.default: 2}
@@ -23,9 +28,9 @@ _MOST = 16
 def workspace(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that an operation takes on this machine's CPU beside its results.
 
-    Of a layer norm and of a roll it is known. Of a convolution it is found by running it: on up to 16 images as they
-    are; of more, it is taken to go on growing as from 8 to 16. (It does not grow evenly from the first image on:
-    kernels choose their algorithm by size.) Of anything else it is next to nothing.
+    Of a layer norm and of a roll it is known. Of a convolution and some others it is found by running them: on up to
+    16 images as they are; of more, it is taken to go on growing as from 8 to 16. (It does not grow evenly from the
+    first image on: kernels choose their algorithm by size.) Of anything else it is next to nothing.
 
     Args:
         func: an operation of `torch.ops.aten`.
@@ -35,15 +40,17 @@ def workspace(func: Any, args: tuple[Any, ...]) -> int:
         return sum(t.nbytes for t in args[: _COPYING[func]] if not t.is_contiguous())
     if func is torch.ops.aten.roll.default:
         return args[0].nbytes * (len(args[1]) > 1)  # one axis after the other
-    batched = _CONVOLUTIONS.get(func)
+    batched = _MEASURED.get(func)
     if not batched:
         return 0
     batch = args[0].shape[0]
-    key = tuple(_describe(argument, i < batched) for i, argument in enumerate(args))
+    key = [_describe(argument, i < batched) for i, argument in enumerate(args)]
+    if func is torch.ops.aten.native_batch_norm_backward.default and key[2]:
+        key[5:7] = key[2], key[2]  # mean and deviation have the weight's type, other than fake tensors tell
     with unset_fake_temporarily(), torch.autocast("cpu", enabled=False):
         if batch <= _MOST:
-            return _measure(func, key, batch)
-        half, whole = _measure(func, key, _MOST // 2), _measure(func, key, _MOST)
+            return _measure(func, tuple(key), batch)
+        half, whole = (_measure(func, tuple(key), size) for size in (_MOST // 2, _MOST))
     return whole + (whole - half) * (batch - _MOST) // (_MOST // 2)
 
 
