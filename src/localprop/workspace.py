@@ -51,7 +51,9 @@ def workspace(func: Any, args: tuple[Any, ...]) -> int:
         if batch <= _MOST:
             return _measure(func, tuple(key), batch)
         half, whole = (_measure(func, tuple(key), size) for size in (_MOST // 2, _MOST))
-    return whole + (whole - half) * (batch - _MOST) // (_MOST // 2)
+    # From nothing to all of it is a change of algorithm: it grows in proportion at most.
+    growth = min(max(whole - half, 0), whole // 2)
+    return whole + growth * (batch - _MOST) // (_MOST // 2)
 
 
 def _describe(argument: Any, batched: bool) -> Any:
