@@ -1,5 +1,6 @@
 """What fits: settings chosen for a budget, and the way out when memory has run out."""
 
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ from localprop.chain import chain
 from localprop.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig, parse_bytes, to_flags, to_flat
 from localprop.errors import OutOfMemory, PlanError
 from localprop.experiment import Experiment, create_backbone
-from localprop.memory import available, total_bytes
+from localprop.memory import available, most_taken, total_bytes
 from localprop.network import LocalNetwork
 from localprop.plan import MODULES, Plan, PlanRow, Setting, plan
 from localprop.report import format_bytes
@@ -98,19 +99,31 @@ class Headroom:
         self.experiment = experiment
         free = available(experiment.device)
         # What the weights take has been taken already.
-        self.limit = None if free is None else free + total_bytes(experiment.backbone.parameters())
+        weights = total_bytes(experiment.backbone.parameters())
+        self.limit = None if free is None else free + weights
+        # On a CPU the process has libraries and data in memory too, which are not training's.
+        self._others = 0 if experiment.device.type == "cuda" else most_taken(experiment.device) - weights
 
     def explain(self, error: MemoryError, predicted: int | None) -> OutOfMemory:
         """The error to show when memory has run out: what was predicted, what was taken, and what would fit."""
         experiment, config = self.experiment, self.experiment.config
         expected = "not predicted" if predicted is None else f"{format_bytes(predicted)} predicted"
-        text = f"out of memory on {experiment.device} ({expected}; {error})"
+        taken = format_bytes(max(most_taken(experiment.device) - self._others, 0))
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        text = (
+            f"out of memory on {experiment.device}: {expected}, {taken} taken when "
+            f"{asked[1] if asked else 'something'} more could not be had"
+        )
         if self.limit is None:
             return OutOfMemory(f"{text}; see what fits: localprop plan --model {config.backbone.model} --budget ...")
         # Room for what an allocator cannot use.
         limit = int(0.95 * self.limit)
         try:
-            config = replace(config, local=replace(config.local, modules=None, cuts=None, budget=None))
+            config = replace(
+                config,
+                local=replace(config.local, modules=None, cuts=None, budget=None),
+                run=replace(config.run, experiment=None, resume=None),  # the folder of this run is taken
+            )
             row = plan_for(experiment.backbone.cpu(), config.local, config.optim, experiment.input_size, limit).choice
         except PlanError as nothing:
             return OutOfMemory(f"{text}; {nothing}")

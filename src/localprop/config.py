@@ -296,7 +296,7 @@ def to_flags(config: TrainConfig) -> list[str]:
     """The flags of `localprop train` that give these settings; defaults are left out."""
     default, words = to_flat(TrainConfig()), []
     for name, value in to_flat(config).items():
-        if value == default[name]:
+        if value == default[name] or value == {}:
             continue
         if isinstance(value, bool) and isinstance(default[name], bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")

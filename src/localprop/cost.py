@@ -25,6 +25,7 @@ class Circumstances:
         recompute: whether cheap results are computed again in backward (see `localprop.recompute`).
         grad_checkpointing: whether units are checkpointed.
         device: "cpu" or "cuda": whose kernels and speed to assume.
+        input_gradient: whether a unit's input needs a gradient; that of a module's first unit does not.
     """
 
     batch_size: int = 32
@@ -32,6 +33,7 @@ class Circumstances:
     recompute: bool = False
     grad_checkpointing: bool = False
     device: str = "cpu"
+    input_gradient: bool = True
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _measure(
     parameters = [p for p in parameters if p.requires_grad]
     tracker, dtype = Tracker(MACHINES[circumstances.device]), circumstances.amp_dtype
     with mode, torch.enable_grad():
-        leaf = source.detach().requires_grad_()
+        leaf = source.detach().requires_grad_(circumstances.input_gradient)
         with tracker:
             tracker.label([*parameters, leaf], "given")
             # A copy, not a leaf, of which autograd itself holds no reference: it lives on only if the part keeps it.

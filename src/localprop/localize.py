@@ -189,10 +189,14 @@ class _Division:
 
     def _costs(self, aim: Literal["memory", "time"]) -> Callable[[int, int], float]:
         """The cost of a module of units [start, stop): bytes at its peak, or expected time."""
-        costs = self.costs.units(self.circumstances)
-        # The last unit of a module is never checkpointed.
         plain = replace(self.circumstances, grad_checkpointing=False)
-        last = self.costs.units(plain)
+        # What a unit costs as the first of its module, which needs no gradient of its input, and as the last, which is
+        # never checkpointed.
+        costs = {
+            (first, last): self.costs.units(replace(plain if last else self.circumstances, input_gradient=not first))
+            for first in (False, True)
+            for last in (False, True)
+        }
 
         @cache
         def auxiliary(index: int, start: int, stop: int) -> Cost:
@@ -202,7 +206,7 @@ class _Division:
             return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), plain)
 
         def cost(start: int, stop: int) -> float:
-            own = [*costs[start : stop - 1], last[stop - 1]]
+            own = [costs[i == start, i == stop - 1][i] for i in range(start, stop)]
             # Which module it will be is not known yet, only whether the first, the last or between.
             index = 0 if start == 0 else self.spec.count - 1 if stop == len(self.units) else 1
             # Of units with equal outputs any stands for all: their auxiliary nets cost the same.

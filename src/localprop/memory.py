@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -86,6 +87,14 @@ def available(device: torch.device) -> int | None:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             found.append(limit - pages * resource.getpagesize())
     return min(found, default=None)
+
+
+def most_taken(device: torch.device) -> int:
+    """Largest number of bytes that this process has had so far: the allocator's on CUDA, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def is_out_of_memory(error: BaseException) -> bool:
