@@ -1,7 +1,9 @@
 """What units and auxiliary nets take in a training step, found by running them on fake tensors: no data, no GPU."""
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,9 +45,10 @@ class Cost:
     Attributes:
         kept: kept from forward to backward, beside input and output.
         forward: largest at any moment of forward, beside the input.
-        backward: largest at any moment of backward, beside the input: what is kept, and gradients.
+        backward: largest at any moment of backward, beside input and output: what is kept, and gradients.
         output: the output.
         keeps_input: whether the input is kept for backward.
+        keeps_output: whether the output is kept for backward of what made it, as by a ReLU at the end.
         gradients: gradients of the parameters.
         seconds: expected time of forward and backward; of meaning only beside others.
     """
@@ -55,6 +58,7 @@ class Cost:
     backward: int
     output: int
     keeps_input: bool
+    keeps_output: bool
     gradients: int
     seconds: float
 
@@ -66,18 +70,20 @@ def module_peak(units: Sequence[Cost], auxiliary: Cost) -> int:
         units: costs of its units, in order.
         auxiliary: cost of its local loss.
     """
+    # Of each output, whether it is kept: for the unit itself, or for what follows.
+    kept = [unit.keeps_output or after is None or after.keeps_input for unit, after in pairwise([*units, None]) if unit]
     peak = alive = 0  # alive: kept by the units before
     before = []
     for i, unit in enumerate(units):
         before.append(alive)
-        given = units[i - 1].output if i else 0
-        peak = max(peak, alive + unit.forward + (0 if i and unit.keeps_input else given))
-        following = units[i + 1] if i + 1 < len(units) else None
-        alive += unit.kept + (unit.output if following is None or following.keeps_input else 0)
+        given = 0 if i == 0 or kept[i - 1] else units[i - 1].output
+        peak = max(peak, alive + given + unit.forward)
+        alive += unit.kept + (unit.output if kept[i] else 0)
     peak = max(peak, alive + auxiliary.forward, alive + auxiliary.backward)
     gradients, output = auxiliary.gradients, units[-1].output  # which is the next module's input
     for i in reversed(range(len(units))):
-        peak = max(peak, before[i] + units[i].backward + gradients + output)
+        own = units[i].output if units[i].keeps_output and i + 1 < len(units) else 0
+        peak = max(peak, before[i] + units[i].backward + own + gradients + output)
         gradients += units[i].gradients
     return peak
 
@@ -194,10 +200,14 @@ def _measure(
                 output = run(entry)
             loss = _Gradient.apply(output)
             shape, given, size = output.shape, output.dtype, output.untyped_storage().nbytes()
+            aside = weakref.ref(output.untyped_storage())
+            shares_input = tracker.allocation(output) is input_kept
             turn = len(tracker.events)
             del output, entry
             keeps_input = input_kept.stop is None
-            without = before if keeps_input else before - input_kept.size
+            own_output = aside()  # if it is kept; held until the end, as `LocalNetwork.backward` does
+            keeps_output = own_output is not None and not shares_input
+            without = before - (0 if keeps_input else input_kept.size) + (size if keeps_output else 0)
             kept, start = tracker.used - without, len(tracker.events)
             if loss.requires_grad:
                 loss.backward()
@@ -210,6 +220,7 @@ def _measure(
         backward=max(in_use[start - 1 :]) - without,
         output=size,
         keeps_input=keeps_input,
+        keeps_output=keeps_output,
         gradients=sum(p.numel() * p.element_size() for p in parameters),
         seconds=tracker.seconds,
     )
