@@ -37,9 +37,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+_START = provenance()  # of the code that is measured, whatever is committed while it runs
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Writes benchmarks/results/NAME.json."""
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(provenance() | result, indent=2) + "\n")
+    path.write_text(json.dumps(_START | result, indent=2) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
     return path
