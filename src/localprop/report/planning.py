@@ -25,14 +25,14 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
     """A line per setting: its peak and the peak's parts, and time and operations against end-to-end."""
     table = Table(box=None, padding=(0, 1, 0, 1), pad_edge=False)
     table.add_column("setting", no_wrap=True)
-    for name in ("peak", "ratio", *_HEADINGS.values(), "FLOPs", "time", "in"):
+    for name in ("peak", "%", *_HEADINGS.values(), "FLOPs", "time", "in"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in plan.rows:
         trace, count = row.trace, len(row.module_units)
         table.add_row(
             row.setting.name,
             f"{trace.peak / 2**20:.0f}",
-            f"{plan.memory_ratio(row):.0%}",
+            f"{100 * plan.memory_ratio(row):.0f}",
             *(f"{trace.parts[part] / 2**20:.0f}" for part in _HEADINGS),
             f"{plan.flops_ratio(row):.2f}",
             f"{plan.time_ratio(row):.2f}",
@@ -40,7 +40,7 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
             style="bold" if plan.choice is not None and plan.choice.setting == row.setting else None,
         )
     heading = Text(
-        f"{title}\npredicted peak of a training step in MiB, its parts, and the module it is in", style="dim"
+        f"{title}\npredicted peak of a training step: MiB, % of end-to-end, its parts, its module", style="dim"
     )
     return Group(heading, table)
 
