@@ -1,6 +1,6 @@
 """What a user would use instead of local learning: memory and time per step of each, from one run.
 
-python benchmarks/alternatives.py     Swin-Tiny, 224 px, batch 32, fp32, one thread: about 20 minutes
+python benchmarks/alternatives.py     Swin-Tiny, 224 px, batch 16, fp32, one thread: about 8 minutes
 
 Memory is the allocator's (see measuring.py); time the median CPU time of interleaved steps, as a ratio to end-to-end's
 in the same round. Needs torchao for 8-bit AdamW. Writes benchmarks/results/alternatives.json, on CUDA with _cuda,
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import localprop
 
 MODEL = "swin_tiny_patch4_window7_224"
-MICRO = 8
+MICRO = 4
 Step = tuple[Callable[[], None], list[torch.Tensor]]
 
 
@@ -112,7 +112,7 @@ def steps(batch_size: int, device: str) -> dict[str, Callable[[], Step]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
