@@ -271,10 +271,14 @@ def test_backward_runs_outside_of_autocast():
     assert output.losses.dtype == torch.float32
 
 
-def test_a_step_inside_one_autocast_region_is_seen_by_the_next_batch():
+@pytest.mark.parametrize("cuts", [(), ("4",)])
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_a_step_inside_one_autocast_region_is_seen_by_the_next_batch(cuts, grad_checkpointing):
     weights = []
     for together in (True, False):
-        net = split("mlp")
+        torch.manual_seed(1)
+        with traced_once("mlp"):
+            net = localize(build("mlp"), cuts=cuts, input_size=SIZE, grad_checkpointing=grad_checkpointing)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         with torch.autocast("cpu", torch.bfloat16) if together else nullcontext():
             for step in range(3):

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from localprop import chain, localize
+from localprop.memory import measured, total_bytes
+from localprop.recompute import recomputing
+from localprop.tracing import tensors_of
 
 CLASSES = 5
 SIZE = (3, 32, 32)
@@ -121,13 +124,20 @@ def batch(size=4, seed=0):
     return images, torch.arange(size).clamp(min=1) % CLASSES
 
 
-def kept_bytes(run, owner, but=lambda result: None):
-    """Bytes of distinct memory that autograd keeps when `run` is called; weights and buffers of `owner` left out."""
-    static = {t.untyped_storage().data_ptr() for t in [*owner.parameters(), *owner.buffers()]}
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        result = run()
-    if (tensor := but(result)) is not None:
-        static.add(tensor.untyped_storage().data_ptr())
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept}
-    return sum(s.nbytes() for address, s in storages.items() if address not in static)
+def module_peaks(net, images, labels, amp=False):
+    """Bytes that each module's forward and backward take at most, beside its input, by the allocator's account."""
+    peaks, features, context = [], images, {}
+    for module in net.local_modules:
+        held = [*net.parameters(), *net.buffers(), images, labels, features, *tensors_of(context)]
+        with measured(held, torch.device("cpu")) as measurement:
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp), recomputing(module.recompute):
+                output = module(features, context)
+                loss, logits = module.auxiliary(output, features, images, labels)
+            torch.clear_autocast_cache()
+            loss.backward()
+            after = output.detach()
+            del output, loss, logits
+        peaks.append(measurement.peak - total_bytes(held))
+        features = after
+        net.zero_grad()
+    return peaks

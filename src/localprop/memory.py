@@ -1,5 +1,6 @@
 """Measures memory: what the allocator really gave out in a training step."""
 
+import gc
 import json
 import os
 import resource
@@ -48,6 +49,7 @@ def measured(held: Iterable[Tensor], device: torch.device) -> Iterator[Measureme
         yield result
         result.peak = torch.cuda.max_memory_allocated(device)
         return
+    gc.collect()  # else garbage that is freed inside may be taken for something of the step's
     with _profiled() as changes:
         yield result
     result.peak = total_bytes(held) + max(accumulate(changes), default=0)

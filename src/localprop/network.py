@@ -265,9 +265,11 @@ class LocalNetwork(nn.Module):
 def _backward(loss: Tensor) -> None:
     device = loss.device.type
     if torch.is_autocast_enabled(device):
-        # Weights change right after this backward: casts of them that autocast has kept would be stale.
         torch.clear_autocast_cache()
         with torch.autocast(device, enabled=False):
             loss.backward()
+        # Weights change right after this backward: casts of them that autocast has kept would be stale. Of units that
+        # run again in backward there are some.
+        torch.clear_autocast_cache()
     else:
         loss.backward()

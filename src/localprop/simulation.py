@@ -1,5 +1,6 @@
 """One training step on fake tensors: what it allocates and computes, without data, memory or a GPU."""
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,9 @@ def simulate_step(
     try:
         fake = fake_copy(net, mode).train()
         assert isinstance(fake, LocalNetwork)
-        with mode, torch.random.fork_rng(devices=[]):
+        with mode, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Copies for a moving average ask for the address of tensors that have none.
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             state = TrainingState(fake, config, 10, torch.device("cpu"))
             with Tracker():  # which answers when an optimizer asks for a number
                 _prime(state)
