@@ -29,10 +29,11 @@ def plan_for(
     **options: Any,
 ) -> Plan:
     """The plan of a run's own settings; `options` are further arguments of `localprop.plan.plan`."""
+    count = len(local.cuts) + 1 if local.cuts is not None and local.modules is None else local.modules
     return plan(
         model,
         optim.batch_size,
-        modules=MODULES if local.modules is None else (local.modules,),
+        modules=MODULES if count is None else (count,),
         method=local.method,
         decoder=local.decoder,
         head=local.head,
@@ -46,6 +47,7 @@ def plan_for(
         budget=budget,
         min_depth=local.min_depth,
         partition=local.partition,
+        cuts=local.cuts,
         **options,
     )
 
@@ -57,6 +59,7 @@ def chosen(config: TrainConfig, row: PlanRow) -> TrainConfig:
         config.local,
         method=setting.method,
         modules=setting.modules if setting.modules > 1 else None,
+        cuts=config.local.cuts if setting.modules > 1 else None,
         split_blocks=setting.split_blocks,
         grad_checkpointing=setting.grad_checkpointing,
     )

@@ -275,8 +275,13 @@ class PlanConfig:
     """Where to draw the picture."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"--batch-size is {self.batch_size}; it must be at least 1")
+        for name, value in (
+            ("batch-size", self.batch_size),
+            ("img-size", self.backbone.img_size),
+            ("num-classes", self.num_classes),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}; it must be at least 1")
 
 
 def to_flat(config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from localprop.chain import Chain, chain
 from localprop.config import OptimConfig
 from localprop.cost import Costs
-from localprop.errors import ChainError, PlanError
+from localprop.errors import ChainError, ConfigError, PlanError
 from localprop.localize import localize
 from localprop.partition import most_modules
 from localprop.simulation import StepTrace, simulate_step
@@ -123,7 +123,7 @@ def plan(
         model: any image model that `localize` takes.
         batch_size: images per step.
         modules: numbers of local modules; "max" is one per block, or per part of a split block. Numbers
-            that the model does not allow are left out.
+            that the model does not allow are left out; the only one, or cuts, must be allowed.
         method: how the modules learn.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         opt: name of an optimizer, or all settings of the optimizer.
@@ -138,6 +138,8 @@ def plan(
         ChainError, ConfigError: as `localize`.
         PlanError: memory cannot be predicted, or nothing fits the budget even with one image per step.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
     optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
     optim = replace(optim, amp=amp_dtype is not None)
     planner = _Planner(model, chain(model, input_size), optim, amp_dtype, batch_size, device, options, on_setting)
@@ -169,6 +171,7 @@ class _Planner:
         self.costs = {False: Costs(model, units)}
         self.split = bool(self.options.pop("split_blocks", False))
         self.checkpointing = bool(self.options.pop("grad_checkpointing", False))
+        self.must_fit = False
         self.on_setting = on_setting or (lambda setting: None)
 
     def baselines(self) -> list[PlanRow]:
@@ -184,6 +187,7 @@ class _Planner:
         blocks are split.
         """
         rows: list[PlanRow] = []
+        self.must_fit = len(modules) == 1 or self.options.get("cuts") is not None
         split, depth = self.split, self.options.get("min_depth", 1)
         for count in modules:
             while True:
@@ -228,7 +232,7 @@ class _Planner:
                 **options,
             )
         except ChainError:
-            if not local:
+            if not local or self.must_fit:
                 raise
             return None
         trace = simulate_step(net, self.optim, batch_size, costs.chain.input_size, self.device)

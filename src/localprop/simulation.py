@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.attention import kernels_of
 from localprop.config import OptimConfig
-from localprop.errors import PlanError
+from localprop.errors import LocalpropError, PlanError
 from localprop.memory import plain_tensors, total_bytes
 from localprop.network import LocalNetwork
 from localprop.state import TrainingState
@@ -85,6 +85,8 @@ def simulate_step(
                 batch = [torch.empty(batch_size, *input_size), torch.zeros(batch_size, dtype=torch.long)]
                 with kernels_of(device), torch.autocast("cpu", torch.bfloat16, enabled=config.amp):
                     state.train_step(batch, seed=0)
+    except LocalpropError:  # a setting that is wrong in itself
+        raise
     except Exception as error:  # whatever a user's model, method or criterion may raise on fake tensors
         line = (str(error).strip().splitlines() or [""])[0][:200]
         raise PlanError(f"memory cannot be predicted: {type(error).__name__}: {line}") from error

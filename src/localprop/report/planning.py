@@ -57,9 +57,10 @@ def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:
     colors = [colormaps["viridis"](x) for x in np.linspace(0.05, 0.9, count)]
     _draw_step(below, row, scale, colors)
     above.set_title("end-to-end: the sum of all activations", loc="left", fontsize=9.5)
-    below.set_title(f"{count} local modules: the largest, not the sum", loc="left", fontsize=9.5)
+    what = f"{count} local modules: the largest, not the sum" if count > 1 else row.setting.name
+    below.set_title(what, loc="left", fontsize=9.5)
     below.set_xlabel("expected time in a training step (end-to-end = 1)", fontsize=9, color="0.35")
-    highest = plan.baseline.trace.peak / 2**30
+    highest = max(plan.baseline.trace.peak, row.trace.peak) / 2**30
     for axes, own in ((above, plan.baseline), (below, row)):
         axes.set_ylim(0, 1.08 * highest)
         axes.set_xlim(0, max(1.0, row.trace.seconds / scale))
