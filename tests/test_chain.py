@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from localprop.chain import Chain, chain
 from localprop.errors import ChainError
+from tiny import units_of
 
 torch.set_num_threads(1)
 IMAGE = (3, 64, 64)
@@ -275,6 +276,19 @@ def test_frozen_parameters(frozen_when_cut):
 )
 def test_input_size_is_the_models_own(make, size):
     assert chain(make()).input_size == size
+
+
+DEPTHS = {
+    "swin": [0, 1, 1, 0, 1, 0],  # a stem, blocks, a downsampling between them, the classifier
+    "vit": [0, 1, 1, 1, 1, 0],
+    "resnet": [0, 1, 1, 1, 1, 0],  # a stage of one block each
+    "mlp": [1, 1, 1, 1],  # no lists of blocks
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_depth_is_the_number_of_blocks(name):
+    assert [unit.depth for unit in units_of(name)] == DEPTHS[name]
 
 
 def test_positions_by_name():

@@ -5,8 +5,13 @@ import random
 
 import pytest
 
+from localprop import localize
 from localprop.chain import Chain, Unit
-from localprop.partition import balanced, stage_ends
+from localprop.config import OptimConfig
+from localprop.errors import ChainError, ConfigError
+from localprop.partition import balanced, module_ends, most_modules, stage_ends
+from localprop.simulation import simulate_step
+from tiny import SIZE, build, traced_once, units_of
 
 
 def every_partition(size, modules):
@@ -91,3 +96,99 @@ def test_a_vit_is_one_stage():
 
 def test_a_chain_of_vectors_is_one_stage():
     assert stages([(32,), (64,), (10,)]) == [3]
+
+
+def depths(*values):
+    return Chain(tuple(Unit(str(i), (8,), (), {}, (), depth) for i, depth in enumerate(values)), (3, 32, 32))
+
+
+SWIN = depths(0, 1, 1, 0, 1, 1, 0, 1, 0)  # a stem, blocks, downsamplings, the classifier
+
+
+@pytest.mark.parametrize(("min_depth", "most"), [(0, 9), (1, 5), (2, 2), (3, 1), (5, 1), (6, 0)])
+def test_most_modules_of_a_least_depth(min_depth, most):
+    """Against every choice of ends: each module has so many blocks, and ends with one, or with the last unit."""
+
+    def allowed(ends):
+        runs = [[unit.depth for unit in SWIN[start:stop]] for start, stop in itertools.pairwise([0, *ends])]
+        return all(sum(run) >= min_depth and (run[-1] or stop == 9) for run, stop in zip(runs, ends, strict=True))
+
+    found = max(
+        (count for count in range(1, 10) for ends in every_partition(9, count) if not min_depth or allowed(ends)),
+        default=0,
+    )
+    assert most_modules(SWIN, range(1, 10), min_depth) == found == most
+
+
+def test_modules_end_where_they_may():
+    assert module_ends(SWIN, range(1, 10), 0) == list(range(1, 10))
+    assert module_ends(SWIN, range(1, 10), 1) == [2, 3, 5, 6, 8, 9]
+    assert module_ends(SWIN, [4, 6, 9], 2) == [6, 9]
+    assert most_modules(SWIN, [4, 6, 9], 1) == 2
+
+
+def cut(name, modules=None, **options):
+    with traced_once(name):
+        return localize(build(name), modules, input_size=SIZE, **options)
+
+
+def ends_of(net):
+    return list(itertools.accumulate(len(module.units) for module in net.local_modules))
+
+
+@pytest.mark.parametrize("partition", ["balanced", "compute"])
+@pytest.mark.parametrize(("min_depth", "modules"), [(1, 3), (1, 2), (2, 2), (3, 1)])
+def test_every_module_has_the_least_depth(min_depth, modules, partition):
+    units = units_of("vit")
+    ends = ends_of(cut("vit", modules, method="greedy", min_depth=min_depth, partition=partition))
+    for start, stop in itertools.pairwise([0, *ends]):
+        assert sum(unit.depth for unit in units[start:stop]) >= min_depth
+        assert units[stop - 1].depth or stop == len(units)
+
+
+def test_as_many_modules_as_blocks():
+    # A stem goes with what follows it, and so does a downsampling; the classifier with what comes before.
+    assert ends_of(cut("swin", 3, method="greedy")) == [2, 3, 6]
+
+
+MISTAKES = [
+    (
+        {"modules": 4},
+        ChainError,
+        ["4 modules", "6 units", "at least 1 of its 3 blocks", "at most 3: layers.0.blocks.0"],
+    ),
+    ({"modules": 2, "min_depth": 2}, ChainError, ["2 modules", "at least 2 of its 3 blocks", "at most 1"]),
+    ({"modules": 7, "min_depth": 0}, ChainError, ["7 modules", "6 units: at most 6: patch_embed"]),
+    ({"modules": 2, "min_depth": -1}, ConfigError, ["min_depth is -1", "at least 0"]),
+    ({"modules": 3, "partition": "stage"}, ChainError, ["3 modules", "2 stages", "at most 2"]),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "words"), MISTAKES)
+def test_a_depth_that_cannot_be_is_an_error_of_one_line(options, error, words):
+    with pytest.raises(error) as caught:
+        cut("swin", **options)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_one_module_has_whatever_depth_there_is():
+    assert ends_of(cut("swin", method="end-to-end", min_depth=9)) == [6]
+
+
+def test_partition_by_compute_makes_the_slowest_module_fastest():
+    """Against every other cut, by the expected times of the whole step."""
+
+    def slowest(net):
+        ends = simulate_step(net, OptimConfig(opt="sgd"), 32, SIZE).module_ends
+        return max(stop - start for start, stop in itertools.pairwise([0, *ends]))
+
+    units = units_of("resnet")
+    times = {end: slowest(cut("resnet", method="greedy", cuts=[units[end - 1].name])) for end in range(1, len(units))}
+    chosen, other = (
+        ends_of(cut("resnet", 2, method="greedy", min_depth=0, partition=partition))[0]
+        for partition in ("compute", "balanced")
+    )
+    assert times[chosen] <= 1.02 * min(times.values())
+    assert times[other] > 1.2 * min(times.values())  # memory is another matter

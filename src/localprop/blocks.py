@@ -32,9 +32,13 @@ def holds_blocks(module: nn.Module, containers: set[type]) -> bool:
 def block_names(model: nn.Module) -> frozenset[str]:
     """Names of the blocks of `model`: the modules of those classes that lists of blocks hold."""
     lists = [module for module in model.modules() if _is_block_list(module)]
-    classes = {type(child) for module in lists for child in module.children() if _is_composite(child)}
-    classes -= container_classes(model)
-    return frozenset(name for name, module in model.named_modules() if type(module) in classes)
+    listed = {child for module in lists for child in module.children() if _is_composite(child)}
+    classes = {type(child) for child in listed} - container_classes(model)
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if type(module) in classes and (module in listed or type(module) is not nn.Sequential)  # which may be anything
+    )
 
 
 def splittable(model: nn.Module) -> frozenset[str]:

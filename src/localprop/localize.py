@@ -165,6 +165,8 @@ class _Division:
 
     def balance(self, ends: list[int], min_depth: int, aim: Literal["memory", "time"], what: str) -> list[int]:
         """The `count` of the possible `ends` with which the largest module is smallest, auxiliary nets included."""
+        if self.spec.count == 1:
+            return ends[-1:]
         possible = module_ends(self.units, ends, min_depth)
         count, most = self.spec.count, most_modules(self.units, possible, min_depth)
         if count > most:
@@ -175,8 +177,6 @@ class _Division:
                 f"at most {max(most, 1)}: {', '.join(self.units[end - 1].name for end in possible)}"
             )
         ends = possible
-        if count == 1:
-            return ends[-1:]
         starts = [0, *ends]
         cost = self._costs(aim)
         depths = [0, *accumulate(unit.depth for unit in self.units)]
