@@ -161,6 +161,9 @@ def _plan(argv: Sequence[str]) -> int:
 
     argv, files = _take_config_files(argv)
     config: PlanConfig = _parse(PlanConfig, "plan", argv, _over(PlanConfig(), files))
+    for path in (config.picture, config.json):
+        if path and not path.resolve().parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no folder {path.resolve().parent}; make it first")
     console = Console()
     with console.status("") as status:
         result, title = plan_model(config, lambda setting: status.update(f"simulating {setting.name} ..."))

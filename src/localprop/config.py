@@ -107,7 +107,8 @@ class LocalConfig:
     split_blocks: bool = False
     """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
     budget: OptionalStr = None
-    """Choose --modules (and --split-blocks) so that predicted peak memory stays below this: 8GiB, 500MiB."""
+    """Choose what fits into so much memory, 8GiB or 500MiB: end-to-end training if it does, else --modules. With
+    --modules or --cuts, these must fit."""
     recompute: OptionalBool = None
     """Compute activation functions and layer norms again in backward, instead of keeping their results: less memory,
     the same numbers (default: yes in local modules, no end-to-end)."""

@@ -128,7 +128,8 @@ def plan(
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         opt: name of an optimizer, or all settings of the optimizer.
         amp_dtype: type of automatic mixed precision; default: none.
-        budget: bytes; the plan then has a `choice`.
+        budget: bytes; the plan then has a `choice`, among local modules only where just one number of them, or cuts,
+            are asked for.
         device: "cpu" or "cuda": whose kernels and speed to assume.
         on_setting: called before each setting is looked at.
         options: further arguments of `localize`: decoder, head, partition, cuts, min_depth, split_blocks, recompute,
@@ -148,7 +149,9 @@ def plan(
         rows += planner.local(modules, method)
     if budget is None:
         return Plan(rows)
-    return Plan(rows, budget, planner.choose(Plan(rows), budget))
+    # Who names a number of modules, or cuts, wants local modules.
+    named = method != "end-to-end" and (len(modules) == 1 or options.get("cuts") is not None)
+    return Plan(rows, budget, planner.choose(Plan(rows), rows[2:] if named else rows, budget))
 
 
 class _Planner:
@@ -238,21 +241,34 @@ class _Planner:
         trace = simulate_step(net, self.optim, batch_size, costs.chain.input_size, self.device)
         return PlanRow(setting, batch_size, trace, [module.units for module in net.local_modules])
 
-    def choose(self, plan: Plan, budget: int) -> PlanRow:
-        """The setting that fits: the fastest, and of equally fast ones that with the fewest modules.
+    def choose(self, plan: Plan, rows: list[PlanRow], budget: int) -> PlanRow:
+        """The one of some rows of a plan that fits: the fastest, and of equally fast ones that with the fewest modules.
 
         Where none fits, the one with the smallest peak, at the largest batch with which it fits.
         """
-        fitting = [row for row in plan.rows if row.trace.peak <= budget]
+        fitting = [row for row in rows if row.trace.peak <= budget]
         if fitting:
             # Expected times that differ by less than a tenth are equal, as far as can be told.
             return min(fitting, key=lambda row: (round(plan.time_ratio(row), 1), row.setting.modules))
-        smallest = min(plan.rows, key=lambda row: row.trace.peak)
-        return self._largest_batch(smallest, budget)
+        # With few images weights and optimizer state decide, of which local modules have more.
+        smallest = min(rows, key=lambda row: row.trace.peak)
+        leanest = min(rows, key=lambda row: (row.trace.parts["parameters"], row.trace.peak))
+        tried = [
+            self._largest_batch(row, budget) for row in ([smallest] if smallest is leanest else [smallest, leanest])
+        ]
+        found = [row for row in tried if row]
+        if found:
+            return max(found, key=lambda row: row.batch_size)
+        ones = [one for row in rows if (one := self.row(row.setting, 1))]
+        least = min(ones, key=lambda row: row.trace.peak)
+        raise PlanError(
+            f"nothing fits {budget / 2**20:.0f} MiB: {least.setting.name} with 1 image per step takes "
+            f"{least.trace.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
+        )
 
-    def _largest_batch(self, row: PlanRow, budget: int) -> PlanRow:
-        fits, too_large = None, row.batch_size
-        low = 0
+    def _largest_batch(self, row: PlanRow, budget: int) -> PlanRow | None:
+        """The row at the largest batch that fits; None if not even one image does."""
+        fits, low, too_large = None, 0, row.batch_size
         while too_large - low > 1:
             middle = (low + too_large) // 2
             tried = self.row(row.setting, middle)
@@ -260,10 +276,4 @@ class _Planner:
                 low, fits = middle, tried
             else:
                 too_large = middle
-        if fits is None:
-            least = tried.trace.peak if (tried := self.row(row.setting, 1)) else row.trace.peak
-            raise PlanError(
-                f"nothing fits {budget / 2**20:.0f} MiB: {row.setting.name} with 1 image per step takes "
-                f"{least / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
-            )
         return fits

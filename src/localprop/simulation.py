@@ -82,7 +82,8 @@ def simulate_step(
             with tracker, _watched(state, tracker, ends):
                 for kind, tensors in state.tensors().items():
                     tracker.label(tensors, kind)
-                batch = [torch.empty(batch_size, *input_size), torch.zeros(batch_size, dtype=torch.long)]
+                dtype = next((p.dtype for p in fake.parameters() if p.is_floating_point()), torch.float32)
+                batch = [torch.empty(batch_size, *input_size, dtype=dtype), torch.zeros(batch_size, dtype=torch.long)]
                 with kernels_of(device), torch.autocast("cpu", torch.bfloat16, enabled=config.amp):
                     state.train_step(batch, seed=0)
     except LocalpropError:  # a setting that is wrong in itself
