@@ -9,16 +9,19 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from localprop import chain as units
 from localprop import localize
+from localprop.attention import kernels_of
 from localprop.config import OptimConfig
 from localprop.cost import Costs
 from localprop.errors import PlanError
 from localprop.memory import measured
 from localprop.simulation import PARTS, simulate_step
 from localprop.state import TrainingState
+from localprop.tracking import Tracker
 from tiny import MODELS, SIZE, batch, build, split, traced_once
 
 BATCH = 16
@@ -127,6 +130,23 @@ def test_operations_are_counted():
     twice = simulate_step(localize(model, method="end-to-end", input_size=SIZE), OptimConfig(), 2 * BATCH, SIZE)
     assert twice.flops == 2 * trace.flops
     assert twice.seconds > trace.seconds
+
+
+def test_attention_keeps_no_probabilities_where_cuda_does_not():
+    def kept(device, dtype, masked):
+        with FakeTensorMode(), Tracker() as tracker, kernels_of(device):
+            tokens = torch.empty(2, 4, 65, 16, dtype=dtype, requires_grad=True)
+            mask = torch.empty(4, 65, 65, requires_grad=True) if masked else None
+            before = tracker.used
+            output = F.scaled_dot_product_attention(tokens, tokens, tokens, mask)
+            return tracker.used - before, output.requires_grad
+
+    probabilities = 2 * 4 * 65 * 65 * 4
+    for dtype, masked in [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)]:
+        (cpu, _), (cuda, differentiable) = (kept(device, dtype, masked) for device in ("cpu", "cuda"))
+        assert differentiable
+        assert cuda < probabilities
+        assert (cpu > probabilities) == masked
 
 
 def test_memory_is_that_of_the_largest_module_not_of_the_sum():

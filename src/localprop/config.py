@@ -309,9 +309,9 @@ def to_flags(config: TrainConfig) -> list[str]:
             continue
         words.append(f"--{name.replace('_', '-')}")
         if isinstance(value, dict):
-            words += [
-                f"{key}={item!r}" if not isinstance(item, str) else f"{key}={item}" for key, item in value.items()
-            ]
+            for key, item in value.items():
+                word = f"{key}={item}"
+                words.append(word if isinstance(item, str) and _read_pairs([word])[key] == item else f"{key}={item!r}")
         else:
             words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
     return words

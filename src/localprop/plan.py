@@ -223,17 +223,18 @@ class _Planner:
         local = setting.modules > 1
         options = self.options if local else {}
         try:
-            net = localize(
-                self.model,
-                setting.modules,
-                setting.method,
-                costs=costs,
-                batch_size=batch_size,
-                amp_dtype=self.amp_dtype,
-                grad_checkpointing=setting.grad_checkpointing,
-                device=self.device,
-                **options,
-            )
+            with torch.random.fork_rng(devices=[]):  # weights of auxiliary nets are drawn
+                net = localize(
+                    self.model,
+                    setting.modules,
+                    setting.method,
+                    costs=costs,
+                    batch_size=batch_size,
+                    amp_dtype=self.amp_dtype,
+                    grad_checkpointing=setting.grad_checkpointing,
+                    device=self.device,
+                    **options,
+                )
         except ChainError:
             if not local or self.must_fit:
                 raise
