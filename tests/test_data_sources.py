@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import torch
 from torchvision import datasets
 
 from localprop.config import DataConfig
@@ -183,3 +184,32 @@ def test_labels_without_a_class_are_refused(tmp_path, monkeypatch):
 def test_as_many_labels_as_images_are_needed(tmp_path, monkeypatch):
     write_stl10(tmp_path, monkeypatch, labels=(1, 2))
     assert re.search("3 images and 2 labels", error_of("stl10", tmp_path))
+
+
+def test_synthetic_is_random_pixels_without_files(tmp_path):
+    data = open_named("synthetic", tmp_path / "none")
+    store = data.store
+    assert (data.num_classes, data.img_size, store.hflip, store.crop_pad) == (10, 32, 0.5, 4)
+    assert store.train_images.shape == (1024, 3, 32, 32)
+    assert store.test_images.shape == (64, 3, 32, 32)
+    assert store.train_images.dtype == torch.uint8
+    for labels in (store.train_labels, store.test_labels):
+        assert set(labels.tolist()) == set(range(10))
+    # Of 3 million draws from 256 values each comes 12288 times, give or take 111.
+    counts = torch.bincount(store.train_images.flatten(), minlength=256)
+    assert (counts - 12288).abs().max() < 6 * 111
+    scaled = store.train_images.double() / 255
+    assert data.mean == pytest.approx([scaled.mean().item()] * 3, abs=2e-3)
+    assert data.std == pytest.approx([scaled.std().item()] * 3, abs=2e-3)
+    assert len({image.numpy().tobytes() for image in torch.cat([store.train_images, store.test_images])}) == 1088
+
+
+def test_synthetic_is_the_same_each_time_and_of_any_size():
+    first = load_data(DataConfig(data="synthetic"), 64, 0)
+    torch.manual_seed(1)
+    second = load_data(DataConfig(data="synthetic"), 64, 1)
+    assert torch.equal(first.store.train_images, second.store.train_images)
+    assert torch.equal(first.store.test_images, second.store.test_images)
+    assert first.store.train_images.shape[-1] == 32, "resized on the device, batch by batch"
+    assert next(first.train_batches(0, 8, "cpu"))[0].shape == (8, 3, 64, 64)
+    assert next(first.test_batches(8, "cpu"))[0].shape == (8, 3, 64, 64)

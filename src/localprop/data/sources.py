@@ -1,4 +1,4 @@
-"""The named datasets: scikit-learn's digits, which need no files, and torchvision's.
+"""The named datasets: scikit-learn's digits and random pixels, which need no files, and torchvision's.
 
 torchvision compares each file with its published checksum before reading it (Fashion-MNIST's: on download),
 so the pickles that CIFAR comes in are the published ones.
@@ -19,6 +19,7 @@ from torchvision import datasets
 from localprop.config import DataConfig
 from localprop.data.folder import reason
 from localprop.errors import DataError
+from localprop.seeding import generator
 
 Channels = tuple[float, float, float]
 
@@ -114,6 +115,12 @@ def _digits(root: Path, train: bool, download: bool) -> tuple[Any, Any, list[str
     return _grey_to_rgb(torch.from_numpy(pixels)), bunch.target[chosen], [str(digit) for digit in range(10)]
 
 
+def _synthetic(root: Path, train: bool, download: bool) -> tuple[Any, Any, list[str]]:
+    count = 1024 if train else 64
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator(0 if train else 1))
+    return images, torch.arange(count) % 10, [f"class {number}" for number in range(10)]
+
+
 def _cifar(kind: type[datasets.CIFAR10]) -> Callable:
     def read(root: Path, train: bool, download: bool) -> tuple[Any, Any, list[str]]:
         dataset = kind(root, train=train, download=download)
@@ -142,6 +149,7 @@ def _fashion_mnist(root: Path, train: bool, download: bool) -> tuple[Any, Any, l
 # Means and standard deviations are over all pixels of the training images.
 NAMED = {
     "digits": Named(_digits, (), 16, (0.3054,) * 3, (0.3760,) * 3, hflip=0),
+    "synthetic": Named(_synthetic, (), 32, (0.5,) * 3, (0.2898,) * 3),
     "cifar10": Named(
         _cifar(datasets.CIFAR10),
         tuple(
