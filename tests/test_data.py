@@ -211,6 +211,43 @@ def test_mistaken_settings(settings, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["digits", "synthetic"])
+def test_images_held_on_the_device_give_the_same_batches(name):
+    ours, theirs = (digits(data=name, hflip=0.5, crop_pad=2, hold_on_device=hold) for hold in (True, False))
+    for epoch in (0, 1):
+        assert equal(ours.train_batches(epoch, 64, "cpu", start=3), theirs.train_batches(epoch, 64, "cpu", start=3))
+        assert equal(ours.test_batches(50, "cpu"), theirs.test_batches(50, "cpu"))
+
+
+def test_images_move_to_the_device_when_asked_and_not_before():
+    for hold in (True, False):
+        data = digits(hold_on_device=hold)
+        assert data.store.train_images.device.type == "cpu"
+        images, labels = next(data.test_batches(50, "meta"))
+        assert {images.device.type, labels.device.type} == {"meta"}
+        store = data.store
+        held = [store.train_images, store.train_labels, store.test_images, store.test_labels]
+        assert {tensor.device.type for tensor in held} == {"meta" if hold else "cpu"}
+        assert store.train_images.dtype == torch.uint8
+        assert next(data.train_batches(0, 32, "meta"))[0].shape == (32, 3, 16, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_held_on_a_gpu_give_the_same_batches():
+    ours, theirs = (digits(48, data="synthetic", mixup=0.8, hold_on_device=hold) for hold in (True, False))
+    before = torch.cuda.memory_allocated()
+    next(ours.train_batches(0, 64, "cuda"))
+    images = ours.store.train_images
+    assert images.is_cuda
+    assert torch.cuda.memory_allocated() - before >= (1024 + 64) * 3 * 32 * 32
+    for epoch in (0, 1):
+        assert equal(ours.train_batches(epoch, 64, "cuda"), theirs.train_batches(epoch, 64, "cuda"))
+        assert equal(ours.test_batches(50, "cuda"), theirs.test_batches(50, "cuda"))
+    assert ours.store.train_images is images, "moved more than once"
+    assert not theirs.store.train_images.is_cuda
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu_equal_those_on_the_cpu():

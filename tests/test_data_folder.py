@@ -80,6 +80,7 @@ def test_small_images_are_held_as_they_are(small):
     pixels = np.asarray(Image.open(small / "train" / "dog" / "3.png")).transpose(2, 0, 1)
     assert np.array_equal(data.store.train_images[11].numpy(), pixels)
     assert next(data.test_batches(6, "cpu"))[0].shape == (6, 3, 224, 224)
+    assert [folder(small, hold_on_device=hold).store.hold_on_device for hold in (False, True)] == [False, True]
 
 
 def test_small_images_of_many_sizes_are_brought_to_one(small):
@@ -111,6 +112,8 @@ def test_large_images_are_streamed(large):
     assert images.mean((0, 2, 3)).abs().max() < 1
     with pytest.raises(ConfigError, match=r"--crop-pad is for images up to 96 pixels"):
         folder(large, crop_pad=4)
+    with pytest.raises(ConfigError, match=r"--hold-on-device is for images up to 96 pixels.*; drop it$"):
+        folder(large, hold_on_device=True)
 
 
 def test_streamed_test_images_are_scaled_cropped_and_normalised_in_order(large):

@@ -59,6 +59,7 @@ def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
         _crop_pad(config, arrays.train_images.shape[-1]),
         named.hflip if config.hflip is None else config.hflip,
         seed,
+        hold_on_device=config.hold_on_device,
     )
     return Data(config.data, arrays.classes, img_size, named.mean, named.std, store, config, seed)
 
@@ -81,12 +82,13 @@ def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
         skipped: list[str] = []
         train = read_images(train_files, side, partial(skip_image, skipped, limit=config.bad_images))
         test = read_images(test_files, side, refuse_image)
-        store = MemoryStore(*train, *test, img_size, crop_pad, hflip, seed, skipped)
+        store = MemoryStore(*train, *test, img_size, crop_pad, hflip, seed, skipped, config.hold_on_device)
     else:
-        if config.crop_pad is not None:
-            raise ConfigError(
-                f"--crop-pad is for images up to {SMALL_SIDE} pixels and those in {root} are larger; drop it"
-            )
+        for flag, given in (("crop-pad", config.crop_pad is not None), ("hold-on-device", config.hold_on_device)):
+            if given:
+                raise ConfigError(
+                    f"--{flag} is for images up to {SMALL_SIDE} pixels and those in {root} are larger; drop it"
+                )
         img_size = img_size or _USUAL_SIDE
         store = StreamStore(train_files, test_files, img_size, hflip, seed, config.workers, config.bad_images)
     name = root.resolve().name

@@ -15,7 +15,7 @@ from localprop.seeding import derive_seed, generator
 class MemoryStore:
     """Images in main memory, from where each batch goes to the device as bytes.
 
-    They stay off the device on purpose: there, they would count against the memory that local learning saves.
+    They stay off the device, unless asked: there, they count against the memory that local learning saves.
 
     Args:
         train_images, test_images: (images, 3, side, side), uint8, at their native side.
@@ -25,6 +25,7 @@ class MemoryStore:
         hflip: chance of a horizontal flip.
         seed: of crops and flips.
         skipped: paths of the training images that were unreadable.
+        hold_on_device: keep images and labels on the device that batches are first asked for on.
     """
 
     train_images: Tensor
@@ -36,6 +37,7 @@ class MemoryStore:
     hflip: float
     seed: int
     skipped: list[str] = field(default_factory=list)
+    hold_on_device: bool = False
 
     crop_pct = 1.0
 
@@ -47,8 +49,9 @@ class MemoryStore:
         self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
     ) -> Iterator[Batch]:
         """Cropped, flipped and resized batches; see `localprop.data.base.Store`."""
+        self._settle(device)
         for step in steps:
-            chosen = torch.tensor(order[step * batch_size : (step + 1) * batch_size])
+            chosen = torch.tensor(order[step * batch_size : (step + 1) * batch_size], device=self.train_images.device)
             # index_select copies whole images; plain indexing goes byte by byte and is ten times slower.
             images = self.train_images.index_select(0, chosen).to(device)
             draws = generator(derive_seed(self.seed, "crop", epoch, step))
@@ -57,5 +60,12 @@ class MemoryStore:
 
     def test(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
         """Resized batches in order; see `localprop.data.base.Store`."""
+        self._settle(device)
         for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
             yield resize(images.to(device), self.img_size), labels.to(device)
+
+    def _settle(self, device: torch.device) -> None:
+        # Everything at once, so that the first training step meets the memory that the last one does.
+        if self.hold_on_device:
+            self.train_images, self.train_labels = self.train_images.to(device), self.train_labels.to(device)
+            self.test_images, self.test_labels = self.test_images.to(device), self.test_labels.to(device)
