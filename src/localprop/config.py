@@ -137,6 +137,9 @@ class DataConfig:
     """Where torchvision's datasets lie or are downloaded to."""
     download: bool = False
     """Download the dataset if it is not there."""
+    val_split: float = 0.0
+    """Part of the training images that is held out, the same in every run, and evaluated on instead of the test images:
+    for choosing settings; the test images are not looked at."""
     workers: int = 2
     """Processes that decode images, for data that is not held in memory."""
     hold_on_device: bool = False

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from timm.data import Mixup
@@ -18,7 +18,7 @@ Batch = tuple[Tensor, Tensor]
 class Store(Protocol):
     """Where pixels come from. Images are (batch, 3, side, side) on the device, in 0..255, uint8 or float32.
 
-    Labels are (batch,), int64, on the device.
+    Labels are (batch,), int64, on the device. Test images are those to evaluate on, held-out ones included.
     """
 
     train_size: int
@@ -47,7 +47,7 @@ class Data:
         img_size: side of the square images in pixels.
         mean, std: of the channels red, green and blue, in 0..1; what images are normalised with.
         store: where pixels come from.
-        config: for mixup, cutmix and label smoothing.
+        config: for mixup, cutmix and label smoothing, and for what the test images are.
         seed: of order, augmentation and mixing.
     """
 
@@ -71,8 +71,13 @@ class Data:
         return self.store.train_size
 
     @property
+    def evaluated_on(self) -> Literal["test", "validation"]:
+        """What `test_size` and `test_batches` speak of: test images, or training images that were held out."""
+        return "validation" if self.config.val_split else "test"
+
+    @property
     def test_size(self) -> int:
-        """Number of test images."""
+        """Number of images to evaluate on."""
         return self.store.test_size
 
     @property
@@ -125,7 +130,7 @@ class Data:
         return self._train_batches(epoch, batch_size, steps, torch.device(device))
 
     def test_batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """All test images in order, as (images, labels); the last batch may be small.
+        """All images to evaluate on in order, as (images, labels); the last batch may be small.
 
         Returns:
             Iterator of images (batch, 3, img_size, img_size), float32, normalised, and labels (batch,) int64.

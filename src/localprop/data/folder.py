@@ -32,8 +32,8 @@ class Unreadable(NamedTuple):
     problem: str
 
 
-def list_folder(root: Path) -> tuple[list[str], list[File], list[File]]:
-    """Lists classes (sorted by name), training and test files of a folder; test/ goes before val/.
+def list_folder(root: Path, with_test: bool = True) -> tuple[list[str], list[File], list[File]]:
+    """Lists classes (sorted by name), training and, `with_test`, test files of a folder; test/ goes before val/.
 
     Hidden folders and files, which file managers and notebooks leave behind, are no classes and no images.
 
@@ -46,11 +46,16 @@ def list_folder(root: Path) -> tuple[list[str], list[File], list[File]]:
     if not train.is_dir():
         raise DataError(f"{root} has no folder train/; put the training images into {train / '<class>'}")
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if test is None:
-        raise DataError(f"{root} has no folder test/ or val/; put the test images into {root / 'test' / '<class>'}")
+    if with_test and test is None:
+        raise DataError(
+            f"{root} has no folder test/ or val/; put the test images into {root / 'test' / '<class>'}, "
+            f"or hold training images out with --val-split"
+        )
     classes = _class_names(train)
     if len(classes) < 2:
         raise DataError(f"{train} has {len(classes)} class folders; it needs one for each of two or more classes")
+    if not with_test or test is None:
+        return classes, _files(train, classes), []
     if differing := set(classes) ^ set(_class_names(test)):
         only = [f"{name!r} is only in {train if name in classes else test}" for name in sorted(differing)]
         raise DataError(f"the classes of {train} and {test} differ: {', '.join(only)}; give both the same folders")

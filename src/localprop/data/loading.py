@@ -10,6 +10,7 @@ from localprop.data.base import Data, Store
 from localprop.data.folder import SMALL_SIDE, list_folder, read_images, refuse_image, sample_sizes, skip_image
 from localprop.data.memory import MemoryStore
 from localprop.data.sources import NAMED, read_named
+from localprop.data.split import hold_out
 from localprop.data.streaming import StreamStore
 from localprop.errors import ConfigError, suggestion
 
@@ -37,6 +38,8 @@ def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_s
     """
     if config.hflip is not None and not 0 <= config.hflip <= 1:
         raise ConfigError(f"--hflip is {config.hflip}; a chance is between 0 and 1")
+    if not 0 <= config.val_split < 1:
+        raise ConfigError(f"--val-split is {config.val_split}; it must be at least 0 and below 1")
     if config.data.startswith(_FOLDER):
         return _load_folder(config, img_size or default_img_size, seed)
     if config.data not in NAMED:
@@ -69,9 +72,14 @@ def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
     if not path:
         raise ConfigError(f"--data {config.data} names no folder; write folder:PATH")
     root = Path(path).expanduser()
-    classes, train_files, test_files = list_folder(root)
+    name = root.resolve().name
+    classes, train_files, test_files = list_folder(root, with_test=not config.val_split)
     hflip = 0.5 if config.hflip is None else config.hflip
     sizes = sample_sizes(train_files)
+    if config.val_split:
+        # Of files, before any is read: an unreadable one does not move the others.
+        parts = hold_out([file.label for file in train_files], config.val_split, name, classes)
+        train_files, test_files = ([train_files[index] for index in part] for part in parts)
     store: Store
     if max((max(size) for size in sizes), default=0) <= SMALL_SIDE:
         width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 0)
@@ -91,7 +99,6 @@ def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
                 )
         img_size = img_size or _USUAL_SIDE
         store = StreamStore(train_files, test_files, img_size, hflip, seed, config.workers, config.bad_images)
-    name = root.resolve().name
     return Data(name, classes, img_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, store, config, seed)
 
 

@@ -18,6 +18,7 @@ from torchvision import datasets
 
 from localprop.config import DataConfig
 from localprop.data.folder import reason
+from localprop.data.split import hold_out
 from localprop.errors import DataError
 from localprop.seeding import generator
 
@@ -58,8 +59,11 @@ class Named:
 def read_named(name: str, config: DataConfig) -> Arrays:
     """Reads, and where asked first downloads, the dataset `name`, a key of `NAMED`.
 
+    With `val_split` the test part is held-out training images, and the true one is not read. torchvision still
+    compares its files' checksums.
+
     Raises:
-        DataError: files are missing or damaged, or the download failed.
+        DataError: files are missing or damaged, the download failed, or a class has too few images to hold out some.
     """
     named, root = NAMED[name], config.data_dir.expanduser()
     missing = _missing(named, root)
@@ -67,7 +71,7 @@ def read_named(name: str, config: DataConfig) -> Arrays:
         raise DataError(f"{name}: {root} lacks {', '.join(missing)}; put them there, or pass --download")
     try:
         *train, classes = named.read(root, True, config.download)
-        *test, _ = named.read(root, False, config.download)
+        test = None if config.val_split else named.read(root, False, config.download)[:2]
     except Exception as error:  # torchvision's readers and downloads raise a dozen types
         if missing := _missing(named, root):
             raise DataError(
@@ -77,7 +81,11 @@ def read_named(name: str, config: DataConfig) -> Arrays:
         # torchvision words a wrong checksum as advice to its programmer.
         what = "a checksum differs" if type(error) is RuntimeError else reason(error)
         raise _unusable(name, root, what) from error
-    return Arrays(classes, *_checked(name, root, classes, *train), *_checked(name, root, classes, *test))
+    images, labels = _checked(name, root, classes, *train)
+    if test is not None:
+        return Arrays(classes, images, labels, *_checked(name, root, classes, *test))
+    kept, held = map(torch.tensor, hold_out(labels.tolist(), config.val_split, name, classes))
+    return Arrays(classes, images.index_select(0, kept), labels[kept], images.index_select(0, held), labels[held])
 
 
 def _missing(named: Named, root: Path) -> list[str]:
