@@ -72,13 +72,13 @@ def test_end_to_end_training_that_fits_is_chosen(tmp_path, capsys):
 
 
 def test_a_budget_never_changes_the_batch(tmp_path, capsys):
-    assert train(tmp_path, "--budget", "3MiB") == 2
+    assert train(tmp_path, "--modules", "2", "--budget", "1MiB", "--batch-size", "24") == 2
     line = capsys.readouterr().err
-    assert "nothing fits 3.0 MiB with 128 images per step" in line
+    assert "nothing fits 1.0 MiB with 24 images per step" in line
     assert line.count("\n") == 1
     assert not (tmp_path / "run").exists()
     config = command_in(line)
-    assert 1 < config.optim.batch_size < 128
+    assert 1 < config.optim.batch_size < 24
     assert config.local.modules == 2
     assert config.run.output == tmp_path
 
@@ -129,7 +129,7 @@ def test_out_of_memory_is_one_line_with_a_command_that_fits(tmp_path, monkeypatc
 
 def test_out_of_memory_where_nothing_fits_says_so(tmp_path, monkeypatch, capsys):
     exhausted(monkeypatch, 100_000)
-    assert train(tmp_path, "--modules", "2") == 2
+    assert train(tmp_path, "--modules", "2", "--batch-size", "2") == 2
     line = capsys.readouterr().err
     assert "out of memory on cpu" in line
     assert "nothing fits" in line

@@ -77,19 +77,11 @@ def test_ratios_are_those_to_end_to_end(result):
 
 def test_a_row_is_a_simulated_step_of_that_setting(result):
     model = build("vit")
-    for row, options in zip(
-        result.rows,
-        [
-            {"method": "end-to-end"},
-            {"method": "end-to-end", "grad_checkpointing": True},
-            {"modules": 2, "method": "greedy"},
-            {"modules": 4, "method": "greedy"},
-        ],
-        strict=True,
-    ):
+    settings = {1: {"method": "end-to-end", "grad_checkpointing": True}, 2: {"modules": 2, "method": "greedy"}}
+    for i, options in settings.items():
         net = localize(model, input_size=SIZE, batch_size=16, **options)
-        assert simulate_step(net, OptimConfig(), 16, SIZE) == row.trace
-        assert [module.units for module in net.local_modules] == row.module_units
+        assert simulate_step(net, OptimConfig(), 16, SIZE) == result.rows[i].trace
+        assert [module.units for module in net.local_modules] == result.rows[i].module_units
 
 
 def test_planning_leaves_the_model_and_the_random_state_alone():
@@ -113,7 +105,7 @@ def test_blocks_are_split_where_more_modules_of_whole_ones_save_nothing():
 def test_options_reach_every_local_row():
     kwargs = {"modules": (2,), "model": build("cnn")}
     plain = small_plan(**kwargs).rows
-    for options in ({"amp_dtype": torch.bfloat16}, {"opt": "sgd"}, {"opt": OptimConfig(model_ema=True)}):
+    for options in ({"amp_dtype": torch.bfloat16}, {"opt": OptimConfig(opt="sgd", model_ema=True)}):
         other = small_plan(**kwargs, **options).rows
         assert all(a.trace.peak != b.trace.peak for a, b in zip(plain, other, strict=True))
     for options in ({"head": "conv"}, {"cuts": ["3"]}):
@@ -171,11 +163,15 @@ def test_the_fastest_that_fits_is_chosen():
 
 def test_where_nothing_fits_the_largest_batch_that_does_is_chosen():
     model = build("cnn")
-    budget = small_plan((2,), model=model).rows[2].trace.peak * 2 // 3
-    choice = small_plan((2,), model=model, budget=budget).choice
-    assert 1 < choice.batch_size < 16
-    peaks = [small_plan((2,), choice.batch_size + more, model).rows[2].trace.peak for more in (0, 1)]
-    assert peaks[0] == choice.trace.peak <= budget < peaks[1]
+
+    def peak(size):
+        net = localize(model, 2, "greedy", input_size=SIZE, batch_size=size)
+        return simulate_step(net, OptimConfig(), size, SIZE).peak
+
+    budget = peak(8) * 2 // 3
+    choice = small_plan((2,), 8, model, budget=budget).choice
+    assert 1 < choice.batch_size < 8
+    assert peak(choice.batch_size) == choice.trace.peak <= budget < peak(choice.batch_size + 1)
 
 
 def test_a_budget_below_a_single_image_is_an_error_of_one_line():
@@ -268,8 +264,19 @@ def test_flags_give_the_settings_that_they_are_made_of(config):
     "flags",
     [
         ("--batch-size", "8", "--budget", "1MiB"),
-        ("--batch-size", "8", "--budget", "100MiB", "--opt", "lion", "--model-ema"),
-        ("--batch-size", "8", "--budget", "700KiB", "--modules", "2", "--precision", "bf16"),
+        (
+            "--batch-size",
+            "8",
+            "--budget",
+            "9MiB",
+            "--modules",
+            "2",
+            "--precision",
+            "bf16",
+            "--opt",
+            "lion",
+            "--model-ema",
+        ),
     ],
 )
 def test_the_printed_command_trains_what_was_chosen(command, flags):
@@ -297,7 +304,6 @@ def test_the_printed_command_trains_what_was_chosen(command, flags):
         (["--modules", "7"], "at most 2"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--model", "test_vitt"], "did you mean 'test_vit'"),
-        (["--budget", "100KiB", "--batch-size", "2", "--modules", "2"], "nothing fits"),
         (["--picture", "nowhere/plan.png"], "no folder"),
         (["--bugdet", "1G"], "did you mean '--budget'"),
     ],

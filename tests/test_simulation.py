@@ -66,31 +66,43 @@ def check(net, **settings):
     return trace
 
 
-@pytest.mark.parametrize("method", ["feature-reconstruction", "infopro", "greedy", "end-to-end"])
-@pytest.mark.parametrize("name", MODELS)
+PLAIN = [(name, "feature-reconstruction") for name in MODELS]
+PLAIN += [("vit", "greedy"), ("cnn", "greedy"), ("resnet", "infopro"), ("mlp", "infopro"), ("vit", "end-to-end")]
+FULL = [
+    ("swin", "feature-reconstruction"),
+    ("cnn", "infopro"),
+    ("vit", "greedy"),
+    ("resnet", "end-to-end"),
+]
+
+
+@pytest.mark.parametrize(("name", "method"), PLAIN)
 def test_the_predicted_peak_is_that_of_a_real_step(name, method):
     check(network(name, method))
-    if method in ("feature-reconstruction", "end-to-end"):
-        check(network(name, method, grad_checkpointing=True), **EVERYTHING)
 
 
-@pytest.mark.parametrize(
-    ("settings", "options"),
-    [
-        ({"amp": True}, {}),
-        ({}, {"grad_checkpointing": True}),
-        ({}, {"recompute": False}),
-        ({"model_ema": True}, {}),
-        ({"clip_grad": 1.0}, {}),
-        ({"opt": "sgd", "lr": 0.1}, {}),
-        ({"opt": "adamw8bit"}, {}),
-        ({}, {"modules": 2}),
-    ],
-)
-def test_the_predicted_peak_follows_every_setting(settings, options):
+@pytest.mark.parametrize(("name", "method"), FULL)
+def test_the_predicted_peak_is_that_of_a_real_step_with_everything(name, method):
+    check(network(name, method, grad_checkpointing=True), **EVERYTHING)
+
+
+SETTINGS = [
+    ("vit", {"amp": True}, {}),
+    ("vit", {}, {"grad_checkpointing": True}),
+    ("vit", {}, {"recompute": False}),
+    ("vit", {}, {"modules": 2}),
+    ("cnn", {"model_ema": True}, {}),
+    ("cnn", {"clip_grad": 1.0}, {}),
+    ("cnn", {"opt": "sgd", "lr": 0.1}, {}),
+    ("mlp", {"opt": "adamw8bit"}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "options"), SETTINGS)
+def test_the_predicted_peak_follows_every_setting(name, settings, options):
     if settings.get("opt") == "adamw8bit":
         pytest.importorskip("torchao")
-    check(network("swin", "feature-reconstruction", **options), **settings)
+    check(network(name, "feature-reconstruction", **options), **settings)
 
 
 def test_the_parts_are_what_they_are_called():
@@ -162,10 +174,10 @@ def test_memory_is_that_of_the_largest_module_not_of_the_sum():
     def beside_weights(trace):
         return trace.peak - trace.parts["parameters"] - trace.parts["optimizer"]
 
-    few, more = traces(3), traces(6)
+    few, more = traces(2), traces(4)
     assert beside_weights(more[0]) == pytest.approx(beside_weights(few[0]), rel=0.01)
     assert beside_weights(more[1]) > 1.8 * beside_weights(few[1])
-    assert more[0].peak < 0.5 * more[1].peak
+    assert more[0].peak < 0.6 * more[1].peak
 
 
 def test_the_peak_is_what_always_exists_plus_the_largest_module():

@@ -1,7 +1,8 @@
-"""The command line: `localprop train | plan | eval | export | chain`."""
+"""The command line: `localprop train | plan | bench | eval | export | chain`."""
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from localprop.config import (
+    BenchConfig,
     ModelConfig,
     OptionalInt,
     OptionalPath,
@@ -19,10 +21,11 @@ from localprop.config import (
     PlanConfig,
     TrainConfig,
     from_flat,
+    parse_duration,
     read_yaml,
     to_flat,
 )
-from localprop.errors import ConfigError, LocalpropError, suggestion
+from localprop.errors import BenchError, ConfigError, LocalpropError, suggestion
 
 USAGE = """\
 usage: localprop COMMAND [OPTIONS]
@@ -31,6 +34,7 @@ Train transformers, and any other timm model, without end-to-end backpropagation
 
   train          train a model by local learning; without options, a small Swin on handwritten digits
   plan           memory and time of training, predicted without a GPU and without data; --budget tells what fits
+  bench SUITE    a grid of training runs under one protocol, and a report with tables and pictures
   eval RUN       accuracy of a run's weights
   export RUN     a run's weights as a folder that timm.create_model loads
   chain MODEL    the units that a timm model can be cut into
@@ -39,15 +43,19 @@ localprop COMMAND --help tells a command's options.
 """
 
 NEWEST = "newest"
+UNFINISHED = 75  # the shell's EX_TEMPFAIL: call again
 # What may differ when a run goes on: where it runs, not what it computes.
 _FREE_ON_RESUME = {
     *("resume", "device", "compile", "offload_optimizer"),
-    *("workers", "data_dir", "output", "checkpoint_steps", "checkpoint_hist"),
+    *("workers", "data_dir", "val_interval", "output", "checkpoint_steps", "checkpoint_hist"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 2 for a user's mistake, or 128 + signal."""
+    """Runs a command; returns the exit code.
+
+    0, or 2 for a user's mistake, 75 for a suite whose time is up with runs left, 128 + signal.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -130,6 +138,7 @@ def _run(config: TrainConfig, resumed: Path | None) -> int:
     folder = resumed or create_run_folder(config)
     trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted)
     names = [_span(module.units) for module in net.local_modules]
+    evaluated_on = experiment.data.evaluated_on
     notes += trainer.resume() if resumed else []
     if not resumed:
         write_description(folder, experiment, net)
@@ -137,7 +146,9 @@ def _run(config: TrainConfig, resumed: Path | None) -> int:
     console.out(f"{experiment.title} at {side}x{side}: {len(names)} modules, {experiment.device}", highlight=False)
     console.out(f"run folder: {folder}", highlight=False)
     try:
-        progress = Progress(console, config.optim.epochs, steps, config.optim.batch_size, len(names), trainer.rows)
+        progress = Progress(
+            console, config.optim.epochs, steps, config.optim.batch_size, len(names), trainer.rows, evaluated_on
+        )
         with progress:
             for note in [*notes, *warning]:
                 progress.note(note)
@@ -148,7 +159,7 @@ def _run(config: TrainConfig, resumed: Path | None) -> int:
     except MemoryError as error:
         del trainer, state, net
         raise headroom.explain(error, predicted) from None
-    console.print(final_table(rows, names))
+    console.print(final_table(rows, names, evaluated_on))
     steps_text = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
     console.out(steps_text, highlight=False)
     return 0
@@ -175,6 +186,55 @@ def _plan(argv: Sequence[str]) -> int:
     for line in plan_lines(config, result):
         console.out(line, highlight=False)
     return 0
+
+
+def _bench(argv: Sequence[str]) -> int:
+    from localprop.bench import Runner, SuiteView, load_suite, shipped_suites, write_report
+
+    console = Console()
+    if not argv:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for name, description in shipped_suites().items():
+            table.add_row(name, description)
+        console.print(table)
+        return 0
+    if argv[0] == "report":
+        report: ReportOptions = _parse(ReportOptions, "bench report", argv[1:])
+        for path in write_report(report.folder):
+            console.out(path, highlight=False)
+        return 0
+    options: BenchConfig = _parse(BenchConfig, "bench", argv)
+    suite = load_suite(options.suite, options.set)
+    if options.only:
+        suite = suite.only(options.only)
+    if options.list:
+        for run in suite.runs:
+            console.out(run.name, highlight=False)
+        return 0
+    folder = options.output or Path("bench", suite.name)
+    places = {name: getattr(options, name) for name in ("data_dir", "device")}
+    seconds = parse_duration(options.time_limit) if options.time_limit else None
+    runner = Runner(
+        suite, folder, options.jobs, {k: v for k, v in places.items() if v is not None}, options.data or {}, seconds
+    )
+    with SuiteView(console, suite.name) as view:
+        jobs = runner.run(view.show)
+    left = [job for job in jobs if job.state in ("waiting", "stopped")]
+    if left:
+        console.out(f"{len(left)} of {len(jobs)} runs are left; the same command goes on", highlight=False)
+        return 128 + runner.signal if runner.signal else UNFINISHED
+    if failed := [job for job in jobs if job.state == "failed"]:
+        raise BenchError(f"{len(failed)} of {len(jobs)} runs failed; {failed[0].run.name}: {failed[0].problem}")
+    console.out(f"tables and pictures: localprop bench report {shlex.quote(str(folder))}", highlight=False)
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Tables and pictures of a suite's results: report.md and PNGs, written into their folder."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder with results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,6 +310,7 @@ def _chain(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "plan": _plan,
+    "bench": _bench,
     "eval": _eval,
     "export": _export,
     "chain": _chain,

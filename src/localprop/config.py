@@ -45,6 +45,21 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * 1024 ** (" kmgt".index(match[2].lower()) if match[2] else 0))
 
 
+def parse_duration(text: str) -> float:
+    """Reads a time: 9m, 1h30m, 45s, or plain seconds; gives seconds.
+
+    Raises:
+        ConfigError: it is no such time.
+    """
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip(), re.IGNORECASE)
+    seconds = (
+        sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    )
+    if not seconds:
+        raise ConfigError(f"{text!r} is no time; write 9m or 1h30m")
+    return float(seconds)
+
+
 Pairs = Annotated[
     dict[str, Any] | None,
     PrimitiveConstructorSpec(
@@ -83,6 +98,8 @@ class ModelConfig:
     """Side of the square input in pixels (default: the dataset's own; for a folder, what --model was made for)."""
     drop_path: float = 0.0
     """Stochastic depth rate, for models that have it."""
+    plugin: OptionalPath = None
+    """A Python file to run first, which may add methods, heads, decoders and timm models."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +192,9 @@ class OptimConfig:
     """Weight decay, not applied to biases, norms and what the model exempts."""
     sched: str = "cosine"
     """Any scheduler of timm, stepped per update: cosine, tanh, poly, wsd, rsqrt, constant or none."""
-    warmup_epochs: OptionalInt = None
-    """Epochs over which the learning rate rises linearly (default: 3, at most a tenth of --epochs)."""
+    warmup_epochs: OptionalFloat = None
+    """Epochs, or parts of them, over which the learning rate rises linearly (default: a tenth of --epochs, at most
+    3)."""
     min_lr: float = 1e-6
     """Learning rate at the end of the schedule."""
     clip_grad: OptionalFloat = None
@@ -209,6 +227,8 @@ class RunConfig:
     """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
     compile: bool = False
     """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
+    val_interval: int = 1
+    """Evaluate after every so many epochs, and after the last."""
     checkpoint_steps: OptionalInt = None
     """Save a checkpoint every so many steps as well as after each epoch."""
     checkpoint_hist: int = 2
@@ -239,6 +259,7 @@ class TrainConfig:
             ("checkpoint_hist", run.checkpoint_hist, 1),
             ("workers", data.workers, 0),
             ("warmup_epochs", optim.warmup_epochs, 0),
+            ("val_interval", run.val_interval, 1),
             ("lr", optim.lr, 0),
             ("weight_decay", optim.weight_decay, 0),
             ("mixup", data.mixup, 0),
@@ -251,6 +272,42 @@ class TrainConfig:
             raise ConfigError(f"--smoothing is {data.smoothing}; it must be at least 0 and below 1")
         if optim.clip_grad is not None and optim.clip_grad <= 0:
             raise ConfigError(f"--clip-grad is {optim.clip_grad}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Run a suite: a grid of training runs under one protocol, each with its result in one JSON file.
+
+    What has a result is not run again, and what was cut off goes on from its checkpoint. `localprop bench` alone
+    lists the suites that are shipped, `localprop bench report FOLDER` makes tables and pictures of the results.
+    """
+
+    suite: tyro.conf.Positional[str]
+    """Name of a shipped suite, or a YAML file."""
+    output: OptionalPath = None
+    """Folder for the results (default: bench/ and the suite's name)."""
+    only: OptionalNames = None
+    """Run only those whose names match a pattern, such as 'greedy-*'."""
+    list: bool = False
+    """Print the names of the runs, and run nothing."""
+    jobs: int = 1
+    """Runs at once; the processor's cores are shared out."""
+    time_limit: OptionalStr = None
+    """Stop between two steps after this time, 9m or 1h30m, with everything saved; exit code 75 if runs are left."""
+    data: Pairs = None
+    """Folders of images in place of named datasets, such as cifar10=PATH."""
+    set: Pairs = None
+    """Other settings for all runs, such as epochs=1; they are part of the result."""
+    data_dir: OptionalPath = None
+    """Where torchvision's datasets lie."""
+    device: OptionalStr = None
+    """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ConfigError(f"--jobs is {self.jobs}; it must be at least 1")
+        if self.time_limit is not None:
+            parse_duration(self.time_limit)
 
 
 @dataclass(frozen=True)

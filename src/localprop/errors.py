@@ -32,6 +32,10 @@ class PlanError(LocalpropError):
     """Memory that cannot be predicted, or a budget that nothing fits."""
 
 
+class BenchError(LocalpropError):
+    """A suite that cannot be read or run, or results that do not fit it."""
+
+
 class OutOfMemory(LocalpropError):
     """Training needed more memory than there is."""
 

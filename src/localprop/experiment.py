@@ -2,9 +2,7 @@
 
 import datetime
 import json
-import platform
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ from localprop.errors import CheckpointError, ConfigError, suggestion
 from localprop.localize import localize
 from localprop.network import LocalNetwork
 from localprop.optimizers import LOW_BIT
+from localprop.plugins import load_plugin
+from localprop.provenance import provenance
 
 CONFIG = "config.yaml"
 RUN = "run.json"
@@ -109,6 +109,7 @@ def prepare(config: TrainConfig, weights: bool = True) -> Experiment:
         ConfigError, DataError: the settings name something that does not exist or does not fit.
     """
     device = _device(config)
+    load_plugin(config.backbone.plugin)
     data = load_data(config.data, config.backbone.img_size, config.run.seed, _native_size(config.backbone))
     model = replace(config.backbone, img_size=data.img_size)
     if model.model_kwargs is None:
@@ -132,6 +133,7 @@ def create_backbone(config: ModelConfig, num_classes: int | None) -> tuple[nn.Mo
     Raises:
         ConfigError: no such model, an argument it does not take, or pretrained weights that cannot be had.
     """
+    load_plugin(config.plugin)
     kwargs: dict[str, Any] = dict(config.model_kwargs or {})
     if num_classes is not None and kwargs.setdefault("num_classes", num_classes) != num_classes:
         raise ConfigError(
@@ -210,9 +212,14 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork) -
         "interpolation": "bilinear",
         "classes": data.classes,
         "modules": [module.units for module in net.local_modules],
+        "parameters": sum(p.numel() for p in net.backbone.parameters()),
         "auxiliary_parameters": [sum(p.numel() for p in module.auxiliary.parameters()) for module in net.local_modules],
-        "versions": {name: version(name) for name in ("localprop", "torch", "torchvision", "timm")}
-        | {"python": platform.python_version()},
+        "data": data.name,
+        "evaluated_on": data.evaluated_on,
+        "train_images": data.train_size,
+        "evaluated_images": data.test_size,
+        "steps": data.steps_per_epoch(experiment.config.optim.batch_size) * experiment.config.optim.epochs,
+        "provenance": provenance(),
     }
     write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
 

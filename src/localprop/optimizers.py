@@ -48,16 +48,17 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, step
     """
     if config.sched not in SCHEDULERS:
         raise ConfigError(f"--sched {config.sched!r} is no schedule; {suggestion(config.sched, SCHEDULERS)}")
-    warmup = config.warmup_epochs if config.warmup_epochs is not None else min(3, config.epochs // 10)
+    warmup = config.warmup_epochs if config.warmup_epochs is not None else min(3, config.epochs / 10)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.sched,
-        num_epochs=config.epochs,
-        warmup_epochs=warmup,
+        # In updates, or else timm takes whole epochs of warm-up only.
+        num_epochs=config.epochs * steps_per_epoch,
+        warmup_epochs=round(warmup * steps_per_epoch),
         min_lr=config.min_lr,
         warmup_lr=min(1e-5, config.lr),
         step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
+        updates_per_epoch=1,
     )
     return scheduler
 

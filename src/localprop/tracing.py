@@ -161,7 +161,8 @@ for _name in ("iadd", "isub", "imul", "itruediv"):  # torch.fx turns x += y into
 
 class _ConcreteTracer(fx.Tracer):
     def __init__(self, images: dict[str, Tensor], model: nn.Module, opened: Set[str]) -> None:
-        super().__init__(autowrap_modules=())
+        none: Any = ()  # torch 2.14 declares a tuple of exactly one module
+        super().__init__(autowrap_modules=none)
         self._images = images
         self._containers = container_classes(model)
         self._opened = opened

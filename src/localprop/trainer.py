@@ -18,12 +18,13 @@ from localprop.data import Data
 from localprop.errors import CheckpointError
 from localprop.memory import is_out_of_memory, measured
 from localprop.metrics import Scores, evaluate
-from localprop.report import EpochRow, Progress, draw_curves, read_results, write_results
+from localprop.report import EpochRow, LossCurve, Progress, draw_curves, read_results, write_results
 from localprop.seeding import derive_seed
 from localprop.state import TrainingState
 
 CHECKPOINTS = "checkpoints"
 RESULTS = "results.csv"
+LOSSES = "losses.csv"
 CURVES = "curves.png"
 WEIGHTS = "model.safetensors"
 _REDRAW_SECONDS = 30  # drawing the curves takes as long as a short epoch
@@ -89,6 +90,7 @@ class Trainer:
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
         self.position = Position(loss_sums=[0.0] * len(self.net.local_modules))
         self.rows: list[EpochRow] = []
+        self.curve = LossCurve(self.steps_per_epoch * config.optim.epochs, len(self.net.local_modules))
         self._signal = 0
         self._skipped_noted = 0
         self._drawn = time.monotonic()
@@ -108,6 +110,7 @@ class Trainer:
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
         self.state.load(checkpoint.parts, checkpoint.step)
         self.position = Position(**checkpoint.meta["position"])
+        self.curve.load(checkpoint.meta.get("curve", {}))
         results = self.folder / RESULTS
         if results.exists():
             self.rows = [row for row in read_results(results) if row.epoch <= self.position.epoch]
@@ -135,7 +138,7 @@ class Trainer:
         return self.rows
 
     def evaluate(self) -> Scores:
-        """Evaluates every module's head and the network (or its moving average) on the test images."""
+        """Evaluates every module's head and the network (or its moving average) on the images held out."""
         averaged = self.state.ema.module.eval() if self.state.ema else None
 
         def predict(images: Tensor) -> list[Tensor | None]:
@@ -165,7 +168,8 @@ class Trainer:
             sums += torch.tensor(shown, dtype=torch.float64)
             position.batch += 1
             position.loss_sums = sums.tolist()
-            self._advance_clock(training=True)
+            if self.curve.add(self.state.step, shown, self._advance_clock(training=True)):
+                self.curve.write(self.folder / LOSSES)
             self._note_skipped(progress)
             progress.step(position.epoch + 1, position.batch, shown, self.peak or self.predicted or 0)
             if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
@@ -200,7 +204,8 @@ class Trainer:
             position.epoch, position.batch = position.epoch + 1, 0
             self._save()  # before the evaluation, which may fail
         self._clock = time.perf_counter()
-        scores = self.evaluate()
+        due = position.epoch % self.config.run.val_interval == 0 or position.epoch == self.config.optim.epochs
+        scores = self.evaluate() if due else None
         self._advance_clock(training=False)
         images = self.steps_per_epoch * self.config.optim.batch_size
         row = EpochRow(
@@ -208,9 +213,9 @@ class Trainer:
             step=self.state.step,
             lr=self.state.lr,
             train_losses=tuple(total / self.steps_per_epoch for total in position.loss_sums),
-            test_accuracies=scores.top1,
-            test_top5=scores.top5,
-            test_loss=scores.loss,
+            test_accuracies=scores.top1 if scores else (None,) * len(position.loss_sums),
+            test_top5=scores.top5 if scores else None,
+            test_loss=scores.loss if scores else None,
             images_per_second=images / position.epoch_seconds,
             predicted_memory=self.predicted,
             peak_memory=self.peak,
@@ -219,7 +224,7 @@ class Trainer:
         self.rows.append(row)
         write_results(self.folder / RESULTS, self.rows)
         if time.monotonic() - self._drawn > _REDRAW_SECONDS or position.epoch == self.config.optim.epochs:
-            draw_curves(self.folder / CURVES, self.rows, self.title)
+            draw_curves(self.folder / CURVES, self.rows, self.title, self.data.evaluated_on)
             self._drawn = time.monotonic()
         progress.epoch(row)
         self._begin_epoch()
@@ -229,17 +234,19 @@ class Trainer:
         self.position.epoch_seconds = 0.0
 
     def _save(self) -> Path:
-        meta = {"position": vars(self.position)}
+        meta = {"position": vars(self.position), "curve": self.curve.state()}
         run = self.config.run
         folder = self.folder / CHECKPOINTS
         return save_checkpoint(folder, self.state.step, self.state.parts(), meta, run.checkpoint_hist)
 
-    def _advance_clock(self, training: bool) -> None:
+    def _advance_clock(self, training: bool) -> float:
+        """Takes down the time since it was called last; gives it, in seconds."""
         now = time.perf_counter()
-        self.position.seconds += now - self._clock
+        passed, self._clock = now - self._clock, now
+        self.position.seconds += passed
         if training:
-            self.position.epoch_seconds += now - self._clock
-        self._clock = now
+            self.position.epoch_seconds += passed
+        return passed
 
     def _autocast(self) -> AbstractContextManager[Any]:
         optim = self.config.optim

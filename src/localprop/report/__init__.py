@@ -1,7 +1,8 @@
-"""Everything a person sees of a training run: progress, results.csv, curves.png, and what came out."""
+"""Everything a person sees of a training run: progress, results.csv, losses.csv, curves.png, and what came out."""
 
 from localprop.report.curves import draw_curves
 from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
+from localprop.report.losses import LossCurve, read_losses
 from localprop.report.planning import draw_plan, plan_table
 from localprop.report.progress import Progress
 from localprop.report.results import EpochRow, read_results, write_results
@@ -9,6 +10,7 @@ from localprop.report.summary import final_table, next_steps
 
 __all__ = [
     "EpochRow",
+    "LossCurve",
     "Progress",
     "draw_curves",
     "draw_plan",
@@ -20,6 +22,7 @@ __all__ = [
     "format_speed",
     "next_steps",
     "plan_table",
+    "read_losses",
     "read_results",
     "write_results",
 ]

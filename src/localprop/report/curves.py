@@ -21,38 +21,42 @@ MOST_LABELS = 16
 FIGURE_SPACE = "\u2007"  # as wide as a digit
 
 
-def draw_curves(path: Path, rows: Sequence[EpochRow], title: str) -> None:
+def draw_curves(path: Path, rows: Sequence[EpochRow], title: str, evaluated_on: str = "test") -> None:
     """Draws loss (left) and accuracy (right) of every module over epochs, as a PNG of 1400 x 560 pixels.
 
     Args:
         path: the picture, replaced if it is there.
         rows: one or more epochs.
         title: what was trained, such as "infopro, vit_tiny"; number of modules and accuracy are added.
+        evaluated_on: "test" or "validation" images.
     """
     modules = len(rows[0].train_losses)
     counted = f"{modules} module{'s' if modules > 1 else ''}"
     # A Figure of its own, not pyplot's: no global state, no window system.
     figure = Figure(figsize=(10, 4), dpi=140)
     figure.suptitle(
-        f"{title}, {counted}: {format_accuracy(rows[-1].accuracy)}% test accuracy",
+        f"{title}, {counted}: {format_accuracy(rows[-1].accuracy)}% {evaluated_on} accuracy",
         x=0.047, y=0.965, ha="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
     grid = {"left": 0.047, "right": 0.91, "bottom": 0.125, "top": 0.82, "wspace": 0.31}
     left, right = figure.subplots(1, 2, gridspec_kw=grid)
     left.set_title("training loss", loc="left", fontsize=9.5)
-    right.set_title("test accuracy (%)", loc="left", fontsize=9.5)
+    right.set_title(f"{evaluated_on} accuracy (%)", loc="left", fontsize=9.5)
     losses = np.array([row.train_losses for row in rows], dtype=float).T
     accuracies = np.array([row.test_accuracies for row in rows], dtype=float).T
     if losses.min() > 0 and losses.max() > 50 * losses.min():
         left.set_yscale("log")
-    epochs = [row.epoch for row in rows]
+    epochs = np.array([row.epoch for row in rows])
     _draw_panel(left, epochs, losses, format_loss)
-    _draw_panel(right, epochs, accuracies, format_accuracy)
+    # Not every epoch is evaluated, and the network's accuracy is there whenever one was.
+    evaluated = np.isfinite(accuracies[-1])
+    if evaluated.any():
+        _draw_panel(right, epochs[evaluated], accuracies[:, evaluated], format_accuracy)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
 
 
-def _draw_panel(axes: Axes, epochs: list[int], values: np.ndarray, text: Callable[[float], str]) -> None:
+def _draw_panel(axes: Axes, epochs: np.ndarray, values: np.ndarray, text: Callable[[float], str]) -> None:
     """Draws `values` (modules, epochs), darker with depth; a module without a number (NaN) has no line."""
     modules = len(values)
     depths = np.linspace(0.2, 0.9, modules) if modules > 1 else [0.9]
@@ -71,7 +75,7 @@ def _draw_panel(axes: Axes, epochs: list[int], values: np.ndarray, text: Callabl
     named = [k for k in range(modules) if modules <= MOST_LABELS or k in (0, modules - 1)]
     named = [k for k in named if math.isfinite(values[k, -1])]
     if named:
-        _label_ends(axes, epochs[-1], {k: values[k, -1] for k in named}, colors, text)
+        _label_ends(axes, int(epochs[-1]), {k: values[k, -1] for k in named}, colors, text)
 
 
 def _label_ends(axes: Axes, epoch: int, ends: dict[int, float], colors: list, text: Callable[[float], str]) -> None:

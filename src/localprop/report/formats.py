@@ -1,5 +1,7 @@
 """Numbers as text, the same everywhere."""
 
+import math
+
 
 def format_bytes(count: float) -> str:
     """Bytes as MiB below 1 GiB, else as GiB."""
@@ -28,8 +30,8 @@ def format_loss(loss: float) -> str:
 
 
 def format_accuracy(percent: float | None) -> str:
-    """An accuracy in percent, without the sign; a dash where there is none."""
-    return "-" if percent is None else f"{percent:.2f}"
+    """An accuracy in percent, without the sign; a dash where there is none (None, NaN)."""
+    return "-" if percent is None or math.isnan(percent) else f"{percent:.2f}"
 
 
 def format_speed(images_per_second: float) -> str:

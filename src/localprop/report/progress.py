@@ -75,6 +75,7 @@ class Progress:
         batch_size: images per step.
         modules: number of local modules.
         rows: the epochs already done, of a resumed run.
+        evaluated_on: "test" or "validation" images.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Progress:
         batch_size: int,
         modules: int,
         rows: Sequence[EpochRow] = (),
+        evaluated_on: str = "test",
     ) -> None:
+        self._evaluated_on = evaluated_on
         self._console, self._epochs, self._steps = console, epochs, steps_per_epoch
         self._batch_size, self._modules = batch_size, modules
         self._pace = Pace(epochs, steps_per_epoch)
@@ -134,7 +137,7 @@ class Progress:
             self.note(f"{self._counter()}  {step_in_epoch}/{self._steps}  loss {self._plain_losses()}  {self._time()}")
 
     def epoch(self, row: EpochRow) -> None:
-        """An epoch has been trained and tested."""
+        """An epoch has been trained, and evaluated where that was due."""
         self._pace.epoch(time.monotonic())
         self._row, self._epoch, self._step = row, row.epoch, self._steps
         self._losses, self._peak_memory = np.array(row.train_losses), row.peak_memory or 0
@@ -151,7 +154,7 @@ class Progress:
     def _plain_line(self, row: EpochRow) -> str:
         memory = format_bytes(row.peak_memory) if row.peak_memory else ""
         return (
-            f"{self._counter()}  loss {self._plain_losses()}  test {format_accuracy(row.accuracy):>6}%"
+            f"{self._counter()}  loss {self._plain_losses()}  {self._evaluated_on} {format_accuracy(row.accuracy):>6}%"
             f"  {format_speed(row.images_per_second):>13}  {memory:>8}  {self._time()}"
         )
 
@@ -175,7 +178,11 @@ class Progress:
         width = self._console.width
         lines = [self._bar_line(width), *_number_lines("loss", [format_loss(x) for x in self._losses], width)]
         if self._row:
-            lines += _number_lines("test %", [format_accuracy(x) for x in self._row.test_accuracies], width)
+            lines += _number_lines(
+                "test %" if self._evaluated_on == "test" else "val %",
+                [format_accuracy(x) for x in self._row.test_accuracies],
+                width,
+            )
         return Group(*lines)
 
     def _bar_line(self, width: int) -> RenderableType:

@@ -23,9 +23,9 @@ class EpochRow:
         lr: learning rate of the last step.
         train_losses: mean local loss over the epoch, one per module.
         test_accuracies: top-1 accuracy in percent of each module's head, the last being the network's own;
-            None where a module has no head.
+            None where a module has no head, and everywhere after an epoch without evaluation.
         test_top5: top-5 accuracy of the network in percent; None where it has no meaning.
-        test_loss: mean cross-entropy of the network.
+        test_loss: mean cross-entropy of the network; None without evaluation.
         images_per_second: training throughput over the epoch.
         predicted_memory: peak memory of a training step in bytes, as predicted; None where that could not be.
         peak_memory: the same, as measured; None before it has been.
@@ -38,7 +38,7 @@ class EpochRow:
     train_losses: tuple[float, ...]
     test_accuracies: tuple[float | None, ...]
     test_top5: float | None
-    test_loss: float
+    test_loss: float | None
     images_per_second: float
     predicted_memory: int | None
     peak_memory: int | None
@@ -46,7 +46,7 @@ class EpochRow:
 
     @property
     def accuracy(self) -> float:
-        """The network's own top-1 accuracy in percent; NaN if it was not tested."""
+        """The network's own top-1 accuracy in percent; NaN without evaluation."""
         last = self.test_accuracies[-1]
         return math.nan if last is None else last
 
@@ -97,7 +97,7 @@ def _row_of(cells: Mapping[str, str]) -> EpochRow:
         train_losses=tuple(float(cells[f"train_loss_{k}"]) for k in modules),
         test_accuracies=tuple(float(cell) if cell else None for cell in accuracies),
         test_top5=float(cells["test_top5"]) if cells["test_top5"] else None,
-        test_loss=float(cells["test_loss"]),
+        test_loss=float(cells["test_loss"]) if cells["test_loss"] else None,
         images_per_second=float(cells["images_per_second"]),
         predicted_memory=_optional(cells["predicted_memory"]),
         peak_memory=_optional(cells["peak_memory"]),

@@ -1,5 +1,6 @@
 """What is shown when a run is over."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +15,21 @@ from localprop.report.formats import format_accuracy, format_bytes, format_durat
 from localprop.report.results import EpochRow
 
 
-def final_table(rows: Sequence[EpochRow], module_names: Sequence[str]) -> RenderableType:
+def final_table(rows: Sequence[EpochRow], module_names: Sequence[str], evaluated_on: str = "test") -> RenderableType:
     """What came out: a line per module, then the network's accuracy, speed, memory and time.
 
     Args:
         rows: one or more epochs.
         module_names: the units of each module, such as "patch_embed ... blocks.2".
+        evaluated_on: "test" or "validation" images.
     """
-    last, best = rows[-1], max(rows, key=lambda row: row.accuracy)
+    last = rows[-1]
+    best = max(rows, key=lambda row: -1 if math.isnan(row.accuracy) else row.accuracy)
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("module", justify="right")
     table.add_column("units", overflow="fold")
     table.add_column("loss", justify="right", no_wrap=True)
-    table.add_column("test %", justify="right", no_wrap=True)
+    table.add_column(f"{evaluated_on} %", justify="right", no_wrap=True)
     modules = zip(module_names, last.train_losses, last.test_accuracies, strict=True)
     for k, (name, loss, accuracy) in enumerate(modules, 1):
         style = "bold" if k == len(module_names) else None
@@ -36,7 +39,7 @@ def final_table(rows: Sequence[EpochRow], module_names: Sequence[str]) -> Render
     if last.test_top5 is not None:
         accuracies += f", top-5 {format_accuracy(last.test_top5)}%"
     facts = Table.grid(padding=(0, 2, 0, 0))
-    facts.add_row("test accuracy", accuracies)
+    facts.add_row(f"{evaluated_on} accuracy", accuracies)
     facts.add_row("speed", format_speed(speed))
     facts.add_row("peak memory", _memory(rows))
     facts.add_row("time", format_duration(last.seconds))

@@ -1,0 +1,12 @@
+"""Suites: grids of training runs, each with its result in one JSON file, and reports made of these.
+
+suite.py (what is to be run), runner.py (running it), collect.py (from a run folder to a record), record.py (the JSON),
+live.py (what is seen meanwhile), groups.py, pictures.py, report.py (what is seen afterwards).
+"""
+
+from localprop.bench.live import SuiteView
+from localprop.bench.report import write_report
+from localprop.bench.runner import Runner
+from localprop.bench.suite import load_suite, shipped_suites
+
+__all__ = ["Runner", "SuiteView", "load_suite", "shipped_suites", "write_report"]

@@ -1,0 +1,95 @@
+"""What is known of one finished run of a suite: one JSON file, and the only thing that reports are made from."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from localprop.checkpoint import write_text
+from localprop.errors import BenchError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Attributes:
+        suite: name of the suite.
+        run: name of the run within it.
+        axes: the settings by which the suite's runs differ, such as method, modules, decoder, seed; keys are flags'
+            names with underscores.
+        result: the same for the same settings and versions, whenever and however often it was interrupted:
+            "evaluated_on" ("test" or "validation"), "accuracy" (percent, of the network after the last epoch),
+            "module_accuracies" (percent, of each module's head, the network's last; None where it has none), "top5"
+            (percent or None), "loss" (mean cross-entropy), "epochs", "steps", and "curve": {"step": [...], "loss":
+            [[one per module], ...]}, mean training losses since the step before.
+        cost: "predicted_memory" and "peak_memory" (bytes of a training step, or None), "seconds_per_step" (median),
+            "images_per_second", "seconds" (wall clock of the run, evaluation included), "jobs" (runs at once).
+        network: "modules" (names of units of each), "parameters", "auxiliary_parameters" (of each module).
+        data: "name", "train_images", "evaluated_images", "img_size", "classes" (their number).
+        config: every setting, but for those that name places of one machine.
+        provenance: commit, dirty, versions, machine; see `localprop.provenance`.
+    """
+
+    suite: str
+    run: str
+    axes: dict[str, Any]
+    result: dict[str, Any]
+    cost: dict[str, Any]
+    network: dict[str, Any]
+    data: dict[str, Any]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Writes a record as JSON, whole or not at all. Long lists of numbers take one line.
+
+    Raises:
+        CheckpointError: the disk is full, may not be written or fails.
+    """
+    content = asdict(record)
+    curve = content["result"].pop("curve")
+    content["result"]["curve"] = "CURVE"
+    text = json.dumps({"format": FORMAT, **content}, indent=1)
+    write_text(path, text.replace('"CURVE"', json.dumps(curve)) + "\n")
+
+
+def read_record(path: Path) -> Record:
+    """Reads what `write_record` wrote.
+
+    Raises:
+        BenchError: the file is missing, damaged or of another version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            raise BenchError(f"{path} is of another version of localprop; move it away to run it again")
+        return Record(**content)
+    except OSError as error:
+        raise BenchError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BenchError(f"{path} is no result of a run, or damaged; delete it to run it again") from None
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records in a folder, sorted by the names of their files.
+
+    Raises:
+        BenchError: there is no such folder, nothing in it, or something that is no record.
+    """
+    if not folder.is_dir():
+        raise BenchError(f"{folder} is not a folder; name the one that `localprop bench SUITE` wrote")
+    records = [read_record(path) for path in sorted(folder.glob("*.json"))]
+    if not records:
+        raise BenchError(f"{folder} has no results yet; run the suite first: localprop bench SUITE --output {folder}")
+    return records
+
+
+def common_settings(records: Sequence[Record]) -> dict[str, Any]:
+    """The settings in which no two records differ: the protocol."""
+    first = records[0].config
+    return {key: value for key, value in first.items() if all(r.config.get(key) == value for r in records)}

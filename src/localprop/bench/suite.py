@@ -1,0 +1,173 @@
+"""Suites: grids of training runs under one protocol, read from YAML.
+
+    description: What it is for, in a sentence.
+    settings:                       # of every run; a list makes one run for each of its values
+      data: digits
+      seed: [1, 2]
+    runs:                           # in this order; a list makes one run for each of its values
+      - method: end-to-end
+      - method: [greedy, infopro]
+        modules: [2, 4]
+
+Keys are the flags of `localprop train`. The grid of `settings` goes outermost, so that here the first seed of every
+run comes before the second of any. A value that is a list itself, such as of `cuts`, is written in another list.
+"""
+
+import fnmatch
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from localprop.config import TrainConfig, from_flat, read_yaml, to_flat
+from localprop.errors import BenchError, suggestion
+
+_FOLDER = Path(__file__).parent / "suites"
+# Where and how far a run goes is the bench's own affair.
+_OWN = ("output", "experiment", "resume")
+# What a run is named after wherever it differs, in this order.
+_NAMING = ("data", "model", "method", "modules", "partition", "decoder", "head")
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """One run of a suite.
+
+    Attributes:
+        name: unique in the suite, such as "infopro-k4-s1".
+        axes: the settings by which the suite's runs differ.
+        config: all settings.
+    """
+
+    name: str
+    axes: dict[str, Any]
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A grid of runs.
+
+    Attributes:
+        name: of the suite; of its file, without the suffix.
+        description: what it is for, in a sentence.
+        runs: in the order in which they are to be run.
+    """
+
+    name: str
+    description: str
+    runs: tuple[SuiteRun, ...]
+
+    def only(self, patterns: Sequence[str]) -> "Suite":
+        """The suite with those runs alone whose names match one of the patterns.
+
+        Raises:
+            BenchError: a pattern matches none.
+        """
+        names = [run.name for run in self.runs]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                hint = suggestion(pattern, names) if len(names) < 10 else f"see localprop bench {self.name} --list"
+                raise BenchError(f"no run of {self.name} matches {pattern!r}; {hint}")
+        kept = (run for run in self.runs if any(fnmatch.fnmatchcase(run.name, pattern) for pattern in patterns))
+        return replace(self, runs=tuple(kept))
+
+
+def shipped_suites() -> dict[str, str]:
+    """Names of the suites that come with localprop, and what each is for."""
+    return {path.stem: load_suite(path.stem).description for path in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
+    """Reads a suite.
+
+    Args:
+        name: of a shipped suite, or the path of a YAML file.
+        changes: settings that take the place of the suite's in all runs.
+
+    Raises:
+        BenchError: there is no such suite, or it is not one.
+        ConfigError: a setting does not exist or has an impossible value.
+    """
+    path = _FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml"):
+            known = [suite.stem for suite in _FOLDER.glob("*.yaml")]
+            raise BenchError(f"no suite is called {name!r}; {suggestion(name, known)}")
+    content = read_yaml(path)
+    description, settings, blocks = (content.get(key) for key in ("description", "settings", "runs"))
+    if unknown := set(content) - {"description", "settings", "runs"}:
+        raise BenchError(f"{path}: unknown key {min(unknown)!r}; a suite has description, settings and runs")
+    if not isinstance(settings, dict) or not isinstance(blocks, list) or not all(isinstance(b, dict) for b in blocks):
+        raise BenchError(f"{path} is no suite; it needs 'settings', a mapping, and 'runs', a list of mappings")
+    flats = [flat | (changes or {}) for flat in _expand(_normal(settings), [_normal(block) for block in blocks])]
+    if own := set(_OWN) & {key for flat in flats for key in flat}:
+        raise BenchError(f"{path}: {min(own)} is not for a suite to set; leave it out")
+    configs = [from_flat(flat, str(path)) for flat in flats]
+    keys = _axes(settings, blocks, configs)
+    axes = [{key: to_flat(config)[key] for key in keys} for config in configs]
+    runs = [SuiteRun(*parts) for parts in zip(_names(keys, flats), axes, configs, strict=True)]
+    for run, count in Counter(run.name for run in runs).items():
+        if count > 1:
+            raise BenchError(f"{path}: {count} runs are called {run}; runs must differ in a setting")
+    return Suite(path.stem, str(description or ""), tuple(runs))
+
+
+def _normal(settings: dict[str, Any]) -> dict[str, Any]:
+    return {str(key).replace("-", "_"): value for key, value in settings.items()}
+
+
+def _expand(settings: dict[str, Any], blocks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for outer in _grid(settings):
+        for block in blocks:
+            for inner in _grid(block):
+                yield outer | inner
+
+
+def _grid(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One flat dict per combination of the values of those settings that are lists."""
+    values = [value if isinstance(value, list) else [value] for value in settings.values()]
+    for combination in itertools.product(*values):
+        yield dict(zip(settings, combination, strict=True))
+
+
+def _axes(settings: dict[str, Any], blocks: list[dict[str, Any]], configs: list[TrainConfig]) -> list[str]:
+    """The settings in which runs differ: those that name a run first, the seed last."""
+    flats = [to_flat(config) for config in configs]
+    named = [*_NAMING, *(key for part in (*blocks, settings) for key in _normal(part))]
+    differing = [key for key in dict.fromkeys(named) if any(flat[key] != flats[0][key] for flat in flats)]
+    return sorted(differing, key=lambda key: key == "seed")
+
+
+def _names(keys: list[str], flats: list[dict[str, Any]]) -> list[str]:
+    """What runs are called: settings that differ, without those that would tell apart nothing more."""
+    for key in reversed([key for key in keys if key not in (*_NAMING, "seed")]):
+        fewer = [other for other in keys if other != key]
+        # Where they are unique neither way, the caller says so.
+        if len({_name(fewer, flat) for flat in flats}) == len({_name(keys, flat) for flat in flats}):
+            keys = fewer
+    return [_name(keys, flat) for flat in flats]
+
+
+def _name(keys: list[str], flat: dict[str, Any]) -> str:
+    """A run's name made of those of its settings that its part of the suite names."""
+    words = []
+    for key in keys:
+        value = flat.get(key)
+        if value is None or value is False:
+            continue
+        match key:
+            case "modules" | "seed":
+                words.append(f"{'s' if key == 'seed' else 'k'}{value}")
+            case _ if value is True:
+                words.append(key)
+            case _ if isinstance(value, dict):
+                words += [f"{name}={item}" for name, item in value.items()]
+            case _:
+                words.append(str(value) if key in _NAMING else f"{key}={value}")
+    text = re.sub(r"[\s\[\](){}'\"]", "", "-".join(words).replace("_", "-"))
+    return re.sub(r"[^\w.=,+-]+", "_", text) or "run"

@@ -1,0 +1,77 @@
+"""losses.csv: the training loss of every module and the time per step, at about a hundred moments of a run."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from localprop.checkpoint import written_aside
+from localprop.errors import CheckpointError
+
+MOMENTS = 100
+
+
+@dataclass
+class LossCurve:
+    """Mean losses and seconds per step since the moment before. What it holds is saved with each checkpoint.
+
+    Args:
+        steps: steps of the whole run.
+        modules: number of local modules.
+
+    Attributes:
+        rows: (step, seconds per step, loss of each module), one per moment.
+    """
+
+    steps: int
+    modules: int
+    rows: list[list[float]] = field(default_factory=list)
+    count: int = 0
+    seconds: float = 0.0
+    sums: list[float] = field(default_factory=list)
+
+    def add(self, step: int, losses: Sequence[float], seconds: float) -> bool:
+        """Takes in the losses of `step` (from 1); tells whether that made a row."""
+        before = self.sums or [0.0] * self.modules
+        self.sums = [total + loss for total, loss in zip(before, losses, strict=True)]
+        self.count, self.seconds = self.count + 1, self.seconds + seconds
+        # So that moments lie at the same steps whatever was interrupted, and the last step is one.
+        if step * MOMENTS // self.steps == (step - 1) * MOMENTS // self.steps:
+            return False
+        self.rows.append([step, self.seconds / self.count, *(total / self.count for total in self.sums)])
+        self.count, self.seconds, self.sums = 0, 0.0, []
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep."""
+        return {name: getattr(self, name) for name in ("rows", "count", "seconds", "sums")}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes back to what `state` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def write(self, path: Path) -> None:
+        """Writes the rows to a CSV file, in place of what was there; floats so that reading gives the same bits."""
+        with written_aside(path) as aside, aside.open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["step", "seconds_per_step", *(f"loss_{k}" for k in range(1, self.modules + 1))])
+            table.writerows([int(row[0]), *row[1:]] for row in self.rows)
+
+
+def read_losses(path: Path) -> list[list[float]]:
+    """Reads the rows that `LossCurve.write` wrote.
+
+    Raises:
+        CheckpointError: the file is missing, or a line of it is not a row of numbers.
+    """
+    try:
+        with path.open(newline="") as file:
+            table = csv.reader(file)
+            next(table, None)
+            return [[float(cell) for cell in row] for row in table]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} line {table.line_num} is not a row of losses; delete the file") from None
