@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from localprop.bench.groups import BASELINE, Setting, Task, pareto_front
+from localprop.bench.groups import BASELINE, Task, pareto_front
 from localprop.bench.placing import label_ends, label_points, text_size
+from localprop.bench.settings import Setting
 from localprop.checkpoint import written_aside
 
 MOST_PANELS = 4
@@ -203,9 +204,9 @@ def _finish(axes: Axes, across: str, up: str) -> None:
     axes.autoscale_view()  # else the limits, and with them the pixels, are not final
 
 
-def _color(method: str) -> str | tuple[float, ...]:
+def _color(method: str) -> str:
     # A method of the user's own gets a colour by its name, the same in every picture.
-    return _COLORS.get(method) or colormaps["tab10"]([4, 6, 7, 8, 9][sum(method.encode()) % 5])
+    return _COLORS.get(method) or to_hex(colormaps["tab10"]([4, 6, 7, 8, 9][sum(method.encode()) % 5]))
 
 
 def _shades(settings: Sequence[Setting]) -> list[tuple[float, ...]]:

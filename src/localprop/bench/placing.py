@@ -42,9 +42,9 @@ def label_points(
     at = axes.transData.transform(points)
     halves = np.array([[note.get_window_extent().width / 2 + 2, 0.6 * size * axes.figure.dpi / 72] for note in notes])
     top = axes.transData.transform(points + np.column_stack([np.zeros(len(points)), spreads]))[:, 1]
-    bars = np.concatenate([at + [[0, 1]] * (top - at[:, 1])[:, None] * share for share in (-1, -0.5, 0, 0.5, 1)])
+    bars = np.concatenate([at + np.array([0, share]) * (top - at[:, 1])[:, None] for share in (-1, -0.5, 0, 0.5, 1)])
     strokes = _strokes(axes.transData.transform(line))
-    frame = axes.bbox.padded(-2).extents
+    frame = np.array(axes.bbox.padded(-2).extents)
     places = [_places(centre, half) for centre, half in zip(at, halves, strict=True)]
     chosen = np.array([options[0] for options in places])
     for _ in range(_SWEEPS):

@@ -52,7 +52,8 @@ def task_sections(tasks: Sequence[Task]) -> list[str]:
         lines += [f"## {task.name}", "", setting_table(task), ""]
         if notes := _notes(task):
             lines += [" ".join(notes), ""]
-        lines += ["Accuracy of each module's head (%):", "", module_table(task), ""]
+        if any(a is not None for setting in task.settings for a in setting.module_accuracies):
+            lines += ["Accuracy of each module's head (%):", "", module_table(task), ""]
     return lines
 
 

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 
-from localprop.bench.groups import BASELINE, Setting, Spread, Task, tasks_of
+from localprop.bench.groups import BASELINE, Task, tasks_of
 from localprop.bench.labels import DEFAULTS
 from localprop.bench.record import Record
+from localprop.bench.settings import Setting, Spread
 from localprop.report import format_accuracy
 
 NONE = "-"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
-    lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)], *rows]
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table, its first columns, of `words`, to the left and the others, of numbers, to the right."""
+    lines = [list(heads), [*["---"] * words, *["---:"] * (len(heads) - words)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 

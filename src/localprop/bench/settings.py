@@ -1,0 +1,130 @@
+"""One setting of a suite: runs that differ in their seed alone, and what they come to together."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from localprop.bench.record import Record
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (None of a single value) of `count` values."""
+
+    mean: float
+    std: float | None
+    count: int
+
+    def text(self, sign: str = "") -> str:
+        """Two digits after the point, "80.12 ± 0.34"; with `sign` "+" the mean always has a sign."""
+        return f"{self.mean:{sign}.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: the method and what else tells the setting from the others of its task.
+        short: the same without the method but for end-to-end; always with K.
+        config: the settings, without the seed and without what changes nothing.
+        records: one per seed.
+    """
+
+    label: str
+    short: str
+    config: dict[str, Any]
+    records: dict[Any, Record]
+
+    @property
+    def method(self) -> str:
+        """The method's name."""
+        return str(self.config["method"])
+
+    @property
+    def modules(self) -> int:
+        """K."""
+        return int(self.config["modules"])
+
+    @cached_property
+    def accuracies(self) -> dict[Any, float]:
+        """Seed to percent, of the runs that have an accuracy."""
+        found = {seed: _number(record.result.get("accuracy")) for seed, record in self.records.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    @cached_property
+    def accuracy(self) -> Spread | None:
+        """Over seeds, in percent; None if no run has one."""
+        return spread(self.accuracies.values())
+
+    def cost(self, name: str) -> float | None:
+        """Mean over seeds of one entry of the records' cost; None where no run has it."""
+        found = [_number(record.cost.get(name)) for record in self.records.values()]
+        return _mean(value for value in found if value)
+
+    @property
+    def memory(self) -> float | None:
+        """Peak of a training step in bytes, as measured, else as predicted."""
+        return self.cost("peak_memory") or self.cost("predicted_memory")
+
+    @property
+    def measured(self) -> bool:
+        """Whether `memory` is measured."""
+        return self.cost("peak_memory") is not None
+
+    @cached_property
+    def module_accuracies(self) -> list[float | None]:
+        """Percent of each module's head (K), mean over seeds; None where a module has none."""
+        runs = [record.result.get("module_accuracies") or [] for record in self.records.values()]
+        return [
+            _mean(value for run in runs if k < len(run) and (value := _number(run[k])) is not None)
+            for k in range(self.modules)
+        ]
+
+    @cached_property
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and the mean over seeds of the network's own training loss, both (points)."""
+        curves = [record.result.get("curve") or {} for record in self.records.values()]
+        curves = [curve for curve in curves if curve.get("step") and len(curve["loss"]) == len(curve["step"])]
+        curves = [curve for curve in curves if curve["step"] == curves[0]["step"]]
+        if not curves:
+            return np.array([]), np.array([])
+        losses = [[np.nan if loss[-1] is None else float(loss[-1]) for loss in curve["loss"]] for curve in curves]
+        return np.array(curves[0]["step"]), np.mean(losses, axis=0)
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Mean and sample standard deviation; None of nothing."""
+    array = np.array(list(values), dtype=float)
+    if not len(array):
+        return None
+    return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array))
+
+
+def difference(one: Setting, other: Setting) -> Spread | None:
+    """Accuracy of `one` less that of `other`, in points.
+
+    Of the seeds that both have, the mean and spread of the differences, so that what a seed does to both falls out.
+    Without a seed in common the difference of the means, and a count of 0. None where one has no accuracy.
+    """
+    if one.accuracy is None or other.accuracy is None:
+        return None
+    return spread(paired(one, other)) or Spread(one.accuracy.mean - other.accuracy.mean, None, 0)
+
+
+def paired(one: Setting, other: Setting) -> list[float]:
+    """Accuracy of `one` less that of `other`, in points, for each seed that both have."""
+    return [value - other.accuracies[seed] for seed, value in one.accuracies.items() if seed in other.accuracies]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = spread(values)
+    return found.mean if found else None
