@@ -71,13 +71,20 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def tasks_of(records: Sequence[Record]) -> list[Task]:
     """Puts one or more records into settings and tasks; tasks come in the order of their first record."""
-    # Accuracies on validation and on test images are never put side by side.
-    groups = _grouped(records, lambda r: [*(r.config.get(key) for key in TASK), r.result.get("evaluated_on")])
-    varied = [key for key in TASK if len({_key(group[0].config.get(key)) for group in groups}) > 1]
-    return [_task(group, varied) for group in groups]
+    groups = _grouped(records, _conditions)
+    conditions = [_conditions(group[0]) for group in groups]
+    varied = [key for key in conditions[0] if len({_key(values[key]) for values in conditions}) > 1]
+    return [_task(group, _task_name(values, varied)) for group, values in zip(groups, conditions, strict=True)]
 
 
-def _task(records: list[Record], varied: list[str]) -> Task:
+def _conditions(record: Record) -> dict[str, Any]:
+    """What has to be the same before two runs are compared; accuracies on validation and test images never are."""
+    found = {key: record.config.get(key) for key in TASK}
+    # None means the dataset's own size.
+    return {**found, "img_size": record.data.get("img_size"), "evaluated_on": record.result.get("evaluated_on")}
+
+
+def _task(records: list[Record], name: str) -> Task:
     groups = _grouped(records, _identity)
     configs = [_identity(group[0]) for group in groups]
     settings = []
@@ -90,20 +97,17 @@ def _task(records: list[Record], varied: list[str]) -> Task:
     plain = [s for s in plain if s.config.get("recompute") is not True]
     baseline = max(plain, key=lambda s: s.accuracy.mean if s.accuracy else -math.inf, default=None)
     settings.sort(key=lambda s: (s is not baseline, s.method != BASELINE, s.modules, s.method))
-    return Task(_task_name(records[0], varied), settings, baseline)
+    return Task(name, settings, baseline)
 
 
-def _task_name(record: Record, varied: list[str]) -> str:
-    config, words = record.config, []
-    if "data" in varied or "model" not in varied:
-        words.append(str(config.get("data", record.data.get("name"))))
-    if "model" in varied or not varied:
-        words.append(str(config.get("model")))
-    for key in varied:
-        if key == "img_size":
-            words.append(f"{record.data.get('img_size')} px")
-        elif key not in ("data", "model"):
-            words.append(f"{key.replace('_', ' ')} {config.get(key)}")
+def _task_name(conditions: dict[str, Any], varied: list[str]) -> str:
+    words = []
+    for key, value in conditions.items():
+        if key in ("data", "model"):
+            # Where only one of them differs, the other goes without saying.
+            words += [str(value)] if key in varied or not {"data", "model"} & set(varied) else []
+        elif key in varied:
+            words.append(f"{value} px" if key == "img_size" else f"{key.replace('_', ' ')} {value}")
     return ", ".join(words)
 
 

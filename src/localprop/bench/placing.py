@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.text import Text
 
 _PIXELS = 8  # from a point to the nearest place of its label
 _FAR = 2.2 * _PIXELS  # from here on a line leads from the label to its point
@@ -40,7 +41,9 @@ def label_points(
         for text, point, color in zip(texts, points, colors, strict=True)
     ]  # fmt: skip
     at = axes.transData.transform(points)
-    halves = np.array([[note.get_window_extent().width / 2 + 2, 0.6 * size * axes.figure.dpi / 72] for note in notes])
+    halves = np.array(
+        [[Text.get_window_extent(note).width / 2 + 2, 0.6 * size * axes.figure.dpi / 72] for note in notes]
+    )
     top = axes.transData.transform(points + np.column_stack([np.zeros(len(points)), spreads]))[:, 1]
     bars = np.concatenate([at + np.array([0, share]) * (top - at[:, 1])[:, None] for share in (-1, -0.5, 0, 0.5, 1)])
     strokes = _strokes(axes.transData.transform(line))
