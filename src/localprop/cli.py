@@ -15,6 +15,7 @@ from rich.table import Table
 from localprop.config import (
     BenchConfig,
     ModelConfig,
+    OptionalFloat,
     OptionalInt,
     OptionalPath,
     OptionalStr,
@@ -249,6 +250,8 @@ class EvalOptions:
     """Where torchvision's datasets lie (default: the run's own)."""
     batch_size: OptionalInt = None
     """Images per batch (default: the run's own)."""
+    val_split: OptionalFloat = None
+    """Evaluate on that part of the training images instead, as a run with the same --val-split does."""
     device: OptionalStr = None
     """cpu, cuda, ... (default: cuda if there is one)."""
 
@@ -257,7 +260,7 @@ def _eval(argv: Sequence[str]) -> int:
     from localprop.evaluation import evaluate_run
 
     options: EvalOptions = _parse(EvalOptions, "eval", argv)
-    changes = {k: getattr(options, k) for k in ("data", "data_dir", "batch_size", "device")}
+    changes = {k: getattr(options, k) for k in ("data", "data_dir", "batch_size", "val_split", "device")}
     result = evaluate_run(options.run, {k: v for k, v in changes.items() if v is not None})
     print(json.dumps(result, indent=2))
     return 0

@@ -161,7 +161,7 @@ class DataConfig:
     """Processes that decode images, for data that is not held in memory."""
     hold_on_device: bool = False
     """Keep images that are held in memory on the training device, for a GPU with room to spare: no transfers, the same
-    batches. Their memory counts."""
+    batches. The peak memory that is shown is that of training, without them."""
     crop_pad: OptionalInt = None
     """Padding in pixels before the random crop of small images (default: an eighth of the image; none below 16)."""
     hflip: OptionalFloat = None

@@ -23,7 +23,8 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         folder: run folder.
-        changes: settings that differ from the run's own: data, data_dir, batch_size, device.
+        changes: settings that differ from the run's own: data, data_dir, batch_size, device, val_split. Without the
+            last, the test images are taken, whatever the run was evaluated on.
 
     Returns:
         run, weights, data, images, top1 and top5 in percent (top5 from 6 classes on), loss.
@@ -33,7 +34,7 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         DataError: the data has other classes than the run.
     """
     # In float32 and wherever this machine can, whatever the run was trained with.
-    anywhere = {"amp": False, "offload_optimizer": False, "device": None}
+    anywhere = {"amp": False, "offload_optimizer": False, "device": None, "hold_on_device": False, "val_split": 0.0}
     config = from_flat({**anywhere, **changes}, "eval", read_config(folder))
     description = read_description(folder)
     experiment = prepare(config, weights=False)
@@ -46,7 +47,8 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     experiment.backbone.eval()
     batches = data.test_batches(config.optim.batch_size, device)
     scores = evaluate(lambda images: [experiment.backbone(images)], batches)
-    result = {"run": str(folder), "weights": source, "data": data.name, "images": scores.images}
+    result = {"run": str(folder), "weights": source, "data": data.name, "evaluated_on": data.evaluated_on}
+    result["images"] = scores.images
     accuracies = {"top1": scores.top1[0], "top5": scores.top5}
     result |= {name: round(value, 3) for name, value in accuracies.items() if value is not None}
     return {**result, "loss": round(scores.loss, 5)}

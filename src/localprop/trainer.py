@@ -191,7 +191,7 @@ class Trainer:
                 # On a CPU the batch has to begin inside, for its end to be seen.
                 own = [tensor.clone() for tensor in batch] if self.device.type == "cpu" else batch
                 losses = self.state.train_step(own, seed)
-            self.peak = max(self.peak or 0, measurement.peak)
+            self.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
             return losses
         except RuntimeError as error:
             if is_out_of_memory(error):

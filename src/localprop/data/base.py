@@ -26,6 +26,11 @@ class Store(Protocol):
     skipped: list[str]
     crop_pct: float  # part of an evaluated image's side that is seen, as timm defines it
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that lie on a GPU for good."""
+        ...
+
     def train(
         self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
     ) -> Iterator[Batch]:
@@ -89,6 +94,11 @@ class Data:
     def skipped(self) -> list[str]:
         """Paths of the unreadable training images that were met so far."""
         return self.store.skipped
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the dataset that lie on a GPU for good: no part of what a training step takes."""
+        return self.store.held_bytes
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Number of training batches in an epoch; a last partial batch is dropped.

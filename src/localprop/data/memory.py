@@ -15,7 +15,7 @@ from localprop.seeding import derive_seed, generator
 class MemoryStore:
     """Images in main memory, from where each batch goes to the device as bytes.
 
-    They stay off the device, unless asked: there, they count against the memory that local learning saves.
+    They stay off the device, unless asked: there, they take of the memory that local learning saves.
 
     Args:
         train_images, test_images: (images, 3, side, side), uint8, at their native side.
@@ -63,6 +63,12 @@ class MemoryStore:
         self._settle(device)
         for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
             yield resize(images.to(device), self.img_size), labels.to(device)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of images and labels that lie on a GPU for good."""
+        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
 
     def _settle(self, device: torch.device) -> None:
         # Everything at once, so that the first training step meets the memory that the last one does.

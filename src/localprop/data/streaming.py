@@ -45,6 +45,7 @@ class StreamStore:
     bad_images: int
     skipped: list[str] = field(default_factory=list)
 
+    held_bytes = 0
     crop_pct = DEFAULT_CROP_PCT
 
     def __post_init__(self) -> None:

@@ -1,0 +1,192 @@
+"""The bench as a user runs it: real runs in processes of their own, on digits with a very small Swin."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from localprop.bench import Runner, load_suite, shipped_suites
+from localprop.bench.record import read_record, write_record
+from localprop.cli import main
+from localprop.config import to_flags
+from localprop.errors import BenchError
+from localprop.provenance import provenance
+from localprop.report import read_losses, read_results
+
+SUITE = """
+description: Two runs.
+settings:
+  model_kwargs: {patch_size: 4, window_size: 2, embed_dim: 12, depths: [1, 1], num_heads: [1, 2], drop_path_rate: 0.2}
+  min_depth: 0
+  batch_size: 256
+  epochs: 16
+  val_interval: 16
+  checkpoint_steps: 3
+runs:
+  - {method: greedy, modules: 3}
+  - {method: end-to-end}
+"""
+STEPS = 16 * 5
+
+
+@pytest.fixture(scope="module")
+def suite_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("suites") / "two.yaml"
+    path.write_text(SUITE)
+    return str(path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(suite_file, tmp_path_factory):
+    """The results of the suite, run without interruption."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(["bench", suite_file, "--output", str(folder), "--jobs", "2", "--device", "cpu"]) == 0
+    return folder
+
+
+def test_each_run_has_one_result(finished):
+    assert sorted(path.name for path in finished.glob("*.json")) == ["end-to-end.json", "greedy-k3.json"]
+    record = read_record(finished / "greedy-k3.json")
+    row = read_results(finished / "runs" / "greedy-k3" / "results.csv")[-1]
+    losses = read_losses(finished / "runs" / "greedy-k3" / "losses.csv")
+    assert record.result["accuracy"] == row.accuracy
+    assert record.result["module_accuracies"] == list(row.test_accuracies)
+    assert record.result["steps"] == STEPS == record.result["curve"]["step"][-1]
+    assert [row[2:] for row in losses] == record.result["curve"]["loss"]
+    assert record.result["evaluated_on"] == "test"
+    assert record.axes == {"method": "greedy", "modules": 3}
+    assert record.cost["peak_memory"] == row.peak_memory
+    assert 0 < record.cost["seconds_per_step"] < record.cost["seconds"]
+    assert len(record.network["modules"]) == 3
+    assert (record.data["train_images"], record.data["evaluated_images"]) == (1437, 360)
+    assert record.provenance["versions"] == provenance()["versions"]
+    assert not list(finished.glob("runs/*/checkpoints"))
+    # What is committed and published names no place of the machine that it was made on.
+    assert str(finished) not in (finished / "greedy-k3.json").read_text()
+
+
+def test_a_run_is_that_of_the_same_train_command(finished, suite_file, tmp_path):
+    config = load_suite(suite_file).runs[1].config
+    assert main(["train", *to_flags(config), "--output", str(tmp_path), "--experiment", "run", "--device", "cpu"]) == 0
+    row = read_results(tmp_path / "run" / "results.csv")[-1]
+    record = read_record(finished / "end-to-end.json")
+    assert (row.accuracy, row.test_loss) == (record.result["accuracy"], record.result["loss"])
+
+
+def test_what_has_a_result_is_not_run_again(finished, suite_file, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("*.json")}
+    started = time.monotonic()
+    assert main(["bench", suite_file, "--output", str(finished)]) == 0
+    assert time.monotonic() - started < 3
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("*.json")} == before
+    assert "2 of 2 runs done" in capsys.readouterr().out
+
+
+def test_killed_or_stopped_and_called_again_gives_the_same_results(finished, suite_file, tmp_path):
+    command = [sys.executable, "-m", "localprop", "bench", suite_file, "--output", str(tmp_path), "--only", "greedy-k3"]
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bench:
+            seen = steps_of(tmp_path)
+            while steps_of(tmp_path) <= seen:
+                time.sleep(0.02)
+            bench.send_signal(number)
+            output = bench.stdout.read()
+        assert bench.returncode == code
+        assert ("1 of 1 runs are left; the same command goes on" in output) == (number == signal.SIGTERM)
+        wait_for_the_lock(tmp_path)
+    assert 0 < steps_of(tmp_path) < STEPS, "the kills must hit a run that is not over"
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    results = [read_record(folder / "greedy-k3.json").result for folder in (tmp_path, finished)]
+    assert results[0] == results[1]
+
+
+def steps_of(folder):
+    found = [int(path.name.removeprefix("step-")) for path in folder.glob("runs/greedy-k3/checkpoints/step-????????")]
+    return max(found, default=0)
+
+
+def wait_for_the_lock(folder):
+    """Until the run whose bench was killed has saved its checkpoint and ended."""
+    while subprocess.run(["pgrep", "-f", str(folder / "runs")], stdout=subprocess.DEVNULL).returncode == 0:
+        time.sleep(0.05)
+
+
+def test_a_time_limit_stops_cleanly_and_failures_are_named(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(SUITE.replace("runs:", "runs:\n  - {method: greedy, modules: 3, lr: 1.0e+30}"))
+    flags = ["bench", str(path), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*flags, "--time-limit", "1s"]) == 75
+    assert "3 of 3 runs are left; the same command goes on" in capsys.readouterr().out
+    assert main([*flags, "--only", "*1e+30*"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert re.search(r"1 of 1 runs failed; greedy-k3-lr=1e\+30: the loss of module \d of 3 .* lower --lr", line)
+
+
+def test_results_of_other_settings_are_not_taken_for_this_suites(finished, suite_file, capsys):
+    assert main(["bench", suite_file, "--output", str(finished), "--set", "epochs=17"]) == 2
+    assert re.search(r"is of other settings \(epochs is 17, and was 16\); delete it", capsys.readouterr().err)
+
+
+def test_two_benches_do_not_share_a_folder(suite_file, tmp_path):
+    suite = load_suite(suite_file)
+    runner = Runner(suite, tmp_path)
+    with runner._alone(), pytest.raises(BenchError, match="another bench runs in"):
+        Runner(suite, tmp_path).run(lambda jobs: None)
+
+
+def test_folders_take_the_place_of_named_data(suite_file, tmp_path):
+    suite = load_suite(suite_file)
+    with pytest.raises(BenchError, match="has no such data; it has digits"):
+        Runner(suite, tmp_path, data={"cifar10": "x"})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "suite": "x", "other": 2}'])
+def test_a_damaged_result_is_one_line(finished, suite_file, tmp_path, content):
+    (tmp_path / "greedy-k3.json").write_text(content)
+    with pytest.raises(BenchError, match="damaged; delete it"):
+        Runner(load_suite(suite_file), tmp_path)
+
+
+def test_records_survive_writing(finished, tmp_path):
+    record = read_record(finished / "greedy-k3.json")
+    odd = replace(record, result={**record.result, "loss": 0.1 + 0.2, "top5": None})
+    write_record(tmp_path / "record.json", odd)
+    assert read_record(tmp_path / "record.json") == odd
+    assert max(map(len, (tmp_path / "record.json").read_text().splitlines())) > 1000, "curves take a line"
+    json.loads((tmp_path / "record.json").read_text())
+
+
+def test_the_index_lists_suites(capsys):
+    assert main(["bench"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in shipped_suites())
+    assert main(["bench", "smoke", "--list"]) == 0
+    assert len(capsys.readouterr().out.split()) == 19
+
+
+@pytest.mark.parametrize(("flags", "line"), [(["--jobs", "0"], "--jobs is 0"), (["--time-limit", "soon"], "is no time")])
+def test_bad_flags_are_one_line(flags, line, capsys):
+    assert main(["bench", "smoke", *flags]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_provenance_names_the_commit_of_a_checkout():
+    found = provenance()
+    root = os.path.dirname(os.path.dirname(__file__))
+    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert found["commit"] == (git.stdout.strip() if git.returncode == 0 else None)
+    assert set(found) == {"commit", "dirty", "date", "versions", "cpu", "cores", "gpu", "threads"}
