@@ -9,7 +9,7 @@ convolutions, as in InfoPro's code. timm's own ResNet has four stages and a stem
 """
 
 import torch
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
 
@@ -47,21 +47,20 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def _create(name: str, blocks: int, pretrained: bool, **kwargs) -> nn.Module:
-    settings = {"input_size": (3, 32, 32), "num_classes": 10, "first_conv": "conv1", "classifier": "fc"}
-    return build_model_with_cfg(CifarResNet, name, pretrained, pretrained_cfg=settings, blocks=blocks, **kwargs)
+SETTINGS = {"input_size": (3, 32, 32), "num_classes": 10, "first_conv": "conv1", "classifier": "fc"}
+default_cfgs = generate_default_cfgs({"cifar_resnet32.untrained": SETTINGS, "cifar_resnet110.untrained": SETTINGS})
 
 
 @register_model
 def cifar_resnet32(pretrained: bool = False, **kwargs) -> nn.Module:
     """ResNet-32, 0.5 million parameters."""
-    return _create("cifar_resnet32", 5, pretrained, **kwargs)
+    return build_model_with_cfg(CifarResNet, "cifar_resnet32", pretrained, blocks=5, **kwargs)
 
 
 @register_model
 def cifar_resnet110(pretrained: bool = False, **kwargs) -> nn.Module:
     """ResNet-110, 1.7 million parameters."""
-    return _create("cifar_resnet110", 18, pretrained, **kwargs)
+    return build_model_with_cfg(CifarResNet, "cifar_resnet110", pretrained, blocks=18, **kwargs)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """A method of one's own in one file: PredSim, an auxiliary head and the matching of similarities.
 
-python examples/own_method.py [EPOCHS]     4 epochs on scikit-learn's digits by default
+localprop train --plugin examples/own_method.py --method predsim
+localprop bench examples/own_suite.yaml        # beside the other methods, under the same protocol
+python examples/own_method.py [EPOCHS]     in a loop of one's own, 4 epochs on scikit-learn's digits by default
 
 Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019. Two images of one class
 should look alike to a module, and two of different classes not: the cosine similarities of a batch's features are
@@ -53,22 +55,23 @@ def similarities(vectors: Tensor) -> Tensor:
 
 METHODS["predsim"] = PredSim
 
-torch.manual_seed(0)
-digits = load_digits()
-images = (torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) - 5) / 6
-labels = torch.tensor(digits.target)
-train, test = torch.randperm(len(labels)).split([1500, 297])
-vit = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 4, "num_heads": 3}
-model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **vit)
-net = localprop.localize(model, modules=4, method="predsim", method_kwargs={"beta": 0.9})
-optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-for epoch in range(int(sys.argv[1]) if len(sys.argv) > 1 else 4):
-    net.train()
-    for batch in train[torch.randperm(len(train))].split(25):
-        net.backward(images[batch], labels[batch])
-        optimizer.step()
-        optimizer.zero_grad()
-    net.eval()
-    with torch.no_grad():
-        heads = [float((x.argmax(1) == labels[test]).float().mean()) for x in net.module_logits(images[test])]
-    print(f"epoch {epoch + 1}  test accuracy of each module: {'  '.join(f'{x:.1%}' for x in heads)}")
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    digits = load_digits()
+    images = (torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) - 5) / 6
+    labels = torch.tensor(digits.target)
+    train, test = torch.randperm(len(labels)).split([1500, 297])
+    vit = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **vit)
+    net = localprop.localize(model, modules=4, method="predsim", method_kwargs={"beta": 0.9})
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for epoch in range(int(sys.argv[1]) if len(sys.argv) > 1 else 4):
+        net.train()
+        for batch in train[torch.randperm(len(train))].split(25):
+            net.backward(images[batch], labels[batch])
+            optimizer.step()
+            optimizer.zero_grad()
+        net.eval()
+        with torch.no_grad():
+            heads = [float((x.argmax(1) == labels[test]).float().mean()) for x in net.module_logits(images[test])]
+        print(f"epoch {epoch + 1}  test accuracy of each module: {'  '.join(f'{x:.1%}' for x in heads)}")

@@ -178,7 +178,9 @@ def test_the_index_lists_suites(capsys):
     assert len(capsys.readouterr().out.split()) == 19
 
 
-@pytest.mark.parametrize(("flags", "line"), [(["--jobs", "0"], "--jobs is 0"), (["--time-limit", "soon"], "is no time")])
+@pytest.mark.parametrize(
+    ("flags", "line"), [(["--jobs", "0"], "--jobs is 0"), (["--time-limit", "soon"], "is no time")]
+)
 def test_bad_flags_are_one_line(flags, line, capsys):
     assert main(["bench", "smoke", *flags]) == 2
     assert line in capsys.readouterr().err

@@ -78,6 +78,16 @@ def test_only_some_runs(write):
         suite.only(["end-*", "greddy"])
 
 
+def test_a_base_comes_before_a_suites_own_runs(write):
+    own = load_suite(write("base: smoke\nruns: [{method: mine, plugin: mine.py, modules: 2}]"))
+    base = load_suite("smoke")
+    assert [run.name for run in own.runs] == [*(run.name for run in base.runs), "mine-k2"]
+    assert [run.config for run in own.runs[:-1]] == [run.config for run in base.runs]
+    assert own.runs[-1].config.optim == base.runs[0].config.optim
+    with pytest.raises(BenchError, match="no suite is called 'smok'; did you mean 'smoke'"):
+        load_suite(write("base: smok\nruns: []"))
+
+
 @pytest.mark.parametrize(
     ("text", "error", "line"),
     [

@@ -1,17 +1,19 @@
-"""Optimizers by name: parameter groups, low-bit states of torchao."""
+"""Optimizers by name: parameter groups, low-bit states of torchao; schedules."""
 
+import math
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint_states import bits
 from localprop.checkpoint import load_checkpoint, save_checkpoint
 from localprop.config import OptimConfig
 from localprop.errors import ConfigError
-from localprop.optimizers import LOW_BIT, create_optimizer
+from localprop.optimizers import LOW_BIT, create_optimizer, create_scheduler
 from localprop.state import TrainingState
 from localprop.tracing import fake_copy
 from tiny import batch, split
@@ -147,3 +149,19 @@ def test_a_state_is_built_and_stepped_on_fake_tensors(opt, request):
                 parameter.grad = torch.empty_like(parameter)
             optimizer.step()
     assert bool(wrapped(state)) == (opt in LOW_BIT)
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "steps"), [(1, None, 2), (60, None, 60), (4, 0.5, 10), (4, 0, 0)])
+def test_warm_up_may_take_a_part_of_an_epoch(epochs, warmup, steps):
+    model = nn.Linear(2, 2)
+    config = OptimConfig(epochs=epochs, lr=1e-2, warmup_epochs=warmup)
+    optimizer = create_optimizer(model, config)
+    scheduler = create_scheduler(optimizer, config, steps_per_epoch=20)
+    rates = []
+    for step in range(20 * epochs):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    # Linear from 1e-5 up to the cosine, which goes on as if it had begun with the first step, down to the last.
+    assert rates[:steps] == pytest.approx([1e-5 + (1e-2 - 1e-5) * step / steps for step in range(steps)])
+    cosine = [1e-6 + (1e-2 - 1e-6) * (1 + math.cos(math.pi * s / (20 * epochs))) / 2 for s in range(20 * epochs)]
+    assert rates[steps:] == pytest.approx(cosine[steps:])

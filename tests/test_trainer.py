@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from localprop.cli import main
-from localprop.report import Progress, read_results
+from localprop.report import Progress, read_losses, read_results
 
 SMALL = [
     *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
@@ -57,6 +57,8 @@ def assert_same_results(output: Path, other: Path) -> None:
             b.train_losses,
             b.test_accuracies,
         )
+    curves = [read_losses(o / "run" / "losses.csv") for o in (output, other)]
+    assert [(row[0], *row[2:]) for row in curves[0]] == [(row[0], *row[2:]) for row in curves[1]]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,36 @@ def test_a_run_leaves_everything_in_its_folder(plain):
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["modules"] == 3
     assert settings["img_size"] == 16
+
+
+def test_losses_between_moments_have_the_epochs_mean(plain):
+    rows, losses = read_results(plain / "run" / "results.csv"), read_losses(plain / "run" / "losses.csv")
+    assert [row[0] for row in losses] == list(range(1, 3 * STEPS_PER_EPOCH + 1))  # so few steps are moments all
+    for row in rows:
+        own = [found[2:] for found in losses[STEPS_PER_EPOCH * (row.epoch - 1) : STEPS_PER_EPOCH * row.epoch]]
+        means = [sum(column) / STEPS_PER_EPOCH for column in zip(*own, strict=True)]
+        assert means == pytest.approx(list(row.train_losses), rel=1e-12)
+
+
+def test_evaluation_at_intervals_changes_nothing_else(plain, tmp_path, capsys):
+    assert train(tmp_path, "--val-interval", "2") == 0
+    assert_same(final_weights(tmp_path), final_weights(plain))
+    all_rows, rows = (read_results(o / "run" / "results.csv") for o in (plain, tmp_path))
+    assert [row.test_accuracies for row in rows[1:]] == [row.test_accuracies for row in all_rows[1:]]
+    assert (rows[0].test_accuracies, rows[0].test_loss) == ((None, None, None), None)
+    assert rows[0].train_losses == all_rows[0].train_losses
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_held_out_images_are_evaluated_on_and_named(tmp_path, capsys):
+    assert train(tmp_path, "--val-split", "0.2", "--epochs", "1") == 0
+    assert "validation accuracy" in capsys.readouterr().out
+    row = read_results(tmp_path / "run" / "results.csv")[-1]
+    for flags, part, images in ((["--val-split", "0.2"], "validation", 288), ([], "test", 360)):
+        assert main(["eval", str(tmp_path / "run"), "--device", "cpu", *flags]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert (result["evaluated_on"], result["images"]) == (part, images)
+        assert (result["top1"] == pytest.approx(row.accuracy, abs=1e-3)) == (part == "validation")
 
 
 def test_weights_are_a_plain_timm_checkpoint(plain, capsys):

@@ -8,6 +8,7 @@ from localprop.localize import localize
 from localprop.methods import METHODS
 from localprop.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
 from localprop.plan import Plan, PlanRow, plan
+from localprop.provenance import provenance
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "chain",
     "localize",
     "plan",
+    "provenance",
 ]

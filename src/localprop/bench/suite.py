@@ -11,6 +11,7 @@
 
 Keys are the flags of `localprop train`. The grid of `settings` goes outermost, so that here the first seed of every
 run comes before the second of any. A value that is a list itself, such as of `cuts`, is written in another list.
+`base: smoke` puts the settings and runs of that suite before a suite's own.
 """
 
 import fnmatch
@@ -28,6 +29,7 @@ from localprop.errors import BenchError, suggestion
 _FOLDER = Path(__file__).parent / "suites"
 # Where and how far a run goes is the bench's own affair.
 _OWN = ("output", "experiment", "resume")
+_KEYS = ("description", "base", "settings", "runs")
 # What a run is named after wherever it differs, in this order.
 _NAMING = ("data", "model", "method", "modules", "partition", "decoder", "head")
 
@@ -92,19 +94,9 @@ def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
         BenchError: there is no such suite, or it is not one.
         ConfigError: a setting does not exist or has an impossible value.
     """
-    path = _FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        path = Path(name)
-        if path.suffix not in (".yaml", ".yml"):
-            known = [suite.stem for suite in _FOLDER.glob("*.yaml")]
-            raise BenchError(f"no suite is called {name!r}; {suggestion(name, known)}")
-    content = read_yaml(path)
-    description, settings, blocks = (content.get(key) for key in ("description", "settings", "runs"))
-    if unknown := set(content) - {"description", "settings", "runs"}:
-        raise BenchError(f"{path}: unknown key {min(unknown)!r}; a suite has description, settings and runs")
-    if not isinstance(settings, dict) or not isinstance(blocks, list) or not all(isinstance(b, dict) for b in blocks):
-        raise BenchError(f"{path} is no suite; it needs 'settings', a mapping, and 'runs', a list of mappings")
-    flats = [flat | (changes or {}) for flat in _expand(_normal(settings), [_normal(block) for block in blocks])]
+    path = _path(name)
+    description, settings, blocks = _read(path)
+    flats = [flat | (changes or {}) for flat in _expand(settings, blocks)]
     if own := set(_OWN) & {key for flat in flats for key in flat}:
         raise BenchError(f"{path}: {min(own)} is not for a suite to set; leave it out")
     configs = [from_flat(flat, str(path)) for flat in flats]
@@ -114,7 +106,28 @@ def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
     for run, count in Counter(run.name for run in runs).items():
         if count > 1:
             raise BenchError(f"{path}: {count} runs are called {run}; runs must differ in a setting")
-    return Suite(path.stem, str(description or ""), tuple(runs))
+    return Suite(path.stem, description, tuple(runs))
+
+
+def _path(name: str) -> Path:
+    shipped, path = _FOLDER / f"{name}.yaml", Path(name)
+    if not shipped.is_file() and path.suffix not in (".yaml", ".yml"):
+        raise BenchError(f"no suite is called {name!r}; {suggestion(name, [s.stem for s in _FOLDER.glob('*.yaml')])}")
+    return shipped if shipped.is_file() else path
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """Description, settings and runs of a suite, those of its base included."""
+    content = read_yaml(path)
+    if unknown := set(content) - set(_KEYS):
+        raise BenchError(f"{path}: unknown key {min(unknown)!r}; a suite has {', '.join(_KEYS)}")
+    base = ("", {}, []) if "base" not in content else _read(_path(str(content["base"])))
+    description, settings, runs = str(content.get("description") or ""), content.get("settings"), content.get("runs")
+    if settings is None and base[1]:
+        settings = {}
+    if not isinstance(settings, dict) or not isinstance(runs, list) or not all(isinstance(r, dict) for r in runs):
+        raise BenchError(f"{path} is no suite; it needs 'settings', a mapping, and 'runs', a list of mappings")
+    return description, {**base[1], **_normal(settings)}, [*base[2], *map(_normal, runs)]
 
 
 def _normal(settings: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +151,7 @@ def _grid(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _axes(settings: dict[str, Any], blocks: list[dict[str, Any]], configs: list[TrainConfig]) -> list[str]:
     """The settings in which runs differ: those that name a run first, the seed last."""
     flats = [to_flat(config) for config in configs]
-    named = [*_NAMING, *(key for part in (*blocks, settings) for key in _normal(part))]
+    named = [*_NAMING, *(key for part in (*blocks, settings) for key in part)]
     differing = [key for key in dict.fromkeys(named) if any(flat[key] != flats[0][key] for flat in flats)]
     return sorted(differing, key=lambda key: key == "seed")
 
