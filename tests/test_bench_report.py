@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from localprop.bench import pictures
 from localprop.bench.groups import pareto_front, tasks_of
 from localprop.bench.placing import label_ends, label_points
 from localprop.bench.publish import END, START, publish
@@ -329,35 +330,51 @@ def test_labels_beside_a_panel_do_not_overlap_and_keep_the_order():
 
 
 @pytest.mark.parametrize(
-    ("records", "pictures"),
+    ("records", "drawn"),
     [
         (suite(), {"pareto", "depth", "curves"}),
         ([make_record("greedy", 4)], {"pareto", "depth", "curves"}),
         ([make_record()], {"pareto", "curves"}),
         ([r for data in ("cifar10", "cifar100", "stl10", "svhn", "digits") for r in suite(data, (1,))],
          {"pareto", "depth", "curves"}),
-        ([make_record("greedy", k, accuracy=None) for k in (2, 24)], {"pareto", "curves"}),
+        ([make_record("greedy", k, accuracy=None, epochs=e) for k in (2, 24) for e in (1, 2)], {"pareto", "curves"}),
         ([make_record("greedy", 4, peak=None, predicted=None)], {"depth", "curves"}),
     ],
     ids=["seeds", "one run", "end-to-end alone", "five tasks", "memory alone", "no memory"],
 )  # fmt: skip
-def test_a_report_of_any_suite(tmp_path, records, pictures):
+def test_a_report_of_any_suite(tmp_path, records, drawn):
     folder = write_folder(tmp_path / "small", records)
     (folder / "depth.png").write_bytes(b"of an earlier report")
     written = write_report(folder)
     assert written == [
         folder / "report.md",
-        *(folder / f"{n}.png" for n in ("pareto", "depth", "curves") if n in pictures),
+        *(folder / f"{n}.png" for n in ("pareto", "depth", "curves") if n in drawn),
     ]
-    assert {path.stem for path in folder.glob("*.png")} == pictures
+    assert {path.stem for path in folder.glob("*.png")} == drawn
     text = written[0].read_text()
-    assert all((f"]({name}.png)" in text) == (name in pictures) for name in ("pareto", "depth", "curves"))
+    assert all((f"]({name}.png)" in text) == (name in drawn) for name in ("pareto", "depth", "curves"))
     for path in written[1:]:
         pixels = matplotlib.image.imread(path)
         assert pixels.shape[1] == 1400
         assert pixels[..., :3].min() < 0.5
     assert ("The pictures show the first 4 of 5 tasks" in text) == (len(tasks_of(records)) == 5)
+    assert ("The pictures show" in text) == (len(tasks_of(records)) > 4)
     assert text.count("| setting | K |") == len(tasks_of(records))
+
+
+def test_a_picture_has_a_panel_for_each_of_four_tasks_and_a_point_and_a_name_for_each_setting(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    tasks = tasks_of([r for epochs in range(1, 6) for r in suite(epochs=epochs)])
+    assert all(draw(tmp_path / "picture.png", tasks, "") for draw in pictures.PICTURES.values())
+    assert [len(figure.axes) for figure in figures] == [4, 4, 4]
+    for figure in figures:
+        for axes, task in zip(figure.axes, tasks, strict=False):
+            assert axes.get_title(loc="left") == task.name
+            known = [s for s in task.settings if figure is not figures[1] or s.method != "infopro"]
+            assert sorted(note.get_text() for note in axes.texts) == sorted(s.short for s in known)
+    points = {tuple(np.ravel(bars.lines[0].get_data())) for bars in figures[0].axes[0].containers}
+    assert points == {(tasks[0].memory_ratio(s), s.accuracy.mean) for s in tasks[0].settings}
 
 
 def test_the_report_says_how_it_was_measured():
