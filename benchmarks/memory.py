@@ -85,7 +85,7 @@ def table(device: str) -> None:
     add(32, [2, 3, 4, 6, 8, "max"])
     add(32, [2, 4, 8, "max"], split_blocks=True, **LIGHT)
     add(32, [2, 4, 8], recompute=False)
-    add(32, [2, 4, 8, "max"], method="infopro")
+    add(32, [2, 4, 8, "max"], method="infopro", method_kwargs={"published": True})
     add(32, [2, 4], method="greedy")
     add(32, [2, 4], partition="stage")
     add(128, [4, 8])

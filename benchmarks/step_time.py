@@ -21,7 +21,7 @@ import localprop
 MODEL = "swin_tiny_patch4_window7_224"
 METHODS = {
     "greedy": {},
-    "infopro": {},
+    "infopro": {"method_kwargs": {"published": True}},
     "feature-reconstruction": {},
     "feature-reconstruction, pixel-shuffle": {"decoder": "pixel-shuffle"},
 }

@@ -1,8 +1,10 @@
 """The bench as a user runs it: real runs in processes of their own, on digits with a very small Swin."""
 
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,9 +121,9 @@ def steps_of(folder):
 
 
 def wait_for_the_lock(folder):
-    """Until the run whose bench was killed has saved its checkpoint and ended."""
-    while subprocess.run(["pgrep", "-f", str(folder / "runs")], stdout=subprocess.DEVNULL).returncode == 0:
-        time.sleep(0.05)
+    """Until the run whose bench was killed has saved its checkpoint and ended: it keeps others out so long."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def test_a_time_limit_stops_cleanly_and_failures_are_named(tmp_path, capsys):
@@ -136,29 +138,61 @@ def test_a_time_limit_stops_cleanly_and_failures_are_named(tmp_path, capsys):
     assert re.search(r"1 of 1 runs failed; greedy-k3-lr=1e\+30: the loss of module \d of 3 .* lower --lr", line)
 
 
-def test_results_of_other_settings_are_not_taken_for_this_suites(finished, suite_file, capsys):
-    assert main(["bench", suite_file, "--output", str(finished), "--set", "epochs=17"]) == 2
-    assert re.search(r"is of other settings \(epochs is 17, and was 16\); delete it", capsys.readouterr().err)
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ("epochs: 16", "epochs: 17", "epochs is 17 in the suite, and 16 there"),
+        ("batch_size", "clip_grad: 1.0\n  batch_size", "clip_grad is 1.0 in the suite, and None there"),
+        ("min_depth: 0", "min_depth: 1", "min_depth is 1 in the suite, and 0 there"),
+    ],
+)
+def test_results_of_other_settings_are_not_taken_for_this_suites(finished, tmp_path, capsys, old, new, difference):
+    path = tmp_path / "two.yaml"
+    path.write_text(SUITE.replace(old, new))
+    assert main(["bench", str(path), "--output", str(finished)]) == 2
+    assert f"is of other settings ({difference}); delete it" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_with(finished, tmp_path, capsys):
+    path = tmp_path / "two.yaml"
+    path.write_text(SUITE.replace("epochs: 16", "epochs: 17").replace("val_interval: 16", "val_interval: 17"))
+    shutil.copytree(finished / "runs" / "greedy-k3", tmp_path / "out" / "runs" / "greedy-k3")
+    (tmp_path / "out" / "runs" / "greedy-k3" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert main(["bench", str(path), "--output", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert "runs/greedy-k3 is of other settings (epochs is 17 in the suite, and 16 there)" in line
+
+
+def test_a_run_that_cannot_go_on_says_what_to_delete(finished, suite_file, tmp_path, capsys):
+    run = tmp_path / "runs" / "greedy-k3"
+    shutil.copytree(finished / "runs" / "greedy-k3", run)
+    (run / "checkpoints" / "step-00000003").mkdir(parents=True)  # of which nothing is left
+    assert main(["bench", suite_file, "--output", str(tmp_path), "--only", "greedy-k3"]) == 2
+    assert f"to begin it anew, delete {run}" in capsys.readouterr().err
 
 
 def test_two_benches_do_not_share_a_folder(suite_file, tmp_path):
     suite = load_suite(suite_file)
-    runner = Runner(suite, tmp_path)
-    with runner._alone(), pytest.raises(BenchError, match="another bench runs in"):
+    with Runner(suite, tmp_path)._alone(), pytest.raises(BenchError, match="another bench runs in"):
         Runner(suite, tmp_path).run(lambda jobs: None)
 
 
-def test_folders_take_the_place_of_named_data(suite_file, tmp_path):
-    suite = load_suite(suite_file)
-    with pytest.raises(BenchError, match="has no such data; it has digits"):
-        Runner(suite, tmp_path, data={"cifar10": "x"})
+def test_a_folder_that_cannot_be_written_to_is_one_line(suite_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["bench", suite_file, "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_folders_take_the_place_of_named_data(suite_file, tmp_path, capsys):
+    assert main(["bench", suite_file, "--output", str(tmp_path), "--data", "cifar10=x"]) == 2
+    assert "--data cifar10=...: two has no such data; it has digits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "suite": "x", "other": 2}'])
-def test_a_damaged_result_is_one_line(finished, suite_file, tmp_path, content):
+def test_a_damaged_result_is_one_line(suite_file, tmp_path, capsys, content):
     (tmp_path / "greedy-k3.json").write_text(content)
-    with pytest.raises(BenchError, match="damaged; delete it"):
-        Runner(load_suite(suite_file), tmp_path)
+    assert main(["bench", suite_file, "--output", str(tmp_path)]) == 2
+    assert "damaged; delete it" in capsys.readouterr().err
 
 
 def test_records_survive_writing(finished, tmp_path):
@@ -175,7 +209,7 @@ def test_the_index_lists_suites(capsys):
     listed = capsys.readouterr().out
     assert all(name in listed for name in shipped_suites())
     assert main(["bench", "smoke", "--list"]) == 0
-    assert len(capsys.readouterr().out.split()) == 19
+    assert len(capsys.readouterr().out.split()) == 23
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,16 @@ def test_a_setting_that_follows_from_others_is_not_in_the_name(write):
     assert suite.runs[2].axes == {"data": "svhn", "epochs": 2, "amp": True}
 
 
+def test_more_seeds_leave_the_names_of_runs_alone(write):
+    names = [{run.name for run in load_suite(write(GRID.replace("[1, 2]", seeds))).runs} for seeds in ("1", "[1, 2]")]
+    assert names[0] < names[1]
+
+
+def test_a_misspelt_method_is_found_before_anything_runs(write):
+    with pytest.raises(ConfigError, match="did you mean 'greedy'"):
+        load_suite(write("settings: {}\nruns: [{method: greddy}]"))
+
+
 def test_values_that_are_lists_or_mappings_lie_in_another_list(write):
     runs = "[{cuts: [[a, b], [c]]}, {method_kwargs: [{weight: 0.5}, {weight: 2}]}]"
     suite = load_suite(write(f"settings: {{}}\nruns: {runs}"))
@@ -81,7 +91,7 @@ def test_only_some_runs(write):
 def test_a_base_comes_before_a_suites_own_runs(write):
     own = load_suite(write("base: smoke\nruns: [{method: mine, plugin: mine.py, modules: 2}]"))
     base = load_suite("smoke")
-    assert [run.name for run in own.runs] == [*(run.name for run in base.runs), "mine-k2"]
+    assert [run.name for run in own.runs] == [*(run.name for run in base.runs), "mine-k2-s1"]
     assert [run.config for run in own.runs[:-1]] == [run.config for run in base.runs]
     assert own.runs[-1].config.optim == base.runs[0].config.optim
     with pytest.raises(BenchError, match="no suite is called 'smok'; did you mean 'smoke'"):
@@ -98,6 +108,9 @@ def test_a_base_comes_before_a_suites_own_runs(write):
         ("setings: {}\nruns: [{}]", BenchError, "unknown key 'setings'"),
         ("settings: {output: here}\nruns: [{}]", BenchError, "output is not for a suite to set"),
         ("settings: {}\nruns: [{epochs: 2}, {epochs: 2}]", BenchError, "2 runs are called run"),
+        ("settings: {}\nruns: []", BenchError, "has no runs"),
+        ("settings: {decoder: conf}\nruns: [{}]", BenchError, "unknown decoder 'conf'; did you mean 'conv'"),
+        ("base: own.yaml\nruns: [{}]", BenchError, "is its own base"),
     ],
 )
 def test_a_mistake_is_one_line(write, text, error, line):

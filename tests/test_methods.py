@@ -214,7 +214,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("modules", PUBLISHED)
 def test_infopro_takes_the_published_weights(modules):
-    losses = [make_loss("infopro", index=i, count=modules) for i in range(modules - 1)]
+    losses = [make_loss("infopro", index=i, count=modules, published=True) for i in range(modules - 1)]
     weights = [(loss.reconstruction_weight, loss.task_weight) for loss in losses]
     assert weights == [pytest.approx(pair) for pair in PUBLISHED[modules]]
     for loss, (reconstruction, task) in zip(losses, weights, strict=True):
@@ -223,6 +223,11 @@ def test_infopro_takes_the_published_weights(modules):
         output = features((4, 4, 24))
         logits = loss(output, None, PIXELS, LABELS)[1]
         assert (logits is None) == (loss.classify(output) is None) == (task == 0)
+
+
+def test_infopro_weighs_both_terms_alike_unless_told_otherwise():
+    losses = [make_loss("infopro", index=i, count=4) for i in range(3)]
+    assert [(loss.reconstruction_weight, loss.task_weight) for loss in losses] == [(1, 1)] * 3
 
 
 def test_infopro_takes_weights_of_ones_own():
@@ -327,7 +332,7 @@ def test_only_a_modules_output_carries_gradients_to_its_loss(method):
     assert seen == [[True, False, False]] * 3
 
 
-# Of InfoPro with two modules, only the first rebuilds the image; of three, the published weights leave it to both.
+# Of InfoPro the last module alone does not rebuild the image.
 LOOKING = {("feature-reconstruction", 3): [], ("greedy", 3): [], ("infopro", 3): [0, 1], ("infopro", 2): [0]}
 
 

@@ -48,7 +48,7 @@ UNFINISHED = 75  # the shell's EX_TEMPFAIL: call again
 # What may differ when a run goes on: where it runs, not what it computes.
 _FREE_ON_RESUME = {
     *("resume", "device", "compile", "offload_optimizer"),
-    *("workers", "data_dir", "val_interval", "output", "checkpoint_steps", "checkpoint_hist"),
+    *("workers", "data_dir", "val_interval", "output", "checkpoint_steps", "checkpoint_hist", "download"),
 }
 
 
@@ -109,8 +109,11 @@ def _train(argv: Sequence[str]) -> int:
     own = read_config(folder)
     config = _parse(TrainConfig, "train", argv, _over(own, files))
     before, after = to_flat(own), to_flat(config)
+    free = set(_FREE_ON_RESUME)
+    if all(settings["data"].startswith("folder:") for settings in (before, after)):
+        free.add("data")  # a folder may have moved
     for key, value in after.items():
-        if value != before[key] and key not in _FREE_ON_RESUME:
+        if value != before[key] and key not in free:
             flag = key.replace("_", "-")
             raise ConfigError(f"--{flag} was {before[key]} when {folder} began; resume without it, or start a new run")
     return _run(config, folder)
@@ -118,7 +121,7 @@ def _train(argv: Sequence[str]) -> int:
 
 def _run(config: TrainConfig, resumed: Path | None) -> int:
     from localprop.advice import Headroom, fit, predict
-    from localprop.experiment import create_run_folder, prepare, write_description
+    from localprop.experiment import create_run_folder, note_resumption, prepare, write_description
     from localprop.report import Progress, final_table, next_steps
     from localprop.state import TrainingState
     from localprop.trainer import WEIGHTS, Interrupted, Trainer
@@ -141,7 +144,9 @@ def _run(config: TrainConfig, resumed: Path | None) -> int:
     names = [_span(module.units) for module in net.local_modules]
     evaluated_on = experiment.data.evaluated_on
     notes += trainer.resume() if resumed else []
-    if not resumed:
+    if resumed:
+        note_resumption(folder)
+    else:
         write_description(folder, experiment, net)
     side = experiment.data.img_size
     console.out(f"{experiment.title} at {side}x{side}: {len(names)} modules, {experiment.device}", highlight=False)
@@ -190,7 +195,7 @@ def _plan(argv: Sequence[str]) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    from localprop.bench import Runner, SuiteView, load_suite, shipped_suites, write_report
+    from localprop.bench import Runner, SuiteView, find_suite, load_suite, shipped_suites, write_report
 
     console = Console()
     if not argv:
@@ -204,8 +209,14 @@ def _bench(argv: Sequence[str]) -> int:
         for path in write_report(report.folder):
             console.out(path, highlight=False)
         return 0
+    if not argv[0].startswith("-"):
+        find_suite(argv[0], "report")  # before its flags: a misspelt name is what is wrong
     options: BenchConfig = _parse(BenchConfig, "bench", argv)
     suite = load_suite(options.suite, options.set)
+    known = {run.config.data.data for run in suite.runs}
+    for name in options.data or {}:
+        if name not in known:
+            raise BenchError(f"--data {name}=...: {suite.name} has no such data; it has {', '.join(sorted(known))}")
     if options.only:
         suite = suite.only(options.only)
     if options.list:
@@ -213,19 +224,21 @@ def _bench(argv: Sequence[str]) -> int:
             console.out(run.name, highlight=False)
         return 0
     folder = options.output or Path("bench", suite.name)
-    places = {name: getattr(options, name) for name in ("data_dir", "device")}
+    places = {name: getattr(options, name) for name in ("data_dir", "device", "download")}
     seconds = parse_duration(options.time_limit) if options.time_limit else None
-    runner = Runner(
-        suite, folder, options.jobs, {k: v for k, v in places.items() if v is not None}, options.data or {}, seconds
-    )
+    runner = Runner(suite, folder, options.jobs, {k: v for k, v in places.items() if v}, options.data or {}, seconds)
     with SuiteView(console, suite.name) as view:
         jobs = runner.run(view.show)
     left = [job for job in jobs if job.state in ("waiting", "stopped")]
+    failed = [job for job in jobs if job.state == "failed"]
+    failure = f"{len(failed)} of {len(jobs)} runs failed; {failed[0].run.name}: {failed[0].problem}" if failed else ""
     if left:
         console.out(f"{len(left)} of {len(jobs)} runs are left; the same command goes on", highlight=False)
+        if failure:
+            print(f"localprop: {failure}", file=sys.stderr)
         return 128 + runner.signal if runner.signal else UNFINISHED
-    if failed := [job for job in jobs if job.state == "failed"]:
-        raise BenchError(f"{len(failed)} of {len(jobs)} runs failed; {failed[0].run.name}: {failed[0].problem}")
+    if failure:
+        raise BenchError(failure)
     console.out(f"tables and pictures: localprop bench report {shlex.quote(str(folder))}", highlight=False)
     return 0
 

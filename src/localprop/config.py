@@ -268,6 +268,8 @@ class TrainConfig:
         ]:
             if value is not None and not value >= least:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        if optim.warmup_epochs is not None and optim.warmup_epochs > optim.epochs:
+            raise ConfigError(f"--warmup-epochs is {optim.warmup_epochs:g}, longer than --epochs {optim.epochs}")
         if not 0 <= data.smoothing < 1:
             raise ConfigError(f"--smoothing is {data.smoothing}; it must be at least 0 and below 1")
         if optim.clip_grad is not None and optim.clip_grad <= 0:
@@ -295,11 +297,13 @@ class BenchConfig:
     time_limit: OptionalStr = None
     """Stop between two steps after this time, 9m or 1h30m, with everything saved; exit code 75 if runs are left."""
     data: Pairs = None
-    """Folders of images in place of named datasets, such as cifar10=PATH."""
+    """Folders of images in place of named datasets, such as cifar10=PATH, with PATH/train and PATH/test."""
     set: Pairs = None
     """Other settings for all runs, such as epochs=1; they are part of the result."""
     data_dir: OptionalPath = None
-    """Where torchvision's datasets lie."""
+    """Where torchvision's datasets lie or are downloaded to."""
+    download: bool = False
+    """Download datasets that are not there."""
     device: OptionalStr = None
     """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
 
@@ -366,7 +370,7 @@ def to_flags(config: TrainConfig) -> list[str]:
     """The flags of `localprop train` that give these settings; defaults are left out."""
     default, words = to_flat(TrainConfig()), []
     for name, value in to_flat(config).items():
-        if value == default[name] or value == {}:
+        if value == default[name]:
             continue
         if isinstance(value, bool) and isinstance(default[name], bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")

@@ -224,6 +224,19 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork) -
     write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
 
 
+def note_resumption(folder: Path) -> None:
+    """Adds to run.json with what a run goes on, if that is another commit, version or machine than before.
+
+    Raises:
+        CheckpointError: run.json is missing or damaged, or the disk fails.
+    """
+    description, now = read_description(folder), provenance()
+    known = [description["provenance"], *description.get("resumed_with", [])]
+    if all({**other, "date": now["date"], "threads": now["threads"]} != now for other in known):
+        description["resumed_with"] = [*description.get("resumed_with", []), now]
+        write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
+
+
 def read_config(folder: Path) -> TrainConfig:
     """The settings of an old run.
 

@@ -49,6 +49,8 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, step
     if config.sched not in SCHEDULERS:
         raise ConfigError(f"--sched {config.sched!r} is no schedule; {suggestion(config.sched, SCHEDULERS)}")
     warmup = config.warmup_epochs if config.warmup_epochs is not None else min(3, config.epochs / 10)
+    if config.sched in ("rsqrt", "wsd") and not 0 < warmup < config.epochs:
+        raise ConfigError(f"--sched {config.sched} needs a warm-up shorter than the run; set --warmup-epochs")
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=config.sched,

@@ -52,6 +52,8 @@ class Position:
     """Seconds spent on training batches of the epoch under way."""
     loss_sums: list[float] = field(default_factory=list)
     """Sum of each module's losses over those batches."""
+    peak: int | None = None
+    """Measured peak memory of a step in bytes."""
 
 
 class Trainer:
@@ -68,7 +70,7 @@ class Trainer:
 
     Attributes:
         peak: measured peak memory of a step in bytes. It is that of the second step since the start, when optimizers
-            have their state; on CUDA, of all steps so far. None before.
+            have their state; on CUDA, of all steps so far. None before. A resumed run knows what was measured before.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Trainer:
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
         self.state.load(checkpoint.parts, checkpoint.step)
         self.position = Position(**checkpoint.meta["position"])
+        self.peak = self.position.peak
         self.curve.load(checkpoint.meta.get("curve", {}))
         results = self.folder / RESULTS
         if results.exists():
@@ -134,6 +137,7 @@ class Trainer:
                 self._train_epoch(progress)
                 self._finish_epoch(progress)
             # Of a finished run that is resumed nothing is left to do but this.
+            self.curve.write(self.folder / LOSSES)
             save_weights(self.folder / WEIGHTS, self.state.evaluated.state_dict())
         return self.rows
 
@@ -191,7 +195,7 @@ class Trainer:
                 # On a CPU the batch has to begin inside, for its end to be seen.
                 own = [tensor.clone() for tensor in batch] if self.device.type == "cpu" else batch
                 losses = self.state.train_step(own, seed)
-            self.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
+            self.peak = self.position.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
             return losses
         except RuntimeError as error:
             if is_out_of_memory(error):

@@ -9,6 +9,6 @@ placing.py finds room for labels, published.py compares with figures of others.
 from localprop.bench.live import SuiteView
 from localprop.bench.report import write_report
 from localprop.bench.runner import Runner
-from localprop.bench.suite import load_suite, shipped_suites
+from localprop.bench.suite import find_suite, load_suite, shipped_suites
 
-__all__ = ["Runner", "SuiteView", "load_suite", "shipped_suites", "write_report"]
+__all__ = ["Runner", "SuiteView", "find_suite", "load_suite", "shipped_suites", "write_report"]

@@ -6,19 +6,43 @@ from typing import Any
 
 from localprop.bench.record import Record
 from localprop.bench.suite import SuiteRun
-from localprop.config import from_flat, to_flat
+from localprop.config import TrainConfig, to_flat
 from localprop.errors import BenchError
 from localprop.experiment import read_config, read_description
 from localprop.report import EpochRow, read_losses, read_results
 from localprop.trainer import LOSSES, RESULTS
 
-# Places of one machine, and what decides nothing but how long something takes to be saved.
-_LOCAL = ("output", "experiment", "resume", "data_dir", "device", "workers", "download", "checkpoint_hist")
+# Where a run happens and how often it is saved: places of one machine, which decide no result.
+_LOCAL = (
+    *("output", "experiment", "resume", "data_dir", "device", "workers", "download"),
+    *("checkpoint_hist", "checkpoint_steps"),
+)
+# What a run fills in where the suite leaves it open.
+_FILLED = ("img_size", "model_kwargs", "hflip")
+_CHOSEN = ("method", "modules", "cuts", "split_blocks", "grad_checkpointing")  # for a budget
 
 
-def settings_of(config: Any) -> dict[str, Any]:
+def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Every setting but for those that name places of one machine."""
     return {key: value for key, value in to_flat(config).items() if key not in _LOCAL}
+
+
+def differing(found: dict[str, Any], run: SuiteRun) -> str | None:
+    """The setting by which a result with the settings `found` is not of this run, in words; None where it is."""
+    for key, value in settings_of(run.config).items():
+        open_ = (key in _FILLED and value is None) or (run.config.local.budget and key in _CHOSEN)
+        if not open_ and found.get(key) != value:
+            return f"{key} is {value} in the suite, and {found.get(key)} there"
+    return None
+
+
+def settings_in(folder: Path, run: SuiteRun) -> dict[str, Any]:
+    """The settings of a run folder, under the name that the suite has for its data.
+
+    Raises:
+        CheckpointError, ConfigError: it is no run folder, or damaged.
+    """
+    return settings_of(read_config(folder)) | {"data": run.config.data.data}
 
 
 def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
@@ -35,20 +59,24 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
         BenchError: the run has not come to its end.
     """
     description, rows, losses = read_description(folder), read_results(folder / RESULTS), read_losses(folder / LOSSES)
+    if not rows or not losses:
+        raise BenchError(f"{folder} has no results; delete it to run it again")
     last = rows[-1]
     if last.epoch != run.config.optim.epochs:
-        raise BenchError(f"{folder} ends with epoch {last.epoch} of {run.config.optim.epochs}; run the suite again")
-    # What the run has filled in, such as model_kwargs, under the names that the suite has for its data.
-    filled = settings_of(read_config(folder)) | {"data": run.config.data.data}
+        raise BenchError(
+            f"{folder} ends with epoch {last.epoch} of {run.config.optim.epochs}; delete it to run it again"
+        )
+    # Labels of random pixels are no better than random.
+    meaningless = run.config.data.data == "synthetic"
     return Record(
         suite=suite,
         run=run.name,
         axes=run.axes,
         result={
             "evaluated_on": description["evaluated_on"],
-            "accuracy": last.accuracy,
-            "module_accuracies": list(last.test_accuracies),
-            "top5": last.test_top5,
+            "accuracy": None if meaningless else last.accuracy,
+            "module_accuracies": [None if meaningless else value for value in last.test_accuracies],
+            "top5": None if meaningless else last.test_top5,
             "loss": last.test_loss,
             "epochs": last.epoch,
             "steps": last.step,
@@ -65,8 +93,8 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
             "img_size": description["input_size"][-1],
             "classes": len(description["classes"]),
         },
-        config=filled,
-        provenance=description["provenance"],
+        config=settings_in(folder, run),
+        provenance=description["provenance"] | {"resumed_with": description.get("resumed_with", [])},
     )
 
 
@@ -80,16 +108,3 @@ def _cost(rows: list[EpochRow], losses: list[list[float]]) -> dict[str, Any]:
         "images_per_second": statistics.median(row.images_per_second for row in rows),
         "seconds": last.seconds,
     }
-
-
-def differing(record: Record, run: SuiteRun) -> str | None:
-    """The setting by which a record is not of this run, or None; what a run fills in itself does not count."""
-    for key, value in settings_of(run.config).items():
-        if value is not None and key in record.config and record.config[key] != value:
-            return f"{key} is {value}, and was {record.config[key]}"
-    return None
-
-
-def with_places(run: SuiteRun, places: dict[str, Any]) -> Any:
-    """The run's config with what depends on the machine: folders, device."""
-    return from_flat(places, "bench", run.config)

@@ -13,8 +13,9 @@ from localprop.bench.settings import Setting, Spread, difference
 BASELINE = "end-to-end"
 # What has to be the same before two accuracies, peaks or times say anything about each other.
 TASK = ("data", "model", "model_kwargs", "img_size", "amp", "amp_dtype", "epochs", "batch_size")
+_QUIET = ("model_kwargs", "amp_dtype", "batch_size", "source", "epochs", "img_size", "amp")
 # What a run does not depend on; names and places.
-_FREE = {"output", "experiment", "resume", "workers", "data_dir", "download", "checkpoint_steps", "checkpoint_hist"}
+_FREE = {"output", "experiment", "resume", "workers", "data_dir", "download", "plugin", "hold_on_device"}
 # What end-to-end training has no use for: runs of it that differ in these are the same run.
 _LOCAL = {"modules", "decoder", "head", "partition", "cuts", "min_depth", "budget", "method_kwargs"}
 
@@ -74,6 +75,10 @@ def tasks_of(records: Sequence[Record]) -> list[Task]:
     groups = _grouped(records, _conditions)
     conditions = [_conditions(group[0]) for group in groups]
     varied = [key for key in conditions[0] if len({_key(values[key]) for values in conditions}) > 1]
+    for key in _QUIET:  # what is not needed to tell tasks apart is not part of their names
+        fewer = [other for other in varied if other != key]
+        if len({_task_name(values, fewer) for values in conditions}) == len(conditions):
+            varied = fewer
     return [_task(group, _task_name(values, varied)) for group, values in zip(groups, conditions, strict=True)]
 
 
@@ -81,7 +86,12 @@ def _conditions(record: Record) -> dict[str, Any]:
     """What has to be the same before two runs are compared; accuracies on validation and test images never are."""
     found = {key: record.config.get(key) for key in TASK}
     # None means the dataset's own size.
-    return {**found, "img_size": record.data.get("img_size"), "evaluated_on": record.result.get("evaluated_on")}
+    return {
+        **found,
+        "img_size": record.data.get("img_size"),
+        "evaluated_on": record.result.get("evaluated_on"),
+        "source": record.data.get("source"),
+    }
 
 
 def _task(records: list[Record], name: str) -> Task:

@@ -30,22 +30,25 @@ def draw_pareto(path: Path, tasks: Sequence[Task], title: str) -> bool:
 
     Args:
         path: the PNG, 1400 pixels wide, replaced if it is there.
-        tasks: the first four are drawn.
+        tasks: the first four are drawn; where some have accuracies, of these.
         title: above the picture.
 
     Returns:
         False, and writes nothing, if no setting's memory is known.
     """
-    shown = [task for task in tasks if any(s.memory for s in task.settings)][:MOST_PANELS]
+    shown = [task for task in tasks if any(s.memory for s in task.settings)]
     if not shown:
         return False
-    if any(s.accuracy and s.memory for task in shown for s in task.settings):
+    accurate = [task for task in shown if any(s.accuracy and s.memory for s in task.settings)]
+    if accurate:
+        shown = accurate[:MOST_PANELS]
         figure, panels = _panels(shown, f"{title}: accuracy and peak memory", side=0.25)
         what = "bars: ± standard deviation over seeds; line: best accuracy at that memory or less"
         figure.text(0.985, 1 - 0.16 / figure.get_figheight(), what, ha="right", va="top", fontsize=8, color="0.4")
         for axes, task in zip(panels, shown, strict=True):
             _pareto_panel(axes, task)
     else:
+        shown = shown[:MOST_PANELS]
         figure, panels = _panels(shown, f"{title}: peak memory of a training step", side=0.6, left=2.3)
         for axes, task in zip(panels, shown, strict=True):
             _memory_panel(axes, task)

@@ -29,9 +29,11 @@ class Record:
         cost: "predicted_memory" and "peak_memory" (bytes of a training step, or None), "seconds_per_step" (median),
             "images_per_second", "seconds" (wall clock of the run, evaluation included), "jobs" (runs at once).
         network: "modules" (names of units of each), "parameters", "auxiliary_parameters" (of each module).
-        data: "name", "train_images", "evaluated_images", "img_size", "classes" (their number).
+        data: "name", "source" ("folder", or "named" for torchvision's files), "train_images", "evaluated_images",
+            "img_size", "classes" (their number).
         config: every setting, but for those that name places of one machine.
-        provenance: commit, dirty, versions, machine; see `localprop.provenance`.
+        provenance: commit, dirty, versions, machine, of the run's beginning; see `localprop.provenance`; and
+            "resumed_with", a list of others that it was resumed with.
     """
 
     suite: str
@@ -52,10 +54,9 @@ def write_record(path: Path, record: Record) -> None:
         CheckpointError: the disk is full, may not be written or fails.
     """
     content = asdict(record)
-    curve = content["result"].pop("curve")
-    content["result"]["curve"] = "CURVE"
-    text = json.dumps({"format": FORMAT, **content}, indent=1)
-    write_text(path, text.replace('"CURVE"', json.dumps(curve)) + "\n")
+    curve, content["result"]["curve"] = content["result"]["curve"], None
+    head, mark, tail = json.dumps({"format": FORMAT, **content}, indent=1).partition('"curve": null')
+    write_text(path, head + mark.replace("null", json.dumps(curve)) + tail + "\n")
 
 
 def read_record(path: Path) -> Record:

@@ -13,7 +13,7 @@ from localprop.checkpoint import write_text
 from localprop.config import TrainConfig, from_flat, to_flags, to_flat
 from localprop.report import format_duration
 
-_NOT_MACHINE = ("commit", "dirty", "date", "versions")
+_NOT_MACHINE = ("commit", "dirty", "date", "versions", "resumed_with")
 
 
 def write_report(folder: Path) -> list[Path]:
@@ -48,8 +48,13 @@ def write_report(folder: Path) -> list[Path]:
 def task_sections(tasks: Sequence[Task]) -> list[str]:
     """Lines of Markdown: a section (`##`) per task with its two tables."""
     lines = []
+    shared = common_settings([record for task in tasks for s in task.settings for record in s.records.values()])
     for task in tasks:
         lines += [f"## {task.name}", "", setting_table(task), ""]
+        records = [record for s in task.settings for record in s.records.values()]
+        own = {key: value for key, value in common_settings(records).items() if key not in shared}
+        if own:
+            lines += [f"In all of these runs: `{shlex.join(_flags(own))}`", ""]
         if notes := _notes(task):
             lines += [" ".join(notes), ""]
         if any(a is not None for setting in task.settings for a in setting.module_accuracies):
@@ -60,9 +65,10 @@ def task_sections(tasks: Sequence[Task]) -> list[str]:
 def how_measured(records: Sequence[Record]) -> list[str]:
     """Lines of Markdown: what the numbers mean, the settings that all records share, and what they were made on."""
     common, known = common_settings(records), to_flat(TrainConfig())
-    flags = to_flags(from_flat({key: value for key, value in common.items() if key in known}, "the records"))
+    flags = _flags(common)
     others = [f", `{key}={value}`" for key, value in common.items() if key not in known]
-    provenances = [record.provenance for record in records]
+    begun = [record.provenance for record in records]
+    provenances = [*begun, *(other for first in begun for other in first.get("resumed_with", []))]
     seconds = sum(record.cost.get("seconds") or 0 for record in records)
     return [
         "Accuracy is that of the network after the last epoch; no epoch is chosen. ± is the sample standard deviation "
@@ -80,12 +86,22 @@ def how_measured(records: Sequence[Record]) -> list[str]:
     ]
 
 
+def _flags(settings: dict[str, Any]) -> list[str]:
+    """The flags of `localprop train` for those of the settings that it knows; defaults are left out."""
+    known = to_flat(TrainConfig())
+    return to_flags(from_flat({key: value for key, value in settings.items() if key in known}, "the records"))
+
+
 def _notes(task: Task) -> list[str]:
     notes = []
     if task.baseline is None:
         notes.append("There is no end-to-end run to compare with.")
     elif sum(s.method == BASELINE for s in task.settings) > 1:
         notes.append("Gaps and ratios are to the first row's.")
+    records = [record for s in task.settings for record in s.records.values()]
+    for what, where in (("cpu", "provenance"), ("gpu", "provenance"), ("jobs", "cost")):
+        if len({getattr(record, where).get(what) for record in records}) > 1:
+            notes.append(f"Not all runs have the same {what}: times, and memory of another device, do not compare.")
     if any(s.accuracy and len(s.accuracies) < len(s.records) for s in task.settings):
         notes.append("Runs without an accuracy count among the seeds, but not in the means.")
     return notes
@@ -93,8 +109,9 @@ def _notes(task: Task) -> list[str]:
 
 def _data_line(record: Record) -> str:
     data = record.data
+    source = " (a folder of images)" if data.get("source") == "folder" else ""
     return (
-        f"- {data.get('name')}: {data.get('train_images')} training images, evaluated on "
+        f"- {data.get('name')}{source}: {data.get('train_images')} training images, evaluated on "
         f"{data.get('evaluated_images')} {record.result.get('evaluated_on')} images; {data.get('img_size')} px, "
         f"{data.get('classes')} classes"
     )

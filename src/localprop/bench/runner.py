@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from localprop.bench.collect import collect, differing, with_places
+from localprop.bench.collect import collect, differing, settings_in
 from localprop.bench.record import read_record, write_record
 from localprop.bench.suite import Suite, SuiteRun
-from localprop.config import to_flags
+from localprop.config import from_flat, to_flags, to_flat
+from localprop.data import named_settings
 from localprop.errors import BenchError, LocalpropError
 from localprop.trainer import CHECKPOINTS
 
@@ -43,7 +44,6 @@ class Job:
     state: Literal["waiting", "running", "done", "stopped", "failed"] = "waiting"
     process: subprocess.Popen | None = None
     started: float | None = None
-    seconds: float = 0.0
     problem: str = ""
 
 
@@ -59,8 +59,9 @@ class Runner:
         data: folders of images in place of named datasets.
         seconds: after how long to stop, between two steps; None for never.
 
-    Raises:
-        BenchError: a result that is there is of other settings, or another bench runs in the folder.
+    Attributes:
+        list: what there is to run and how far it is; empty before.
+        signal: the number of the signal that stopped it; 0 for none.
     """
 
     suite: Suite
@@ -71,19 +72,20 @@ class Runner:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        self.list = [self._job(run) for run in self.suite.runs]
+        self.list: list[Job] = []
         self.signal = 0
-        unknown = set(self.data) - {run.config.data.data for run in self.suite.runs}
-        if unknown:
-            known = sorted({run.config.data.data for run in self.suite.runs})
-            raise BenchError(
-                f"--data {min(unknown)}=...: {self.suite.name} has no such data; it has {', '.join(known)}"
-            )
+        self._stopping = False
 
     def run(self, show: Callable[[list[Job]], None]) -> list[Job]:
-        """Runs what has no result yet; calls `show` again and again, and at the end."""
+        """Runs what has no result yet; calls `show` again and again, and at the end.
+
+        Raises:
+            BenchError: a result or a checkpoint that is there is of other settings, the folder cannot be written to, or
+                another bench runs in it.
+        """
         started = time.monotonic()
-        with self._alone(), self._signals():
+        with self._alone() as lock, self._signals():
+            self.list = [self._job(run) for run in self.suite.runs]
             while True:
                 for job in self.list:
                     if job.process is not None and job.process.poll() is not None:
@@ -94,7 +96,7 @@ class Runner:
                 running = sum(job.process is not None for job in self.list)
                 waiting = [job for job in self.list if job.state == "waiting"]
                 for job in waiting[: self.jobs - running]:
-                    self._start(job)
+                    self._start(job, lock)
                 show(self.list)
                 if not running and not waiting:
                     break
@@ -106,20 +108,30 @@ class Runner:
         folder, record = self.folder / _RUNS / run.name, self.folder / f"{run.name}.json"
         job = Job(run, folder, self.folder / _LOGS / f"{run.name}.log", record)
         if record.exists():
-            found = read_record(record)
-            if difference := differing(found, run):
-                raise BenchError(f"{record} is of other settings ({difference}); delete it or choose another --output")
-            job.state, job.seconds = "done", found.cost["seconds"]
+            found, place, state = read_record(record).config, record, "done"
+        elif _has_checkpoint(folder):
+            found, place, state = settings_in(folder, run), folder, "waiting"
+        else:
+            return job
+        if difference := differing(found, run):
+            raise BenchError(f"{place} is of other settings ({difference}); delete it or choose another --output")
+        job.state = state  # type: ignore[assignment]
         return job
 
-    def _start(self, job: Job) -> None:
-        flags = ["--resume", str(job.folder)]
-        if not any(job.folder.glob(f"{CHECKPOINTS}/step-*")):
+    def _start(self, job: Job, lock: int) -> None:
+        name, places = job.run.config.data.data, dict(self.places)
+        if name in self.data:
+            # A folder does not tell what a named dataset does.
+            own = to_flat(job.run.config)
+            places |= {key: value for key, value in named_settings(name).items() if own[key] is None}
+            places["data"] = f"folder:{self.data[name]}"
+        if _has_checkpoint(job.folder):
+            flags = ["--resume", str(job.folder)]
+            flags += [word for key, value in places.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        else:
             shutil.rmtree(job.folder, ignore_errors=True)  # cut off before its first checkpoint
-            name = job.run.config.data.data
-            data = {"data": f"folder:{self.data[name]}"} if name in self.data else {}
-            places = {**self.places, **data, "output": str(job.folder.parent), "experiment": job.folder.name}
-            flags = to_flags(with_places(job.run, {**places, "checkpoint_hist": 1}))
+            places |= {"output": str(job.folder.parent), "experiment": job.folder.name, "checkpoint_hist": 1}
+            flags = to_flags(from_flat(places, "bench", job.run.config))
         job.log.parent.mkdir(parents=True, exist_ok=True)
         cores = max(1, (os.cpu_count() or 1) // self.jobs)
         with job.log.open("a") as log:
@@ -130,29 +142,37 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(cores), **os.environ},
                 start_new_session=True,  # Ctrl-C is for the bench, which passes it on
+                pass_fds=(lock,),  # so that the folder stays locked until the last run has saved and ended
                 preexec_fn=_die_with_parent,
             )
         job.state, job.started = "running", time.monotonic()
 
     def _end(self, job: Job, code: int) -> None:
-        job.process, job.seconds = None, time.monotonic() - (job.started or 0)
-        if code in (128 + signal.SIGTERM, -signal.SIGTERM):  # below 0: before it could save anything
-            job.state = "stopped"
-        elif code:
-            lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
-            reason = lines[-1].removeprefix("localprop: ") if code == 2 and lines else f"exit code {code}"
-            job.state, job.problem = "failed", f"{reason} (see {job.log})"
+        job.process = None
+        if code in (0, 2):
+            self._finish(job, code)
+        elif code in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL) and self._stopping:
+            job.state = "stopped"  # below 0: before it could save anything
         else:
-            try:
-                write_record(job.record, collect(job.folder, self.suite.name, job.run, self.jobs))
-                job.state = "done"
-                # The weights stay; the optimizer's states, three times as large, have done their part.
-                shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
-            except LocalpropError as error:
-                job.state, job.problem = "failed", str(error)
+            job.state, job.problem = "failed", f"exit code {code} (see {job.log})"
+
+    def _finish(self, job: Job, code: int) -> None:
+        """Takes down what a run came to, or why it did not come to its end."""
+        try:
+            if code:
+                lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
+                raise BenchError(lines[-1].removeprefix("localprop: ") if lines else f"see {job.log}")
+            write_record(job.record, collect(job.folder, self.suite.name, job.run, self.jobs))
+            job.state = "done"
+            # The weights stay; the optimizer's states, three times as large, have done their part.
+            shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+        except LocalpropError as error:
+            again = f"; to begin it anew, delete {job.folder}" if _has_checkpoint(job.folder) else ""
+            job.state, job.problem = "failed", f"{error}{again} (log: {job.log})"
 
     def _stop(self) -> None:
         """Lets running runs save what they have, and end."""
+        self._stopping = True
         running = [job for job in self.list if job.process]
         for job in running:
             job.process.terminate()  # type: ignore[union-attr]
@@ -165,22 +185,32 @@ class Runner:
             self._end(job, code)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keeps a second bench out of the folder."""
+    def _alone(self) -> Iterator[int]:
+        """Keeps a second bench out of the folder; gives the descriptor of the lock."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield
-        except BlockingIOError:
-            raise BenchError(f"another bench runs in {self.folder}; wait for it, or choose another --output") from None
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            lock = (self.folder / ".lock").open("w")
+        except OSError as error:
             raise BenchError(f"cannot write into {self.folder}: {error.strerror}; choose another --output") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BenchError(
+                    f"another bench runs in {self.folder}, or its last run is still being saved; wait for it, or "
+                    "choose another --output"
+                ) from None
+            try:
+                yield lock.fileno()
+            except OSError as error:
+                place = error.filename or self.folder
+                raise BenchError(f"cannot go on: {place}: {error.strerror}; the same command goes on") from None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def remember(number: int, frame: Any) -> None:
             self.signal = number
+            signal.signal(number, before[signal.Signals(number)])  # a second one ends what hangs
 
         before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -188,6 +218,10 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.glob(f"{CHECKPOINTS}/step-*"))
 
 
 def _die_with_parent() -> None:

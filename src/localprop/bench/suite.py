@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from localprop.config import TrainConfig, from_flat, read_yaml, to_flat
+from localprop.decoders import DECODERS
 from localprop.errors import BenchError, suggestion
+from localprop.heads import HEADS
+from localprop.methods import check_method
 
 _FOLDER = Path(__file__).parent / "suites"
 # Where and how far a run goes is the bench's own affair.
@@ -32,6 +35,18 @@ _OWN = ("output", "experiment", "resume")
 _KEYS = ("description", "base", "settings", "runs")
 # What a run is named after wherever it differs, in this order.
 _NAMING = ("data", "model", "method", "modules", "partition", "decoder", "head")
+# What a run is named after only if nothing else tells it from another.
+_QUIET = (
+    "model_kwargs",
+    "img_size",
+    "epochs",
+    "val_interval",
+    "batch_size",
+    "lr",
+    "plugin",
+    "split_blocks",
+    "min_depth",
+)
 
 
 @dataclass(frozen=True)
@@ -94,12 +109,16 @@ def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
         BenchError: there is no such suite, or it is not one.
         ConfigError: a setting does not exist or has an impossible value.
     """
-    path = _path(name)
-    description, settings, blocks = _read(path)
+    path = find_suite(name)
+    description, settings, blocks = _read(path, ())
+    if changes:
+        from_flat(changes, "--set")  # else the suite's file would be blamed
     flats = [flat | (changes or {}) for flat in _expand(settings, blocks)]
     if own := set(_OWN) & {key for flat in flats for key in flat}:
         raise BenchError(f"{path}: {min(own)} is not for a suite to set; leave it out")
     configs = [from_flat(flat, str(path)) for flat in flats]
+    for config in configs:
+        _check(config, str(path))
     keys = _axes(settings, blocks, configs)
     axes = [{key: to_flat(config)[key] for key in keys} for config in configs]
     runs = [SuiteRun(*parts) for parts in zip(_names(keys, flats), axes, configs, strict=True)]
@@ -109,25 +128,46 @@ def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
     return Suite(path.stem, description, tuple(runs))
 
 
-def _path(name: str) -> Path:
-    shipped, path = _FOLDER / f"{name}.yaml", Path(name)
+def find_suite(name: str, *others: str, beside: Path = Path()) -> Path:
+    """The file of a suite: a shipped one's name, or a path, relative to the folder `beside`.
+
+    Raises:
+        BenchError: no suite has that name; `others` are more words that may have been meant.
+    """
+    shipped, path = _FOLDER / f"{name}.yaml", beside / name
     if not shipped.is_file() and path.suffix not in (".yaml", ".yml"):
-        raise BenchError(f"no suite is called {name!r}; {suggestion(name, [s.stem for s in _FOLDER.glob('*.yaml')])}")
+        known = [*(suite.stem for suite in _FOLDER.glob("*.yaml")), *others]
+        raise BenchError(f"no suite is called {name!r}; {suggestion(name, known)}")
     return shipped if shipped.is_file() else path
 
 
-def _read(path: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Description, settings and runs of a suite, those of its base included."""
+def _read(path: Path, above: tuple[Path, ...]) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """Description, settings and runs of a suite, those of its base included; `above` are the suites it is a base of."""
+    if path in above:
+        raise BenchError(f"{path} is its own base; leave that out")
     content = read_yaml(path)
     if unknown := set(content) - set(_KEYS):
         raise BenchError(f"{path}: unknown key {min(unknown)!r}; a suite has {', '.join(_KEYS)}")
-    base = ("", {}, []) if "base" not in content else _read(_path(str(content["base"])))
-    description, settings, runs = str(content.get("description") or ""), content.get("settings"), content.get("runs")
-    if settings is None and base[1]:
-        settings = {}
+    based: tuple[str, dict[str, Any], list[dict[str, Any]]] = ("", {}, [])
+    if "base" in content:
+        based = _read(find_suite(str(content["base"]), beside=path.parent), (*above, path))
+        content = {"settings": {}, "runs": [], **content}
+    settings, runs = content.get("settings"), content.get("runs")
     if not isinstance(settings, dict) or not isinstance(runs, list) or not all(isinstance(r, dict) for r in runs):
         raise BenchError(f"{path} is no suite; it needs 'settings', a mapping, and 'runs', a list of mappings")
-    return description, {**base[1], **_normal(settings)}, [*base[2], *map(_normal, runs)]
+    if not based[2] + runs:
+        raise BenchError(f"{path} has no runs; write one under 'runs'")
+    return str(content.get("description") or ""), based[1] | _normal(settings), [*based[2], *map(_normal, runs)]
+
+
+def _check(config: TrainConfig, source: str) -> None:
+    """Finds a misspelt name before hours of runs; what a plugin adds is known only to the runs."""
+    local = config.local
+    if config.backbone.plugin is None:
+        check_method(local.method, local.modules, dict(local.method_kwargs or {}))
+        for kind, name, known in (("head", local.head, HEADS), ("decoder", local.decoder, DECODERS)):
+            if name not in known:
+                raise BenchError(f"{source}: unknown {kind} {name!r}; {suggestion(name, known)}")
 
 
 def _normal(settings: dict[str, Any]) -> dict[str, Any]:
@@ -152,13 +192,14 @@ def _axes(settings: dict[str, Any], blocks: list[dict[str, Any]], configs: list[
     """The settings in which runs differ: those that name a run first, the seed last."""
     flats = [to_flat(config) for config in configs]
     named = [*_NAMING, *(key for part in (*blocks, settings) for key in part)]
-    differing = [key for key in dict.fromkeys(named) if any(flat[key] != flats[0][key] for flat in flats)]
+    # The seed counts where a suite names it, so that runs keep their names, and results, when there are more seeds.
+    differing = [k for k in dict.fromkeys(named) if k == "seed" or any(flat[k] != flats[0][k] for flat in flats)]
     return sorted(differing, key=lambda key: key == "seed")
 
 
 def _names(keys: list[str], flats: list[dict[str, Any]]) -> list[str]:
     """What runs are called: settings that differ, without those that would tell apart nothing more."""
-    for key in reversed([key for key in keys if key not in (*_NAMING, "seed")]):
+    for key in reversed([key for key in keys if key in _QUIET]):
         fewer = [other for other in keys if other != key]
         # Where they are unique neither way, the caller says so.
         if len({_name(fewer, flat) for flat in flats}) == len({_name(keys, flat) for flat in flats}):

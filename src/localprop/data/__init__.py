@@ -8,5 +8,6 @@ the trainer sees), sources.py (named datasets), folder.py (folders of images), m
 
 from localprop.data.base import Data
 from localprop.data.loading import load_data
+from localprop.data.sources import named_settings
 
-__all__ = ["Data", "load_data"]
+__all__ = ["Data", "load_data", "named_settings"]

@@ -88,6 +88,12 @@ def read_named(name: str, config: DataConfig) -> Arrays:
     return Arrays(classes, images.index_select(0, kept), labels[kept], images.index_select(0, held), labels[held])
 
 
+def named_settings(name: str) -> dict[str, Any]:
+    """What a named dataset settles where the user does not, for a folder of the same images; empty of unknown names."""
+    named = NAMED.get(name)
+    return {"img_size": named.img_size, "hflip": named.hflip} if named else {}
+
+
 def _missing(named: Named, root: Path) -> list[str]:
     return [file for file in named.files if not (root / file).is_file()]
 
