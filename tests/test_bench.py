@@ -67,7 +67,7 @@ def test_each_run_has_one_result(finished):
     assert record.result["accuracy"] == row.accuracy
     assert record.result["module_accuracies"] == list(row.test_accuracies)
     assert record.result["steps"] == STEPS == record.result["curve"]["step"][-1]
-    assert [row[2:] for row in losses] == record.result["curve"]["loss"]
+    assert [row[3:] for row in losses] == record.result["curve"]["loss"]
     assert record.result["evaluated_on"] == "test"
     assert record.axes == {"method": "greedy", "modules": 3}
     assert record.cost["peak_memory"] == row.peak_memory

@@ -58,7 +58,7 @@ def assert_same_results(output: Path, other: Path) -> None:
             b.test_accuracies,
         )
     curves = [read_losses(o / "run" / "losses.csv") for o in (output, other)]
-    assert [(row[0], *row[2:]) for row in curves[0]] == [(row[0], *row[2:]) for row in curves[1]]
+    assert [(row[0], *row[3:]) for row in curves[0]] == [(row[0], *row[3:]) for row in curves[1]]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,9 @@ def lively(tmp_path_factory):
 def test_a_run_leaves_everything_in_its_folder(plain):
     folder = plain / "run"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "run.json", "results.csv", "curves.png", "model.safetensors", "checkpoints"}
+    assert names == {
+        *("config.yaml", "run.json", "results.csv", "losses.csv", "curves.png", "model.safetensors", "checkpoints")
+    }
     rows = read_results(folder / "results.csv")
     assert [row.epoch for row in rows] == [1, 2, 3]
     assert [row.step for row in rows] == [5, 10, 15]
@@ -95,7 +97,7 @@ def test_losses_between_moments_have_the_epochs_mean(plain):
     rows, losses = read_results(plain / "run" / "results.csv"), read_losses(plain / "run" / "losses.csv")
     assert [row[0] for row in losses] == list(range(1, 3 * STEPS_PER_EPOCH + 1))  # so few steps are moments all
     for row in rows:
-        own = [found[2:] for found in losses[STEPS_PER_EPOCH * (row.epoch - 1) : STEPS_PER_EPOCH * row.epoch]]
+        own = [found[3:] for found in losses[STEPS_PER_EPOCH * (row.epoch - 1) : STEPS_PER_EPOCH * row.epoch]]
         means = [sum(column) / STEPS_PER_EPOCH for column in zip(*own, strict=True)]
         assert means == pytest.approx(list(row.train_losses), rel=1e-12)
 

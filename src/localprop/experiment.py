@@ -219,6 +219,7 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork) -
         "train_images": data.train_size,
         "evaluated_images": data.test_size,
         "steps": data.steps_per_epoch(experiment.config.optim.batch_size) * experiment.config.optim.epochs,
+        "device": experiment.device.type,
         "provenance": provenance(),
     }
     write_text(folder / RUN, json.dumps(description, indent=2) + "\n")

@@ -162,7 +162,7 @@ class Trainer:
         position, optim = self.position, self.config.optim
         every = self.config.run.checkpoint_steps
         self.net.train()
-        self._clock = time.perf_counter()
+        self._start_clock()
         batches = self.data.train_batches(position.epoch, optim.batch_size, self.device, start=position.batch)
         sums = torch.tensor(position.loss_sums, dtype=torch.float64)
         for batch in batches:
@@ -172,7 +172,7 @@ class Trainer:
             sums += torch.tensor(shown, dtype=torch.float64)
             position.batch += 1
             position.loss_sums = sums.tolist()
-            if self.curve.add(self.state.step, shown, self._advance_clock(training=True)):
+            if self.curve.add(self.state.step, shown, *self._advance_clock(training=True)):
                 self.curve.write(self.folder / LOSSES)
             self._note_skipped(progress)
             progress.step(position.epoch + 1, position.batch, shown, self.peak or self.predicted or 0)
@@ -207,7 +207,7 @@ class Trainer:
         if position.batch:
             position.epoch, position.batch = position.epoch + 1, 0
             self._save()  # before the evaluation, which may fail
-        self._clock = time.perf_counter()
+        self._start_clock()
         due = position.epoch % self.config.run.val_interval == 0 or position.epoch == self.config.optim.epochs
         scores = self.evaluate() if due else None
         self._advance_clock(training=False)
@@ -243,14 +243,18 @@ class Trainer:
         folder = self.folder / CHECKPOINTS
         return save_checkpoint(folder, self.state.step, self.state.parts(), meta, run.checkpoint_hist)
 
-    def _advance_clock(self, training: bool) -> float:
-        """Takes down the time since it was called last; gives it, in seconds."""
-        now = time.perf_counter()
-        passed, self._clock = now - self._clock, now
+    def _start_clock(self) -> None:
+        self._clock, self._processor_clock = time.perf_counter(), time.process_time()
+
+    def _advance_clock(self, training: bool) -> tuple[float, float]:
+        """Takes down the time since it was called last; gives it in seconds, on the clock and of the processor."""
+        before = self._clock, self._processor_clock
+        self._start_clock()
+        passed, busy = self._clock - before[0], self._processor_clock - before[1]
         self.position.seconds += passed
         if training:
             self.position.epoch_seconds += passed
-        return passed
+        return passed, busy
 
     def _autocast(self) -> AbstractContextManager[Any]:
         optim = self.config.optim

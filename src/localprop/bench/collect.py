@@ -80,9 +80,9 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
             "loss": last.test_loss,
             "epochs": last.epoch,
             "steps": last.step,
-            "curve": {"step": [int(row[0]) for row in losses], "loss": [row[2:] for row in losses]},
+            "curve": {"step": [int(row[0]) for row in losses], "loss": [row[3:] for row in losses]},
         },
-        cost=_cost(rows, losses) | {"jobs": jobs},
+        cost=_cost(rows, losses) | {"jobs": jobs, "device": description["device"]},
         network={key: description[key] for key in ("model", "model_kwargs", "modules", "parameters")}
         | {"auxiliary_parameters": description["auxiliary_parameters"]},
         data={
@@ -105,6 +105,7 @@ def _cost(rows: list[EpochRow], losses: list[list[float]]) -> dict[str, Any]:
         "peak_memory": last.peak_memory,
         # Of the means between two moments: a checkpoint, or another program, disturbs few of them.
         "seconds_per_step": statistics.median(row[1] for row in losses),
+        "processor_seconds_per_step": statistics.median(row[2] for row in losses),
         "images_per_second": statistics.median(row.images_per_second for row in rows),
         "seconds": last.seconds,
     }

@@ -52,6 +52,12 @@ class Task:
         """Peak against the baseline's: measured against measured or predicted against predicted, else None."""
         return self.ratio(setting, "peak_memory") or self.ratio(setting, "predicted_memory")
 
+    def time_ratio(self, setting: Setting) -> float | None:
+        """Time per step against the baseline's: processor time on a CPU, which programs share, else on the clock."""
+        both = (setting, self.baseline) if self.baseline else (setting,)
+        on_cpu = all(record.cost.get("device") == "cpu" for s in both for record in s.records.values())
+        return self.ratio(setting, "processor_seconds_per_step" if on_cpu else "seconds_per_step")
+
     def ratio(self, setting: Setting, name: str) -> float | None:
         """An entry of the records' cost against the baseline's; None where one of them lacks it."""
         own, other = setting.cost(name), self.baseline.cost(name) if self.baseline else None

@@ -26,7 +26,8 @@ class Record:
             "module_accuracies" (percent, of each module's head, the network's last; None where it has none), "top5"
             (percent or None), "loss" (mean cross-entropy), "epochs", "steps", and "curve": {"step": [...], "loss":
             [[one per module], ...]}, mean training losses since the step before.
-        cost: "predicted_memory" and "peak_memory" (bytes of a training step, or None), "seconds_per_step" (median),
+        cost: "predicted_memory" and "peak_memory" (bytes of a training step, or None), "seconds_per_step" and
+            "processor_seconds_per_step" (medians; the latter of all threads together), "device" (its type),
             "images_per_second", "seconds" (wall clock of the run, evaluation included), "jobs" (runs at once).
         network: "modules" (names of units of each), "parameters", "auxiliary_parameters" (of each module).
         data: "name", "source" ("folder", or "named" for torchvision's files), "train_images", "evaluated_images",

@@ -74,7 +74,7 @@ def how_measured(records: Sequence[Record]) -> list[str]:
         "Accuracy is that of the network after the last epoch; no epoch is chosen. ± is the sample standard deviation "
         "over seeds. A gap is the mean of the differences to end-to-end with the same seed. Peak memory is that of one "
         "training step: weights, optimizer state, gradients and activations. Ratios are to end-to-end's; the time is "
-        "that of a step.",
+        "that of a step: processor time on a CPU, else on the clock.",
         "",
         f"- in all runs: `{shlex.join(['localprop', 'train', *flags])}`{''.join(others)}",
         *dict.fromkeys(_data_line(record) for record in records),

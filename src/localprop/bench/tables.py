@@ -37,7 +37,7 @@ def setting_table(task: Task, settings: Sequence[Setting] | None = None) -> str:
                 "0" if s is task.baseline else gap_text(task.gap(s), len(s.records)),
                 _memory(s, mark=len(kinds) > 1),
                 ratio_text(task.memory_ratio(s)),
-                ratio_text(task.ratio(s, "seconds_per_step")),
+                ratio_text(task.time_ratio(s)),
             ]
         )
     heads = ["setting", "K", "accuracy (%)", "seeds", "gap (points)", f"peak memory ({kind}MiB)"]

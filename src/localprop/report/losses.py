@@ -10,18 +10,19 @@ from localprop.checkpoint import written_aside
 from localprop.errors import CheckpointError
 
 MOMENTS = 100
+COLUMNS = ("step", "seconds_per_step", "processor_seconds_per_step")  # before a column for each module
 
 
 @dataclass
 class LossCurve:
-    """Mean losses and seconds per step since the moment before. What it holds is saved with each checkpoint.
+    """Mean losses and time per step since the moment before. What it holds is saved with each checkpoint.
 
     Args:
         steps: steps of the whole run.
         modules: number of local modules.
 
     Attributes:
-        rows: (step, seconds per step, loss of each module), one per moment.
+        rows: (step, seconds per step, processor seconds per step, loss of each module), one per moment.
     """
 
     steps: int
@@ -29,23 +30,32 @@ class LossCurve:
     rows: list[list[float]] = field(default_factory=list)
     count: int = 0
     seconds: float = 0.0
+    processor: float = 0.0
     sums: list[float] = field(default_factory=list)
 
-    def add(self, step: int, losses: Sequence[float], seconds: float) -> bool:
-        """Takes in the losses of `step` (from 1); tells whether that made a row."""
+    def add(self, step: int, losses: Sequence[float], seconds: float, processor: float) -> bool:
+        """Takes in the losses of `step` (from 1) and the time it took; tells whether that made a row.
+
+        Args:
+            step: the step, from 1.
+            losses: of each module.
+            seconds: on the clock.
+            processor: seconds of processor time, of all threads together: what other programs hardly disturb.
+        """
         before = self.sums or [0.0] * self.modules
         self.sums = [total + loss for total, loss in zip(before, losses, strict=True)]
-        self.count, self.seconds = self.count + 1, self.seconds + seconds
+        self.count, self.seconds, self.processor = self.count + 1, self.seconds + seconds, self.processor + processor
         # So that moments lie at the same steps whatever was interrupted, and the last step is one.
         if step * MOMENTS // self.steps == (step - 1) * MOMENTS // self.steps:
             return False
-        self.rows.append([step, self.seconds / self.count, *(total / self.count for total in self.sums)])
-        self.count, self.seconds, self.sums = 0, 0.0, []
+        totals = (self.seconds, self.processor, *self.sums)
+        self.rows.append([step, *(total / self.count for total in totals)])
+        self.count, self.seconds, self.processor, self.sums = 0, 0.0, 0.0, []
         return True
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to keep."""
-        return {name: getattr(self, name) for name in ("rows", "count", "seconds", "sums")}
+        return {name: getattr(self, name) for name in ("rows", "count", "seconds", "processor", "sums")}
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes back to what `state` gave."""
@@ -56,7 +66,7 @@ class LossCurve:
         """Writes the rows to a CSV file, in place of what was there; floats so that reading gives the same bits."""
         with written_aside(path) as aside, aside.open("w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["step", "seconds_per_step", *(f"loss_{k}" for k in range(1, self.modules + 1))])
+            table.writerow([*COLUMNS, *(f"loss_{k}" for k in range(1, self.modules + 1))])
             table.writerows([int(row[0]), *row[1:]] for row in self.rows)
 
 
