@@ -207,7 +207,7 @@ def test_records_survive_writing(finished, tmp_path):
 def test_the_index_lists_suites(capsys):
     assert main(["bench"]) == 0
     listed = capsys.readouterr().out
-    assert all(name in listed for name in shipped_suites())
+    assert all(suite.name in listed for suite in shipped_suites())
     assert main(["bench", "smoke", "--list"]) == 0
     assert len(capsys.readouterr().out.split()) == 23
 

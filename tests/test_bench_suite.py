@@ -127,7 +127,7 @@ def test_unknown_suites_get_a_suggestion(tmp_path):
         load_suite(str(tmp_path / "none.yaml"))
 
 
-@pytest.mark.parametrize("name", shipped_suites())
+@pytest.mark.parametrize("name", [suite.name for suite in shipped_suites()])
 def test_shipped_suites_name_only_what_there_is(name):
     suite = load_suite(name)
     assert suite.description

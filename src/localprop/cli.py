@@ -199,10 +199,12 @@ def _bench(argv: Sequence[str]) -> int:
 
     console = Console()
     if not argv:
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for name, description in shipped_suites().items():
-            table.add_row(name, description)
+        table = Table("suite", "runs", "", box=None, pad_edge=False)
+        table.columns[1].justify = "right"
+        for shipped in shipped_suites():
+            table.add_row(shipped.name, str(len(shipped.runs)), shipped.description)
         console.print(table)
+        console.out("\nlocalprop bench SUITE runs one; see localprop bench --help", highlight=False)
         return 0
     if argv[0] == "report":
         report: ReportOptions = _parse(ReportOptions, "bench report", argv[1:])

@@ -93,9 +93,9 @@ class Suite:
         return replace(self, runs=tuple(kept))
 
 
-def shipped_suites() -> dict[str, str]:
-    """Names of the suites that come with localprop, and what each is for."""
-    return {path.stem: load_suite(path.stem).description for path in sorted(_FOLDER.glob("*.yaml"))}
+def shipped_suites() -> list[Suite]:
+    """The suites that come with localprop, those with the fewest runs first."""
+    return sorted((load_suite(path.stem) for path in _FOLDER.glob("*.yaml")), key=lambda suite: len(suite.runs))
 
 
 def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
