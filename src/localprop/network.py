@@ -305,7 +305,8 @@ class LocalNetwork(nn.Module):
         Args:
             k: the module.
             carry: the batch, behind module k-1.
-            scaler, seed: see `backward`.
+            scaler: see `backward`.
+            seed: likewise.
 
         Returns:
             Logits (B, C) of the module's head, detached; None where it has none.
@@ -340,24 +341,33 @@ class LocalNetwork(nn.Module):
             shares[owners.get(id(tensor), 0)].append(name)
         return shares
 
-    def keep(self, modules: range) -> None:
+    def keep(self, modules: range, *copies: nn.Module) -> None:
         """Gives up the parameters of all other modules, which are trained elsewhere: they become meta tensors.
 
         Buffers stay: they are small, and several modules may look at the same.
+
+        Args:
+            modules: those that are kept.
+            copies: of the backbone, which give up theirs too.
         """
         given_up = [name for k, share in enumerate(self.shares()) if k not in modules for name in share]
-        replaced: dict[nn.Parameter, nn.Parameter] = {}
-        for name in given_up:
-            place, _, leaf = name.rpartition(".")
-            owner = self.backbone.get_submodule(place)
-            parameter = getattr(owner, leaf)
-            if isinstance(parameter, nn.Parameter):
-                empty = torch.empty_like(parameter, device="meta")
-                # Tied weights stay tied.
-                setattr(owner, leaf, replaced.setdefault(parameter, nn.Parameter(empty, parameter.requires_grad)))
+        for model in (self.backbone, *copies):
+            _give_up(model, given_up)
         for k, module in enumerate(self.local_modules):
             if k not in modules:
                 module.auxiliary.to("meta")
+
+
+def _give_up(model: nn.Module, names: list[str]) -> None:
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for name in names:
+        place, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(place)
+        parameter = getattr(owner, leaf)
+        if isinstance(parameter, nn.Parameter):
+            empty = torch.empty_like(parameter, device="meta")
+            # Tied weights stay tied.
+            setattr(owner, leaf, replaced.setdefault(parameter, nn.Parameter(empty, parameter.requires_grad)))
 
 
 def _backward(loss: Tensor) -> None:

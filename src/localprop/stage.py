@@ -49,9 +49,7 @@ class Stage:
         """The number of the signal after which every process stops behind this batch; 0 to go on."""
         return signal
 
-    def save(
-        self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int
-    ) -> Path:
+    def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
         """Saves a checkpoint of all stages; arguments as of `save_checkpoint`, `meta` being that of who reports."""
         return save_checkpoint(folder, step, parts, meta, keep)
 

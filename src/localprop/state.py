@@ -23,7 +23,7 @@ class TrainingState:
         config: how its modules are trained.
         steps_per_epoch: steps of an epoch.
         device: where the network is.
-        modules: those that are trained by this process; all, if left out.
+        modules: those that are trained by this process; all, if left out. The network gives up the others' weights.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
     place where it is needed (epoch, batch, module).
@@ -50,6 +50,8 @@ class TrainingState:
         # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
         self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
         self.ema = ModelEmaV3(net.backbone, decay=config.model_ema_decay) if config.model_ema else None
+        if len(self.modules) < len(net.local_modules):
+            net.keep(self.modules, *([self.ema.module] if self.ema else []))
 
     @property
     def lr(self) -> float:

@@ -1,0 +1,221 @@
+"""A run: from its settings to the table at its end, alone or as one of several processes."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from localprop import advice
+from localprop.checkpoint import newest_checkpoint
+from localprop.config import TrainConfig
+from localprop.errors import ConfigError, LocalpropError, OutOfMemory, PlanError
+from localprop.experiment import (
+    Experiment,
+    create_run_folder,
+    newest_run,
+    prepare,
+    read_description,
+    write_description,
+)
+from localprop.network import LocalNetwork
+from localprop.parallel import Job, Lost, PipelineStage, assign, in_job, join
+from localprop.parallel.launch import RANKS, describe_ranks
+from localprop.report import Progress, final_table, next_steps
+from localprop.simulation import simulate_step
+from localprop.state import TrainingState
+from localprop.trainer import CHECKPOINTS, WEIGHTS, Interrupted, Trainer
+
+
+def run(config: TrainConfig, resumed: Path | None) -> int:
+    """Trains, in this process alone or as one of those of `--parallel`; returns the exit code.
+
+    Args:
+        config: the settings.
+        resumed: the folder of the run to go on with; None for a new one.
+
+    Raises:
+        LocalpropError: see there.
+    """
+    if not config.run.parallel:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and in_job():
+            raise ConfigError("torchrun started several processes, which would all do the same; add --parallel modules")
+        return _run_alone(config, resumed)
+    job = join(config.run.device)
+    with _one_cause(job):
+        return _run_together(config, resumed, job)
+
+
+def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
+    console = Console()
+    experiment, notes = _prepare(config, resumed, console)
+    config = experiment.config
+    net = experiment.localize()
+    headroom = advice.Headroom(experiment)
+    predicted, warning = advice.predict(experiment, net, headroom)
+    state = TrainingState(net, config.optim, _steps(experiment), experiment.device)
+    folder = resumed or create_run_folder(config)
+    trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted)
+    notes += trainer.resume() if resumed else []
+    if not resumed:
+        write_description(folder, experiment, net)
+    _announce(console, experiment, net, folder, str(experiment.device))
+    try:
+        _train(trainer, experiment, console, [*notes, *warning])
+    except Interrupted as stop:
+        print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
+        return stop.exit_code
+    except MemoryError as error:
+        del trainer, state, net
+        raise headroom.explain(error, predicted) from None
+    return 0
+
+
+def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
+    reports = job.rank == job.size - 1
+    # What all processes would say only one of them does.
+    console = Console() if reports else Console(quiet=True)
+    placed = replace(config, run=replace(config.run, device=str(job.device)))
+    experiment, notes = _prepare(placed, resumed, console)
+    experiment = replace(experiment, config=replace(experiment.config, run=config.run))
+    config = experiment.config
+    net = experiment.localize()
+    layout = assign(len(net.local_modules), job.size, _seconds(experiment, net, job))
+    stage = PipelineStage(job, layout, net)
+    names = [f"{_modules(net, modules)}: {_span(net, modules)}" for modules in layout]
+    try:
+        if not stage.needs_images:
+            experiment.data.release()
+        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules)
+        folder = resumed or _restarted(config, job)
+        fresh = folder is None
+        folder = job.gather(create_run_folder(config) if fresh and reports else folder)[-1]
+        trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, stage=stage)
+        if fresh and reports:
+            write_description(folder, experiment, net, job.name)
+        if resumed or (not fresh and newest_checkpoint(folder / CHECKPOINTS, only=())[0]):
+            notes += trainer.resume()
+        if job.rank == 0:
+            describe_ranks(names, folder)
+        _announce(console, experiment, net, folder, f"{job.size} processes, {experiment.device.type}")
+        _train(trainer, experiment, console if reports else Console(force_interactive=False), notes if reports else [])
+    except Interrupted as stop:
+        if reports:
+            print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
+        job.wait_for_all()
+        return stop.exit_code
+    except MemoryError as error:
+        raise OutOfMemory(
+            f"{names[job.rank]}: out of memory on {job.device} ({error}); take more modules and processes, or a "
+            "smaller --batch-size"
+        ) from None
+    except LocalpropError as error:
+        if not isinstance(error, Lost) and names[job.rank].partition(":")[0] not in str(error):
+            raise type(error)(f"{names[job.rank]}: {error}") from error
+        raise
+    job.leave()
+    return 0
+
+
+@contextmanager
+def _one_cause(job: Job) -> Iterator[None]:
+    """Ends this process at once if it fails; one line says why, from the process that failed first.
+
+    The others only see that it is gone. One that was killed says nothing: then the first that misses it does, unless
+    there is a `launch` that knows more.
+    """
+    try:
+        yield
+        return
+    except Lost as error:
+        if RANKS not in os.environ and job.first_to_fail():
+            print(f"localprop: rank {job.rank}: {error}; it was killed, or its machine is gone", file=sys.stderr)
+        code = 1
+    except LocalpropError as error:
+        if job.first_to_fail():
+            print(f"localprop: rank {job.rank}, {error}", file=sys.stderr)
+        code = 2
+    except Exception:
+        if job.first_to_fail():
+            traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the ends of threads that wait for a process that is gone.
+    os._exit(code)
+
+
+def _prepare(config: TrainConfig, resumed: Path | None, console: Console) -> tuple[Experiment, list[str]]:
+    experiment = prepare(config, weights=resumed is None)
+    if not config.local.budget or resumed:
+        return experiment, []
+    with console.status("looking for what fits the budget ..."):
+        experiment, note = advice.fit(experiment)
+    return experiment, [note]
+
+
+def _steps(experiment: Experiment) -> int:
+    return experiment.data.steps_per_epoch(experiment.config.optim.batch_size)
+
+
+def _seconds(experiment: Experiment, net: LocalNetwork, job: Job) -> list[float] | None:
+    """Expected time of each module, where several have to share a process; None where it cannot be known."""
+    if job.size in (1, len(net.local_modules)):
+        return None
+    optim = experiment.config.optim
+    try:
+        trace = simulate_step(net, optim, optim.batch_size, experiment.input_size, experiment.device.type)
+    except PlanError:
+        return None
+    return [end - start for start, end in zip([0.0, *trace.module_ends], trace.module_ends, strict=False)]
+
+
+def _restarted(config: TrainConfig, job: Job) -> Path | None:
+    """The run folder that an earlier attempt of this job left, when torchrun has started it again."""
+    if not job.attempt:
+        return None
+    try:
+        named = config.run.experiment
+        folder = config.run.output / named if named else newest_run(config.run.output)
+        return folder if read_description(folder).get("job") == job.name else None
+    except LocalpropError:
+        return None
+
+
+def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
+    side = experiment.data.img_size
+    console.out(f"{experiment.title} at {side}x{side}: {len(net.local_modules)} modules, {place}", highlight=False)
+    console.out(f"run folder: {folder}", highlight=False)
+
+
+def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: list[str]) -> None:
+    """Trains, and shows how it goes on and what came out."""
+    config, folder, net = experiment.config, trainer.folder, trainer.net
+    evaluated_on, count = experiment.data.evaluated_on, len(net.local_modules)
+    progress = Progress(
+        console, config.optim.epochs, _steps(experiment), config.optim.batch_size, count, trainer.rows, evaluated_on
+    )
+    with progress:
+        for note in notes:
+            progress.note(note)
+        rows = trainer.run(progress)
+    if trainer.stage.reports:
+        console.print(final_table(rows, [_span(net, range(k, k + 1)) for k in range(count)], evaluated_on))
+        steps = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
+        console.out(steps, highlight=False)
+
+
+def _modules(net: LocalNetwork, modules: range) -> str:
+    count = len(net.local_modules)
+    if len(modules) == 1:
+        return f"module {modules[0] + 1} of {count}"
+    return f"modules {modules[0] + 1} to {modules[-1] + 1} of {count}"
+
+
+def _span(net: LocalNetwork, modules: range) -> str:
+    units = [unit for k in modules for unit in net.local_modules[k].units]
+    return units[0] if len(units) == 1 else f"{units[0]} ... {units[-1]}"
