@@ -3,8 +3,6 @@
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,8 +44,20 @@ def run(config: TrainConfig, resumed: Path | None) -> int:
             raise ConfigError("torchrun started several processes, which would all do the same; add --parallel modules")
         return _run_alone(config, resumed)
     job = join(config.run.device)
-    with _one_cause(job):
-        return _run_together(config, resumed, job)
+    code = 1
+    try:
+        code = _run_together(config, resumed, job)
+    except LocalpropError as error:
+        code = _tell(error, job)
+    except Exception:
+        if job.first_to_fail():
+            traceback.print_exc()
+    if code:
+        # At once: what is still in flight would be waited for, and the other side may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
@@ -121,32 +131,17 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     return 0
 
 
-@contextmanager
-def _one_cause(job: Job) -> Iterator[None]:
-    """Ends this process at once if it fails; one line says why, from the process that failed first.
+def _tell(error: LocalpropError, job: Job) -> int:
+    """Says why this process fails, if it is the first that does; gives its exit code.
 
     The others only see that it is gone. One that was killed says nothing: then the first that misses it does, unless
     there is a `launch` that knows more.
     """
-    try:
-        yield
-        return
-    except Lost as error:
-        if RANKS not in os.environ and job.first_to_fail():
-            print(f"localprop: rank {job.rank}: {error}; it was killed, or its machine is gone", file=sys.stderr)
-        code = 1
-    except LocalpropError as error:
-        if job.first_to_fail():
-            print(f"localprop: rank {job.rank}, {error}", file=sys.stderr)
-        code = 2
-    except Exception:
-        if job.first_to_fail():
-            traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Without the ends of threads that wait for a process that is gone.
-    os._exit(code)
+    lost = isinstance(error, Lost)
+    if not (lost and RANKS in os.environ) and job.first_to_fail():
+        text = f": {error}; it was killed, or its machine is gone" if lost else f", {error}"
+        print(f"localprop: rank {job.rank}{text}", file=sys.stderr)
+    return 1 if lost else 2
 
 
 def _prepare(config: TrainConfig, resumed: Path | None, console: Console) -> tuple[Experiment, list[str]]:
