@@ -11,7 +11,7 @@ from rich.console import Console
 from localprop import advice
 from localprop.checkpoint import newest_checkpoint
 from localprop.config import TrainConfig
-from localprop.errors import ConfigError, LocalpropError, OutOfMemory, PlanError
+from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
 from localprop.experiment import (
     Experiment,
     create_run_folder,
@@ -21,7 +21,7 @@ from localprop.experiment import (
     write_description,
 )
 from localprop.network import LocalNetwork
-from localprop.parallel import Job, Lost, PipelineStage, assign, in_job, join
+from localprop.parallel import Job, Layout, Lost, PipelineStage, arrange, in_job, join
 from localprop.parallel.launch import RANKS, describe_ranks
 from localprop.report import Progress, final_table, next_steps
 from localprop.simulation import simulate_step
@@ -86,24 +86,25 @@ def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
 
 
 def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
-    reports = job.rank == job.size - 1
-    # What all processes would say only one of them does.
-    console = Console() if reports else Console(quiet=True)
+    console = Console(quiet=job.rank > 0)  # what all processes would say, the first does
     placed = replace(config, run=replace(config.run, device=str(job.device)))
     experiment, notes = _prepare(placed, resumed, console)
     experiment = replace(experiment, config=replace(experiment.config, run=config.run))
     config = experiment.config
     net = experiment.localize()
-    layout = assign(len(net.local_modules), job.size, _seconds(experiment, net, job))
+    layout = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, _seconds(experiment, net, job))
+    if config.optim.batch_size % layout.replicas:
+        raise ConfigError(f"--batch-size {config.optim.batch_size} cannot be shared out to {layout.replicas} replicas")
     stage = PipelineStage(job, layout, net)
-    names = [f"{_modules(net, modules)}: {_span(net, modules)}" for modules in layout]
+    reports = stage.reports
+    names = [_describe(net, layout, rank) for rank in range(job.size)]
     try:
         if not stage.needs_images:
             experiment.data.release()
-        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules)
+        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules, stage.average)
         folder = resumed or _restarted(config, job)
         fresh = folder is None
-        folder = job.gather(create_run_folder(config) if fresh and reports else folder)[-1]
+        folder = job.gather(create_run_folder(config) if fresh and reports else folder)[layout.reporter]
         trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, stage=stage)
         if fresh and reports:
             write_description(folder, experiment, net, job.name)
@@ -120,13 +121,15 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         return stop.exit_code
     except MemoryError as error:
         raise OutOfMemory(
-            f"{names[job.rank]}: out of memory on {job.device} ({error}); take more modules and processes, or a "
-            "smaller --batch-size"
+            f"rank {job.rank} ({names[job.rank]}): out of memory on {job.device} ({error}); take more modules and "
+            "processes, or a smaller --batch-size"
         ) from None
+    except NonFiniteLossError as error:  # which names the module
+        raise ParallelError(f"rank {job.rank}: {error}") from error
     except LocalpropError as error:
-        if not isinstance(error, Lost) and names[job.rank].partition(":")[0] not in str(error):
-            raise type(error)(f"{names[job.rank]}: {error}") from error
-        raise
+        if isinstance(error, Lost):
+            raise
+        raise ParallelError(f"rank {job.rank} ({names[job.rank]}): {error}") from error
     job.leave()
     return 0
 
@@ -139,8 +142,8 @@ def _tell(error: LocalpropError, job: Job) -> int:
     """
     lost = isinstance(error, Lost)
     if not (lost and RANKS in os.environ) and job.first_to_fail():
-        text = f": {error}; it was killed, or its machine is gone" if lost else f", {error}"
-        print(f"localprop: rank {job.rank}{text}", file=sys.stderr)
+        missed = f"rank {job.rank} ends: {error}; it was killed, or its machine is gone"
+        print(f"localprop: {missed if lost else error}", file=sys.stderr)
     return 1 if lost else 2
 
 
@@ -159,7 +162,7 @@ def _steps(experiment: Experiment) -> int:
 
 def _seconds(experiment: Experiment, net: LocalNetwork, job: Job) -> list[float] | None:
     """Expected time of each module, where several have to share a process; None where it cannot be known."""
-    if job.size in (1, len(net.local_modules)):
+    if experiment.config.run.parallel == "data" or not 1 < job.size < len(net.local_modules):
         return None
     optim = experiment.config.optim
     try:
@@ -204,11 +207,13 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
         console.out(steps, highlight=False)
 
 
-def _modules(net: LocalNetwork, modules: range) -> str:
-    count = len(net.local_modules)
-    if len(modules) == 1:
-        return f"module {modules[0] + 1} of {count}"
-    return f"modules {modules[0] + 1} to {modules[-1] + 1} of {count}"
+def _describe(net: LocalNetwork, layout: Layout, rank: int) -> str:
+    """What a process trains, for messages."""
+    (stage, replica), count = layout.place(rank), len(net.local_modules)
+    modules = layout.stages[stage]
+    number = f"module {modules[0] + 1}" if len(modules) == 1 else f"modules {modules[0] + 1} to {modules[-1] + 1}"
+    which = f", replica {replica + 1} of {layout.replicas}" if layout.replicas > 1 else ""
+    return f"{number} of {count}{which}: {_span(net, modules)}"
 
 
 def _span(net: LocalNetwork, modules: range) -> str:
