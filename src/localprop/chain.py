@@ -39,6 +39,7 @@ class Unit:
         parameters: qualified names of the parameters it uses.
         depth: number of blocks, or parts of split blocks, in it; 0 for a stem, a downsampling, the classifier. In a
             model without lists of blocks, 1.
+        buffers: qualified names of the buffers it uses, such as batch norm's statistics.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Unit:
     code: dict[bool, Code] = field(repr=False)  # by whether the backbone is in training mode
     switches: tuple[str, ...] = field(repr=False)  # modules on which timm's set_grad_checkpointing sets a flag
     depth: int = 1
+    buffers: tuple[str, ...] = ()
 
     def __call__(
         self, backbone: nn.Module, features: Tensor, context: dict[str, Any], grad_checkpointing: bool = False
@@ -158,6 +160,7 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, spli
             {training: codes[training][i] for training in codes},
             switches,
             _depth(model, used[i]),
+            tuple(forwards[True].buffers(segment)),
         )
         for i, (name, segment) in enumerate(zip(names, segments[True], strict=True))
     )

@@ -32,7 +32,7 @@ from localprop.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
-FORMAT = 1
+FORMAT = 2
 # "step-00001234.old" exists only while a checkpoint of the same step takes its place.
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 # safetensors has the error number in its text alone: "(os error 28)", or "Os { code: 28, ..." before 0.5.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ UNFINISHED = 75  # the shell's EX_TEMPFAIL: call again
 _FREE_ON_RESUME = {
     *("resume", "device", "compile", "offload_optimizer"),
     *("workers", "data_dir", "val_interval", "output", "checkpoint_steps", "checkpoint_hist", "download"),
+    *("parallel", "nproc"),
 }
 
 
@@ -98,11 +100,12 @@ def _parse(kind: Any, command: str, argv: Sequence[str], default: Any = tyro.MIS
 
 def _train(argv: Sequence[str]) -> int:
     """Train a model by local learning. -c FILE.yaml sets defaults; flags win."""
+    flags = argv
     argv, files = _take_config_files(argv)
     argv = _bare_resume(argv)
     config: TrainConfig = _parse(TrainConfig, "train", argv, _over(TrainConfig(), files))
     if config.run.resume is None:
-        return _run(config, None)
+        return _start(config, None, flags)
     from localprop.experiment import newest_run, read_config
 
     folder = newest_run(config.run.output) if config.run.resume == NEWEST else Path(config.run.resume)
@@ -116,59 +119,21 @@ def _train(argv: Sequence[str]) -> int:
         if value != before[key] and key not in free:
             flag = key.replace("_", "-")
             raise ConfigError(f"--{flag} was {before[key]} when {folder} began; resume without it, or start a new run")
-    return _run(config, folder)
+    return _start(config, folder, flags)
 
 
-def _run(config: TrainConfig, resumed: Path | None) -> int:
-    from localprop.advice import Headroom, fit, predict
-    from localprop.experiment import create_run_folder, note_resumption, prepare, write_description
-    from localprop.report import Progress, final_table, next_steps
-    from localprop.state import TrainingState
-    from localprop.trainer import WEIGHTS, Interrupted, Trainer
+def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> int:
+    """Trains in this process, or starts as many as are asked for."""
+    # torchrun, or this very function, started this process as one of several.
+    if config.run.parallel and "RANK" not in os.environ:
+        from localprop.parallel.launch import launch
 
-    console = Console()
-    experiment = prepare(config, weights=resumed is None)
-    notes = []
-    if config.local.budget and not resumed:
-        with console.status("looking for what fits the budget ..."):
-            experiment, note = fit(experiment)
-        notes.append(note)
-    config = experiment.config
-    net = experiment.localize()
-    headroom = Headroom(experiment)
-    predicted, warning = predict(experiment, net, headroom)
-    steps = experiment.data.steps_per_epoch(config.optim.batch_size)
-    state = TrainingState(net, config.optim, steps, experiment.device)
-    folder = resumed or create_run_folder(config)
-    trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted)
-    names = [_span(module.units) for module in net.local_modules]
-    evaluated_on = experiment.data.evaluated_on
-    notes += trainer.resume() if resumed else []
-    if resumed:
-        note_resumption(folder)
-    else:
-        write_description(folder, experiment, net)
-    side = experiment.data.img_size
-    console.out(f"{experiment.title} at {side}x{side}: {len(names)} modules, {experiment.device}", highlight=False)
-    console.out(f"run folder: {folder}", highlight=False)
-    try:
-        progress = Progress(
-            console, config.optim.epochs, steps, config.optim.batch_size, len(names), trainer.rows, evaluated_on
-        )
-        with progress:
-            for note in [*notes, *warning]:
-                progress.note(note)
-            rows = trainer.run(progress)
-    except Interrupted as stop:
-        print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
-        return stop.exit_code
-    except MemoryError as error:
-        del trainer, state, net
-        raise headroom.explain(error, predicted) from None
-    console.print(final_table(rows, names, evaluated_on))
-    steps_text = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
-    console.out(steps_text, highlight=False)
-    return 0
+        if config.run.nproc is None:
+            raise ConfigError("--parallel needs --nproc, the number of processes, or a start by torchrun")
+        return launch(config.run.nproc, flags)
+    from localprop.running import run
+
+    return run(config, resumed)
 
 
 def _plan(argv: Sequence[str]) -> int:
@@ -363,7 +328,3 @@ def _bare_resume(argv: list[str]) -> list[str]:
         if word == "--resume" and (i + 1 == len(argv) or argv[i + 1].startswith("-")):
             result.append(NEWEST)
     return result
-
-
-def _span(units: list[str]) -> str:
-    return units[0] if len(units) == 1 else f"{units[0]} ... {units[-1]}"

@@ -233,6 +233,14 @@ class RunConfig:
     """Save a checkpoint every so many steps as well as after each epoch."""
     checkpoint_hist: int = 2
     """Checkpoints kept."""
+    parallel: Annotated[
+        Literal["modules", "data"] | None, tyro.conf.arg(metavar="{modules,data}", help_behavior_hint="")
+    ] = None
+    """Train in several processes, --nproc or as torchrun says: modules (each its own modules, the same numbers; with a
+    multiple of --modules, replicas that share every batch out) or data (each all modules, and a part of every
+    batch)."""
+    nproc: OptionalInt = None
+    """Processes for --parallel on this machine; where there are fewer than modules, consecutive ones share one."""
 
 
 @dataclass(frozen=True)
@@ -257,6 +265,7 @@ class TrainConfig:
             ("img_size", self.backbone.img_size, 1),
             ("checkpoint_steps", run.checkpoint_steps, 1),
             ("checkpoint_hist", run.checkpoint_hist, 1),
+            ("nproc", run.nproc, 1),
             ("workers", data.workers, 0),
             ("warmup_epochs", optim.warmup_epochs, 0),
             ("val_interval", run.val_interval, 1),
@@ -274,6 +283,8 @@ class TrainConfig:
             raise ConfigError(f"--smoothing is {data.smoothing}; it must be at least 0 and below 1")
         if optim.clip_grad is not None and optim.clip_grad <= 0:
             raise ConfigError(f"--clip-grad is {optim.clip_grad}; it must be above 0")
+        if run.nproc is not None and run.parallel is None:
+            raise ConfigError(f"--nproc is {run.nproc}, but nothing is parallel; add --parallel modules")
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ class Forward:
         nodes = _sizes_first(nodes)
         self._order = {node: i for i, node in enumerate(nodes)}
         self._parameter_names = {id(p): name for name, p in root.named_parameters()}
+        self._buffer_names = {id(b): name for name, b in root.named_buffers()}
         self._carrying = {self.image}
         for node in nodes:
             if _requires_grad(node) and not self._carrying.isdisjoint(node.all_input_nodes):
@@ -127,11 +128,20 @@ class Forward:
 
         A parameter with several names in the model has the first of them here.
         """
+        return self._used(segment, self._parameter_names, nn.Module.parameters)
+
+    def buffers(self, segment: Segment) -> list[str]:
+        """Names of the buffers that a segment uses; see `parameters`."""
+        return self._used(segment, self._buffer_names, nn.Module.buffers)
+
+    def _used(
+        self, segment: Segment, names: dict[int, str], members: Callable[[nn.Module], Iterable[Tensor]]
+    ) -> list[str]:
         result: dict[str, None] = {}
         for node in self._needs(segment)[0]:
             owner = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-            for parameter in owner.parameters() if owner else [node.meta["value"]]:
-                if name := self._parameter_names.get(id(parameter)):
+            for tensor in members(owner) if owner else [node.meta["value"]]:
+                if name := names.get(id(tensor)):
                     result[name] = None
         return list(result)
 

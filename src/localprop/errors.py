@@ -40,6 +40,10 @@ class OutOfMemory(LocalpropError):
     """Training needed more memory than there is."""
 
 
+class ParallelError(LocalpropError):
+    """Processes that cannot share the modules out, or one that is gone."""
+
+
 class NonFiniteLossError(LocalpropError):
     """A local loss that is NaN or infinite; raised before the weights of its module are touched."""
 

@@ -15,6 +15,7 @@ from localprop.config import from_flat
 from localprop.errors import CheckpointError, ConfigError, DataError
 from localprop.experiment import create_backbone, prepare, read_config, read_description
 from localprop.metrics import evaluate
+from localprop.state import whole_weights
 from localprop.trainer import CHECKPOINTS, WEIGHTS
 
 
@@ -46,7 +47,7 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     source = load_weights(folder, experiment.backbone)
     experiment.backbone.eval()
     batches = data.test_batches(config.optim.batch_size, device)
-    scores = evaluate(lambda images: [experiment.backbone(images)], batches)
+    scores = evaluate(experiment.backbone, batches)
     result: dict[str, Any] = {
         "run": str(folder),
         "weights": source,
@@ -106,10 +107,10 @@ def load_weights(folder: Path, model: nn.Module) -> str:
         if path.exists():
             weights = load_file(path)
         else:
-            checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS, only=("backbone", "ema"))
+            checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS)
             if checkpoint is None:
                 raise CheckpointError(f"{folder} has no weights yet; train it: localprop train --resume {folder}")
-            path, weights = checkpoint.path, checkpoint.parts.get("ema", checkpoint.parts["backbone"])
+            path, weights = checkpoint.path, whole_weights(checkpoint.parts)
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]

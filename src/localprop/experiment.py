@@ -196,10 +196,11 @@ def create_run_folder(config: TrainConfig) -> Path:
     raise ConfigError(f"{folder} and a hundred more exist already; choose another --experiment")
 
 
-def write_description(folder: Path, experiment: Experiment, net: LocalNetwork) -> None:
-    """Writes config.yaml, everything needed to run it again, and run.json, what came of it."""
+def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, job: str | None = None) -> None:
+    """Writes config.yaml, everything needed to run it again, and run.json, what came of it; `job` names torchrun's."""
     settings = to_flat(experiment.config)
-    del settings["resume"]
+    for name in ("resume", "parallel", "nproc"):  # where it runs, not what it is: it may go on otherwise
+        del settings[name]
     write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
     data = experiment.data
     description = {
@@ -222,6 +223,8 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork) -
         "device": experiment.device.type,
         "provenance": provenance(),
     }
+    if job:
+        description["job"] = job
     write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
 
 

@@ -25,33 +25,53 @@ class Scores:
     images: int
 
 
+@dataclass
+class Tally:
+    """Counts what was right, batch by batch."""
+
+    correct: tuple[int | None, ...] = ()
+    top5: int = 0
+    loss: float = 0.0
+    images: int = 0
+    classes: int = 0
+
+    def add(self, hits: Sequence[int | None], logits: Tensor, labels: Tensor) -> None:
+        """Takes in a batch.
+
+        Args:
+            hits: what `count_hits` gave for the logits of every head, the network's last.
+            logits: (B, C) of the network.
+            labels: (B,).
+        """
+        before = self.correct or (0,) * len(hits)
+        self.correct = tuple(None if n is None else (b or 0) + n for b, n in zip(before, hits, strict=True))
+        self.classes = logits.shape[1]
+        self.loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+        self.top5 += int((logits.topk(min(5, self.classes)).indices == labels[:, None]).sum())
+        self.images += len(labels)
+
+    def scores(self) -> Scores:
+        """What was found in all."""
+        top1 = tuple(None if hits is None else 100 * hits / self.images for hits in self.correct)
+        top5 = 100 * self.top5 / self.images if self.classes > 5 else None
+        return Scores(top1, top5, self.loss / self.images, self.images)
+
+
+def count_hits(logits: Tensor | None, labels: Tensor) -> int | None:
+    """How many of (B, C) logits are highest at their labels (B,); None without logits."""
+    return None if logits is None else int((logits.argmax(1) == labels).sum())
+
+
 @torch.no_grad()
-def evaluate(
-    predict: Callable[[Tensor], Sequence[Tensor | None]],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    after_batch: Callable[[], None] = lambda: None,
-) -> Scores:
-    """Evaluates logits on labelled images.
+def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
+    """Evaluates a model on labelled images.
 
     Args:
-        predict: gives for a batch of images the logits (B, C) of every head, the network's last.
+        predict: gives for a batch of images the logits (B, C).
         batches: (images, labels (B,)).
-        after_batch: called after each batch.
     """
-    correct: list[int | None] = []
-    top5, loss, count, classes = 0, 0.0, 0, 0
+    tally = Tally()
     for images, labels in batches:
         logits = predict(images)
-        correct = correct or [None if predicted is None else 0 for predicted in logits]
-        for k, predicted in enumerate(logits):
-            if predicted is not None:
-                correct[k] = (correct[k] or 0) + int((predicted.argmax(1) == labels).sum())
-        final = logits[-1]
-        assert final is not None  # the network itself always has logits
-        classes = final.shape[1]
-        loss += F.cross_entropy(final.float(), labels, reduction="sum").item()
-        top5 += int((final.topk(min(5, classes)).indices == labels[:, None]).sum())
-        count += len(labels)
-        after_batch()
-    top1 = tuple(None if hits is None else 100 * hits / count for hits in correct)
-    return Scores(top1, 100 * top5 / count if classes > 5 else None, loss / count, count)
+        tally.add([count_hits(logits, labels)], logits, labels)
+    return tally.scores()

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -140,12 +140,26 @@ class LocalModule(nn.Module):
         """Names of the units."""
         return [unit.name for unit in self._units]
 
+    @property
+    def buffers_used(self) -> list[str]:
+        """Names of the backbone's buffers that the units use."""
+        return [name for unit in self._units for name in unit.buffers]
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of the context values that the units read."""
+        return {name for unit in self._units for code in unit.code.values() for name in code.reads}
+
     def forward(self, features: Tensor, context: dict[str, Any]) -> Tensor:
         """Runs the units; `context` is what they hand along beside the features (see `Unit`)."""
+        return self.run_on(self._backbone[0], features, context)
+
+    def run_on(self, backbone: nn.Module, features: Tensor, context: dict[str, Any]) -> Tensor:
+        """Runs the units on another backbone of the same make, such as a moving average of this one."""
         *others, last = self._units
         for unit in others:
-            features = unit(self._backbone[0], features, context, self.grad_checkpointing)
-        return last(self._backbone[0], features, context)
+            features = unit(backbone, features, context, self.grad_checkpointing)
+        return last(backbone, features, context)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the backbone exempts from weight decay; timm's optimizers ask for them."""
@@ -160,6 +174,43 @@ class LocalModule(nn.Module):
         for name in self._parameter_names:
             yield prefix + name, self._backbone[0].get_parameter(name)
         yield from self.auxiliary.named_parameters(f"{prefix}auxiliary", recurse, remove_duplicate)
+
+
+@dataclass
+class Carry:
+    """A batch on its way through the modules: what one of them leaves for the next. It holds the only references.
+
+    Attributes:
+        features: (B, ...) what the next module takes, detached: the images before the first, the logits after the last.
+        labels: (B,) integers, or (B, C) probabilities.
+        images: (B, channels, height, width) for losses that look at them; None once no later module's does.
+        context: what units hand along beside the features; see `Unit`.
+        losses: the local loss of each module so far, detached.
+        hits: in an evaluation, how many images each module's head got right so far; None where it has none.
+        stop: number of the signal that ends the run after this batch; 0 without one.
+    """
+
+    features: Tensor
+    labels: Tensor
+    images: Tensor | None = None
+    context: dict[str, Any] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    hits: list[int | None] = field(default_factory=list)
+    stop: int = 0
+
+    @classmethod
+    def of(cls, batch: "list[Tensor] | Carry") -> "Carry":
+        """A batch [images, labels], which is taken out of its list, before the first module."""
+        if isinstance(batch, Carry):
+            return batch
+        images = batch.pop(0)
+        return cls(images, batch.pop(), images)
+
+    def clone(self) -> "Carry":
+        """The same with features, images and labels of its own."""
+        features = self.features.clone()
+        images = features if self.images is self.features else None if self.images is None else self.images.clone()
+        return replace(self, features=features, labels=self.labels.clone(), images=images)
 
 
 @dataclass(frozen=True)
@@ -238,28 +289,85 @@ class LocalNetwork(nn.Module):
             after_module: called with k and the local loss (detached) as soon as module k's gradients are there:
                 the place to step module k's optimizer and free its gradients, so that only one module's are alive.
         """
-        context: dict[str, Any] = {}
-        features, losses, logits = images, [], []
-        looking = [k for k, module in enumerate(self.local_modules) if module.auxiliary.uses_images]
-        wanted: Tensor | None = images
+        carry, logits = Carry(images, labels, images), []
         del images
-        for k, module in enumerate(self.local_modules):
-            if seed is not None:
-                torch.manual_seed(derive_seed(seed, "module", k))
-            if k > max(looking, default=-1):
-                wanted = None
-            with recomputing(module.recompute):
-                output = module(features, context)
-                loss, head_logits = module.auxiliary(output, features, wanted, labels)
-            _backward(scaler.scale(loss) if scaler else loss)
-            losses.append(loss.detach())
-            logits.append(None if head_logits is None else head_logits.detach())
-            # Gradient isolation. Everywhere: no other line cuts gradients, and nothing else crosses with one.
-            features = output.detach()
-            del output, loss, head_logits
+        for k in range(len(self.local_modules)):
+            logits.append(self.train_module(k, carry, scaler, seed))
             if after_module:
-                after_module(k, losses[-1])
-        return LocalOutput(torch.stack([loss.float() for loss in losses]), logits)
+                after_module(k, carry.losses[-1])
+        return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), logits)
+
+    def train_module(
+        self, k: int, carry: Carry, scaler: torch.amp.GradScaler | None = None, seed: int | None = None
+    ) -> Tensor | None:
+        """Forward and local backward of module k alone; `carry` comes to it and is brought to the next module.
+
+        Args:
+            k: the module.
+            carry: the batch, behind module k-1.
+            scaler: see `backward`.
+            seed: likewise.
+
+        Returns:
+            Logits (B, C) of the module's head, detached; None where it has none.
+        """
+        module = self.local_modules[k]
+        if seed is not None:
+            torch.manual_seed(derive_seed(seed, "module", k))
+        if not any(later.auxiliary.uses_images for later in self.local_modules[k:]):
+            carry.images = None
+        with recomputing(module.recompute):
+            output = module(carry.features, carry.context)
+            loss, logits = module.auxiliary(output, carry.features, carry.images, carry.labels)
+        _backward(scaler.scale(loss) if scaler else loss)
+        carry.losses.append(loss.detach())
+        # Gradient isolation. Everywhere: no other line cuts gradients, and nothing else crosses with one.
+        carry.features = output.detach()
+        return None if logits is None else logits.detach()
+
+    def shares(self) -> list[list[str]]:
+        """The keys of the backbone's state dict, by the module that trains or changes them.
+
+        A buffer that several modules use (a table) goes to the first of them, and so does all that none uses.
+        """
+        tensors = self.backbone.state_dict(keep_vars=True)
+        owners: dict[int, int] = {}
+        for k, module in enumerate(self.local_modules):
+            own = [*module.named_parameters(), *((name, tensors.get(name)) for name in module.buffers_used)]
+            for _, tensor in own:
+                owners.setdefault(id(tensor), k)
+        shares: list[list[str]] = [[] for _ in self.local_modules]
+        for name, tensor in tensors.items():
+            shares[owners.get(id(tensor), 0)].append(name)
+        return shares
+
+    def keep(self, modules: range, *copies: nn.Module) -> None:
+        """Gives up the parameters of all other modules, which are trained elsewhere: they become meta tensors.
+
+        Buffers stay: they are small, and several modules may look at the same.
+
+        Args:
+            modules: those that are kept.
+            copies: of the backbone, which give up theirs too.
+        """
+        given_up = [name for k, share in enumerate(self.shares()) if k not in modules for name in share]
+        for model in (self.backbone, *copies):
+            _give_up(model, given_up)
+        for k, module in enumerate(self.local_modules):
+            if k not in modules:
+                module.auxiliary.to("meta")
+
+
+def _give_up(model: nn.Module, names: list[str]) -> None:
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    for name in names:
+        place, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(place)
+        parameter = getattr(owner, leaf)
+        if isinstance(parameter, nn.Parameter):
+            empty = torch.empty_like(parameter, device="meta")
+            # Tied weights stay tied.
+            setattr(owner, leaf, replaced.setdefault(parameter, nn.Parameter(empty, parameter.requires_grad)))
 
 
 def _backward(loss: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What changes while a network is trained: weights, optimizers, learning rates, loss scale, moving average."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,46 +11,68 @@ from torch import Tensor, nn
 from localprop.config import OptimConfig
 from localprop.errors import CheckpointError, NonFiniteLossError
 from localprop.memory import plain_tensors
-from localprop.network import LocalNetwork
+from localprop.network import Carry, LocalNetwork
 from localprop.offload import Offload
 from localprop.optimizers import create_optimizer, create_scheduler
 
 
 class TrainingState:
-    """K optimizers with their schedules, one per local module, around a network.
+    """Optimizers with their schedules, one per local module, around a network.
+
+    Args:
+        net: the network.
+        config: how its modules are trained.
+        steps_per_epoch: steps of an epoch.
+        device: where the network is.
+        modules: those that are trained by this process; all, if left out. The network gives up the others' weights.
+        average: replaces a module's gradients, in place, by their mean over processes that train the same module.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
     place where it is needed (epoch, batch, module).
     """
 
-    def __init__(self, net: LocalNetwork, config: OptimConfig, steps_per_epoch: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        net: LocalNetwork,
+        config: OptimConfig,
+        steps_per_epoch: int,
+        device: torch.device,
+        modules: range | None = None,
+        average: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
         self.net = net
         self.config = config
         self.step = 0
-        self.optimizers = [create_optimizer(module, config) for module in net.local_modules]
+        self.average = average
+        self.modules = range(len(net.local_modules)) if modules is None else modules
+        self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
         offloads = config.offload_optimizer and device.type == "cuda"
         self.offload = Offload(self.optimizers, device) if offloads else None
         scaled = config.amp and config.amp_dtype == "float16"
-        self.scaler = torch.amp.GradScaler(device.type) if scaled else None
+        # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
+        self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
         self.ema = ModelEmaV3(net.backbone, decay=config.model_ema_decay) if config.model_ema else None
+        if len(self.modules) < len(net.local_modules):
+            net.keep(self.modules, *([self.ema.module] if self.ema else []))
 
     @property
     def lr(self) -> float:
         """The learning rate of the last step."""
         return max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
 
-    def train_step(self, batch: list[Tensor], seed: int) -> Tensor:
+    def train_step(self, batch: list[Tensor] | Carry, seed: int) -> Tensor:
         """One step: forward, backward and optimizer step, module by module.
 
         Args:
             batch: images (B, channels, height, width), and labels: (B,) integers, or (B, C) probabilities. Both are
-                taken out of the list, so that the images are freed when no later module needs them.
+                taken out of the list, so that the images are freed when no later module needs them. Or what the
+                module before this process's first one left of a batch.
             seed: of the step's dropout and stochastic depth.
 
         Returns:
-            (K,) local losses.
+            The local losses of the modules so far: (K,) where the last module is among those trained here.
 
         Raises:
             NonFiniteLossError: a local loss is NaN or infinite; the weights of its module are as before the step.
@@ -59,31 +82,36 @@ class TrainingState:
                 scheduler.step_update(self.step)
         if self.offload:
             self.offload.fetch(0)
-        output = self.net.backward(
-            batch.pop(0), batch.pop(), scaler=self.scaler, seed=seed, after_module=self._step_module
-        )
-        if self.scaler:
-            self.scaler.update()
+        carry = Carry.of(batch)
+        for i, k in enumerate(self.modules):
+            self.net.train_module(k, carry, self.scalers[i], seed)
+            self._step_module(i, carry.losses[-1])
         self.step += 1
         if self.ema:
             self.ema.update(self.net.backbone, step=self.step)
-        return output.losses
+        return torch.stack([loss.float() for loss in carry.losses])
 
-    def _step_module(self, k: int, loss: Tensor) -> None:
+    def _step_module(self, i: int, loss: Tensor) -> None:
+        """Steps the i-th of the modules that are trained here."""
+        k = self.modules[i]
+        module = self.net.local_modules[k]
         if not loss.isfinite():
-            module = self.net.local_modules[k]
             raise NonFiniteLossError(
-                f"the loss of module {k + 1} of {len(self.optimizers)} ({module.units[0]} ... {module.units[-1]}) is "
-                f"{loss.item()} at step {self.step + 1}; its weights were not touched: lower --lr or set --clip-grad"
+                f"the loss of module {k + 1} of {len(self.net.local_modules)} ({module.units[0]} ... "
+                f"{module.units[-1]}) is {loss.item()} at step {self.step + 1}; its weights were not touched: lower "
+                "--lr or set --clip-grad"
             )
-        optimizer = self.optimizers[k]
-        if self.scaler:
-            self.scaler.unscale_(optimizer)
+        if self.average:
+            self.average([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
+        optimizer, scaler = self.optimizers[i], self.scalers[i]
+        if scaler:
+            scaler.unscale_(optimizer)
         if self.config.clip_grad:
-            nn.utils.clip_grad_norm_(self.net.local_modules[k].parameters(), self.config.clip_grad)
-        with self.offload.present(k) if self.offload else nullcontext():
-            if self.scaler:
-                self.scaler.step(optimizer)
+            nn.utils.clip_grad_norm_(module.parameters(), self.config.clip_grad)
+        with self.offload.present(i) if self.offload else nullcontext():
+            if scaler:
+                scaler.step(optimizer)
+                scaler.update()
             else:
                 optimizer.step()
             # Gone before the next module's gradients come.
@@ -97,25 +125,31 @@ class TrainingState:
     def tensors(self) -> dict[str, list[Tensor]]:
         """Everything that lives from step to step: "parameters" (with buffers and moving average), "optimizer"."""
         models = [self.net, *([self.ema] if self.ema else [])]
+        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
         return {
-            "parameters": [tensor for model in models for tensor in (*model.parameters(), *model.buffers())],
+            "parameters": [tensor for tensor in tensors if not tensor.is_meta],  # else trained elsewhere
             "optimizer": [t for optimizer in self.optimizers for t in plain_tensors(list(optimizer.state.values()))],
         }
 
     def parts(self) -> dict[str, Any]:
-        """Everything that has to be saved, as the parts of a checkpoint."""
+        """Everything that has to be saved of the modules trained here, as the parts of a checkpoint, one each."""
         if self.offload:
             self.offload.synchronize()
-        parts: dict[str, Any] = {"backbone": self.net.backbone.state_dict()}
-        for k, (module, optimizer) in enumerate(zip(self.net.local_modules, self.optimizers, strict=True)):
-            parts[f"module-{k}"] = {
-                "auxiliary": module.auxiliary.state_dict(),
+        shares = self.net.shares()
+        weights = self.net.backbone.state_dict()
+        averages = self.ema.module.state_dict() if self.ema else {}
+        parts: dict[str, Any] = {}
+        for k, optimizer, scaler in zip(self.modules, self.optimizers, self.scalers, strict=True):
+            part = {
+                "backbone": {name: weights[name] for name in shares[k]},
+                "auxiliary": self.net.local_modules[k].auxiliary.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-        if self.ema:
-            parts["ema"] = self.ema.module.state_dict()
-        if self.scaler:
-            parts["scaler"] = self.scaler.state_dict()
+            if self.ema:
+                part["ema"] = {name: averages[name] for name in shares[k]}
+            if scaler:
+                part["scaler"] = scaler.state_dict()
+            parts[part_name(k)] = part
         return parts
 
     def load(self, parts: dict[str, Any], step: int) -> None:
@@ -124,17 +158,19 @@ class TrainingState:
         Raises:
             CheckpointError: the parts are those of another network.
         """
+        shares = self.net.shares()
         try:
-            self.net.backbone.load_state_dict(parts["backbone"])
-            for k, (module, optimizer) in enumerate(zip(self.net.local_modules, self.optimizers, strict=True)):
-                module.auxiliary.load_state_dict(parts[f"module-{k}"]["auxiliary"])
-                optimizer.load_state_dict(parts[f"module-{k}"]["optimizer"])
+            for i, k in enumerate(self.modules):
+                part = parts[part_name(k)]
+                _load_share(self.net.backbone, part["backbone"], shares[k])
+                self.net.local_modules[k].auxiliary.load_state_dict(part["auxiliary"])
+                self.optimizers[i].load_state_dict(part["optimizer"])
                 if self.offload:
-                    self.offload.release(k)
-            if self.ema:
-                self.ema.module.load_state_dict(parts["ema"])
-            if self.scaler:
-                self.scaler.load_state_dict(parts["scaler"])
+                    self.offload.release(i)
+                if self.ema:
+                    _load_share(self.ema.module, part["ema"], shares[k])
+                if scaler := self.scalers[i]:
+                    scaler.load_state_dict(part["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
@@ -142,3 +178,20 @@ class TrainingState:
                 "that the run was started with"
             ) from None
         self.step = step
+
+
+def part_name(k: int) -> str:
+    """What the part of a checkpoint is called that holds module k."""
+    return f"module-{k}"
+
+
+def whole_weights(parts: dict[str, Any]) -> dict[str, Tensor]:
+    """The backbone's state dict from the parts of all modules: the moving average where there is one."""
+    return {name: tensor for part in parts.values() for name, tensor in part.get("ema", part["backbone"]).items()}
+
+
+def _load_share(model: nn.Module, values: dict[str, Tensor], names: list[str]) -> None:
+    """Loads a module's share of a backbone's state dict; raises ValueError if it is another one's."""
+    if other := values.keys() ^ names:
+        raise ValueError(f"its modules hold other weights, such as {min(other)}")
+    model.load_state_dict(values, strict=False)

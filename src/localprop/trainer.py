@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from localprop.checkpoint import newest_checkpoint, save_checkpoint, save_weights
+from localprop.checkpoint import newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError
 from localprop.memory import is_out_of_memory, measured
-from localprop.metrics import Scores, evaluate
+from localprop.metrics import Scores, Tally, count_hits
+from localprop.network import Carry
 from localprop.report import EpochRow, LossCurve, Progress, draw_curves, read_results, write_results
 from localprop.seeding import derive_seed
-from localprop.state import TrainingState
+from localprop.stage import Stage
+from localprop.state import TrainingState, part_name
 
 CHECKPOINTS = "checkpoints"
 RESULTS = "results.csv"
@@ -67,6 +69,7 @@ class Trainer:
         device: where the network is.
         title: heading of the curves.
         predicted: predicted peak memory of a step in bytes; None if there is no prediction.
+        stage: which modules are trained in this process, and how it goes on with the others; default: all.
 
     Attributes:
         peak: measured peak memory of a step in bytes. It is that of the second step since the start, when optimizers
@@ -82,12 +85,14 @@ class Trainer:
         device: torch.device,
         title: str,
         predicted: int | None = None,
+        stage: Stage | None = None,
     ) -> None:
         self.state, self.data, self.config, self.folder, self.device = state, data, config, folder, device
         self.predicted = predicted
         self.peak: int | None = None
         self._steps = 0  # since the start of this process
         self.net = state.net
+        self.stage = stage or Stage(state.modules)
         self.title = title
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
         self.position = Position(loss_sums=[0.0] * len(self.net.local_modules))
@@ -106,7 +111,8 @@ class Trainer:
         Raises:
             CheckpointError: there is none, or it does not fit.
         """
-        checkpoint, notes = newest_checkpoint(self.folder / CHECKPOINTS)
+        own = [part_name(k) for k in self.stage.modules]
+        checkpoint, notes = newest_checkpoint(self.folder / CHECKPOINTS, only=own)
         if checkpoint is None:
             reasons = f" ({'; '.join(notes)})" if notes else ""
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
@@ -137,50 +143,76 @@ class Trainer:
                 self._train_epoch(progress)
                 self._finish_epoch(progress)
             # Of a finished run that is resumed nothing is left to do but this.
-            self.curve.write(self.folder / LOSSES)
-            save_weights(self.folder / WEIGHTS, self.state.evaluated.state_dict())
+            weights = self.stage.weights(self.state)
+            if self.stage.reports:
+                self.curve.write(self.folder / LOSSES)
+                save_weights(self.folder / WEIGHTS, weights)
         return self.rows
 
-    def evaluate(self) -> Scores:
-        """Evaluates every module's head and the network (or its moving average) on the images held out."""
+    def evaluate(self) -> Scores | None:
+        """Evaluates every module's head and the network (or its moving average) on the images held out.
+
+        Returns:
+            What was found; None in a process that does not report.
+        """
         averaged = self.state.ema.module.eval() if self.state.ema else None
-
-        def predict(images: Tensor) -> list[Tensor | None]:
-            with self._autocast():
-                logits = self.net.module_logits(images)
-                return logits if averaged is None else [*logits[:-1], averaged(images)]
-
+        tally = Tally()
         self.net.eval()
-        batches = self.data.test_batches(self.config.optim.batch_size, self.device)
+        batches = self.stage.test_batches(
+            self.data, self.config.optim.batch_size, self.device, 1 if averaged is None else 2
+        )
         # Compiled code would be compiled again for evaluation, and once more for its last, smaller batch.
-        with torch.compiler.set_stance("force_eager") if self.config.run.compile else nullcontext():
-            scores = evaluate(predict, batches, self._stop_if_asked)
+        with torch.compiler.set_stance("force_eager") if self.config.run.compile else nullcontext(), torch.no_grad():
+            for carries in batches:
+                for carry, model in zip(carries, (None, averaged), strict=False):
+                    self._classify(carry, model)
+                    self.stage.send(carry, self._signal)
+                if self.stage.reports:
+                    final = carries[-1]
+                    hits = [*carries[0].hits[:-1], count_hits(final.features, final.labels)]
+                    tally.add(hits, final.features, final.labels)
+                self._stop_if_asked(carries[-1])
         self.net.train()
-        return scores
+        return tally.scores() if self.stage.reports else None
+
+    def _classify(self, carry: Carry, averaged: nn.Module | None) -> None:
+        """Runs the modules trained here and their heads, or, without heads, those of a moving average."""
+        with self._autocast():
+            for k in self.stage.modules:
+                module = self.net.local_modules[k]
+                if averaged is None:
+                    carry.features = module(carry.features, carry.context)
+                    carry.hits.append(count_hits(module.auxiliary.classify(carry.features), carry.labels))
+                else:
+                    carry.features = module.run_on(averaged, carry.features, carry.context)
 
     def _train_epoch(self, progress: Progress) -> None:
         position, optim = self.position, self.config.optim
         every = self.config.run.checkpoint_steps
         self.net.train()
         self._start_clock()
-        batches = self.data.train_batches(position.epoch, optim.batch_size, self.device, start=position.batch)
-        sums = torch.tensor(position.loss_sums, dtype=torch.float64)
-        for batch in batches:
-            seed = derive_seed(self.config.run.seed, "step", self.state.step)
-            losses = self._step(batch, seed)
-            shown = losses.tolist()
-            sums += torch.tensor(shown, dtype=torch.float64)
+        for carry in self.stage.train_batches(self.data, position.epoch, optim.batch_size, self.device, position.batch):
+            # Replicas drop other things than each other.
+            place = (self.state.step, self.stage.replica)[: 1 + (self.stage.replica > 0)]
+            self._step(carry, derive_seed(self.config.run.seed, "step", *place))
+            self.stage.send(carry, self._signal)
             position.batch += 1
-            position.loss_sums = sums.tolist()
-            if self.curve.add(self.state.step, shown, *self._advance_clock(training=True)):
-                self.curve.write(self.folder / LOSSES)
             self._note_skipped(progress)
-            progress.step(position.epoch + 1, position.batch, shown, self.peak or self.predicted or 0)
+            if self.stage.reports:
+                self._record(torch.stack([loss.float() for loss in carry.losses]).tolist(), progress)
             if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
                 self._save()
-            self._stop_if_asked()
+            self._stop_if_asked(carry)
 
-    def _step(self, batch: list[Tensor], seed: int) -> Tensor:
+    def _record(self, losses: list[float], progress: Progress) -> None:
+        """Takes down the losses of a step that has been done."""
+        position = self.position
+        position.loss_sums = [total + loss for total, loss in zip(position.loss_sums, losses, strict=True)]
+        if self.curve.add(self.state.step, losses, *self._advance_clock(training=True)):
+            self.curve.write(self.folder / LOSSES)
+        progress.step(position.epoch + 1, position.batch, losses, self.peak or self.predicted or 0)
+
+    def _step(self, carry: Carry, seed: int) -> None:
         """One training step; measured where that costs nothing, and once where it does.
 
         Raises:
@@ -190,13 +222,14 @@ class Trainer:
         try:
             if self.device.type != "cuda" and self._steps != 2:
                 with self._autocast():
-                    return self.state.train_step(batch, seed)
+                    self.state.train_step(carry, seed)
+                return
             with measured(chain(*self.state.tensors().values()), self.device) as measurement, self._autocast():
                 # On a CPU the batch has to begin inside, for its end to be seen.
-                own = [tensor.clone() for tensor in batch] if self.device.type == "cpu" else batch
-                losses = self.state.train_step(own, seed)
+                own = carry.clone() if self.device.type == "cpu" else carry
+                self.state.train_step(own, seed)
+            vars(carry).update(vars(own))
             self.peak = self.position.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
-            return losses
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise MemoryError(str(error).strip().splitlines()[0]) from error
@@ -208,9 +241,17 @@ class Trainer:
             position.epoch, position.batch = position.epoch + 1, 0
             self._save()  # before the evaluation, which may fail
         self._start_clock()
+        self.peak = position.peak = self.stage.highest(self.peak)
         due = position.epoch % self.config.run.val_interval == 0 or position.epoch == self.config.optim.epochs
         scores = self.evaluate() if due else None
         self._advance_clock(training=False)
+        if self.stage.reports:
+            self._report(scores, progress)
+        self._begin_epoch()
+
+    def _report(self, scores: Scores | None, progress: Progress) -> None:
+        """Writes and shows what an epoch came to."""
+        position = self.position
         images = self.steps_per_epoch * self.config.optim.batch_size
         row = EpochRow(
             epoch=position.epoch,
@@ -231,7 +272,6 @@ class Trainer:
             draw_curves(self.folder / CURVES, self.rows, self.title, self.data.evaluated_on)
             self._drawn = time.monotonic()
         progress.epoch(row)
-        self._begin_epoch()
 
     def _begin_epoch(self) -> None:
         self.position.loss_sums = [0.0] * len(self.net.local_modules)
@@ -241,7 +281,7 @@ class Trainer:
         meta = {"position": vars(self.position), "curve": self.curve.state()}
         run = self.config.run
         folder = self.folder / CHECKPOINTS
-        return save_checkpoint(folder, self.state.step, self.state.parts(), meta, run.checkpoint_hist)
+        return self.stage.save(folder, self.state.step, self.state.parts(), meta, run.checkpoint_hist)
 
     def _start_clock(self) -> None:
         self._clock, self._processor_clock = time.perf_counter(), time.process_time()
@@ -267,9 +307,9 @@ class Trainer:
             progress.note(f"skipped an unreadable training image: {path}")
         self._skipped_noted = len(self.data.skipped)
 
-    def _stop_if_asked(self) -> None:
-        if self._signal:
-            raise Interrupted(self._signal, self._save())
+    def _stop_if_asked(self, carry: Carry) -> None:
+        if number := self.stage.stopping(carry, self._signal):
+            raise Interrupted(number, self._save())
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

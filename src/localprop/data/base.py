@@ -31,6 +31,10 @@ class Store(Protocol):
         """Bytes that lie on a GPU for good."""
         ...
 
+    def release(self) -> None:
+        """Frees images that are held: nobody will ask for any."""
+        ...
+
     def train(
         self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
     ) -> Iterator[Batch]:
@@ -99,6 +103,10 @@ class Data:
     def held_bytes(self) -> int:
         """Bytes of the dataset that lie on a GPU for good: no part of what a training step takes."""
         return self.store.held_bytes
+
+    def release(self) -> None:
+        """Frees images that are held in memory, in a process that needs none; sizes stay known."""
+        self.store.release()
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Number of training batches in an epoch; a last partial batch is dropped.

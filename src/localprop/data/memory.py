@@ -64,6 +64,11 @@ class MemoryStore:
         for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size), strict=True):
             yield resize(images.to(device), self.img_size), labels.to(device)
 
+    def release(self) -> None:
+        """Frees all images and labels."""
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            setattr(self, name, getattr(self, name)[:0].clone())
+
     @property
     def held_bytes(self) -> int:
         """Bytes of images and labels that lie on a GPU for good."""

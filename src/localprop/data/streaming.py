@@ -52,6 +52,9 @@ class StreamStore:
         self.train_size = len(self.train_files)
         self.test_size = len(self.test_files)
 
+    def release(self) -> None:
+        """Nothing: images are on disk."""
+
     def train(
         self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
     ) -> Iterator[Batch]:

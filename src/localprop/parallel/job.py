@@ -1,0 +1,135 @@
+"""The processes that train together: how they find each other, talk beside the pipeline, and end."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from localprop.errors import ParallelError
+
+# Of a process that hangs without being gone; a slow epoch between two messages must fit in.
+_PATIENCE = timedelta(hours=2)
+
+
+class Lost(ParallelError):
+    """Another process is gone; why, only whoever started it knows."""
+
+
+def in_job() -> bool:
+    """Whether torchrun, or `launch`, started this process as one of several."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+class Job:
+    """The processes of a run, and this one's place among them.
+
+    Attributes:
+        rank: this process's number, from 0.
+        size: number of processes.
+        attempt: how often torchrun has started the processes again after a failure.
+        name: of the job, the same in every attempt.
+        device: what this process trains on.
+    """
+
+    def __init__(self, rank: int, size: int, store: dist.Store, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        self._store = store
+        # Small things, from CPU to CPU, which need not come in the order of the stream of features.
+        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(control, dist.ProcessGroup)  # of which this process is part
+        self._control = control
+
+    @contextmanager
+    def talking(self, to: str = "another process") -> Iterator[None]:
+        """Turns what torch.distributed raises when the other side is gone into `Lost`."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise Lost(f"{to} is gone ({_first_line(error)})") from error
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, by rank; any object that pickles."""
+        values: list[Any] = [None] * self.size
+        with self.talking():
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def wait_for_all(self) -> None:
+        """Returns when every process has come here."""
+        with self.talking():
+            dist.barrier(group=self._control)
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Sends a tensor beside the pipeline; waits until it is taken."""
+        with self.talking(f"rank {rank}"):
+            dist.send(tensor.detach().cpu().contiguous(), rank, group=self._control)
+
+    def receive(self, like: Tensor, rank: int) -> Tensor:
+        """Receives a tensor of shape and type of `like`, on the CPU."""
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        with self.talking(f"rank {rank}"):
+            dist.recv(tensor, rank, group=self._control)
+        return tensor
+
+    def ask_to_stop(self, signal: int) -> None:
+        """Tells the first process of a signal that came to this one."""
+        with self.talking("the launcher"):
+            self._store.set("stop", str(signal))
+
+    def asked_to_stop(self) -> int:
+        """The number of the signal that some process told of; 0 for none."""
+        with self.talking("the launcher"):
+            return int(self._store.get("stop")) if self._store.check(["stop"]) else 0
+
+    def first_to_fail(self) -> bool:
+        """Whether no other process has said yet that it fails: a job that ends has one cause."""
+        try:
+            return self._store.add("failed", 1) == 1
+        except RuntimeError:  # the launcher is gone, and the store with it
+            return False
+
+    def leave(self) -> None:
+        """Ends the group, when every process has come here."""
+        self.wait_for_all()
+        dist.destroy_process_group()
+
+
+def join(device: str | None) -> Job:
+    """Meets the other processes.
+
+    Args:
+        device: "cpu", "cuda" or None for cuda if there is one: each process of a machine takes one of its GPUs.
+
+    Raises:
+        ParallelError: there are more processes on this machine than GPUs, or they do not find each other.
+    """
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    cuda = device == "cuda" or (device is None and count > 0)
+    if cuda and local >= count:
+        raise ParallelError(f"process {local + 1} on this machine has no GPU, there are {count}; or add --device cpu")
+    if device not in (None, "cpu", "cuda"):
+        raise ParallelError(f"--device {device} is one device; with --parallel say cpu or cuda: each process takes one")
+    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
+        # Another attempt must not meet what the one before left.
+        store = dist.PrefixStore(f"localprop-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=_PATIENCE)
+        return Job(rank, size, store, place)
+    except (RuntimeError, ValueError) as error:
+        raise ParallelError(f"the processes do not find each other ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,82 @@
+"""Starting the processes of a run: torch's elastic agent, as torchrun starts it, and one line if that goes wrong."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from localprop.errors import ParallelError
+
+RANKS = "LOCALPROP_RANKS"
+"""Names a file in the environment of processes that `launch` started, into which they write what each one trains."""
+
+
+def launch(processes: int, argv: Sequence[str]) -> int:
+    """Runs `localprop train` with these flags in several processes on this machine, and waits for them.
+
+    SIGTERM and SIGINT go on to the processes, which then save a checkpoint.
+
+    Returns:
+        The exit code: that of a process that failed with a line of its own, 128 + the number of the signal that ended
+        the run, or 0.
+
+    Raises:
+        ParallelError: a process was killed; the line says which, what it trained and by what.
+    """
+    # Before torch is imported, here and there: its warnings of sockets mean nothing to a user.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable(logging.CRITICAL)  # the agent tells at length what the processes have said already
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Path(folder, "ranks.json")
+        os.environ[RANKS] = str(ranks)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            rdzv_configs={"keep_alive_interval": 1},  # seconds, of a thread that an interrupted agent waits for
+            max_restarts=0,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "localprop", "train", *argv)
+        except SignalException as stop:
+            return 128 + int(stop.sigval)
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            # What the agent ended itself, because of another, ended by SIGTERM.
+            killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+            if killed and max(codes.values()) < 2:
+                raise ParallelError(_obituary(killed[0], -codes[killed[0]], ranks)) from None
+            return max([code for code in codes.values() if code > 0], default=128 + signal.SIGTERM)
+        finally:
+            logging.disable(logging.NOTSET)
+            del os.environ[RANKS]
+    return 0
+
+
+def describe_ranks(ranks: Sequence[str], folder: Path) -> None:
+    """Leaves word for `launch`, where that started this process: what each rank trains, and the run folder."""
+    if RANKS in os.environ:
+        Path(os.environ[RANKS]).write_text(json.dumps({"ranks": list(ranks), "folder": str(folder)}))
+
+
+def _obituary(rank: int, number: int, ranks: Path) -> str:
+    name = signal.Signals(number).name
+    cause = f"{name} (by hand, or because memory ran out)" if number == signal.SIGKILL else name
+    try:
+        known = json.loads(ranks.read_text())
+    except (OSError, ValueError):
+        return f"rank {rank} was killed by {cause} before training began"
+    return f"rank {rank} ({known['ranks'][rank]}) was killed by {cause}; go on with --resume {known['folder']}"

@@ -1,0 +1,224 @@
+"""A run: from its settings to the table at its end, alone or as one of several processes."""
+
+import os
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from localprop import advice
+from localprop.checkpoint import newest_checkpoint
+from localprop.config import TrainConfig
+from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
+from localprop.experiment import (
+    Experiment,
+    create_run_folder,
+    newest_run,
+    note_resumption,
+    prepare,
+    read_description,
+    write_description,
+)
+from localprop.network import LocalNetwork
+from localprop.parallel import Job, Layout, Lost, PipelineStage, arrange, in_job, join
+from localprop.parallel.launch import RANKS, describe_ranks
+from localprop.report import Progress, final_table, next_steps
+from localprop.simulation import simulate_step
+from localprop.state import TrainingState
+from localprop.trainer import CHECKPOINTS, WEIGHTS, Interrupted, Trainer
+
+
+def run(config: TrainConfig, resumed: Path | None) -> int:
+    """Trains, in this process alone or as one of those of `--parallel`; returns the exit code.
+
+    Args:
+        config: the settings.
+        resumed: the folder of the run to go on with; None for a new one.
+
+    Raises:
+        LocalpropError: see there.
+    """
+    if not config.run.parallel:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and in_job():
+            raise ConfigError("torchrun started several processes, which would all do the same; add --parallel modules")
+        return _run_alone(config, resumed)
+    job = join(config.run.device)
+    code = 1
+    try:
+        code = _run_together(config, resumed, job)
+    except LocalpropError as error:
+        code = _tell(error, job)
+    except Exception:
+        if job.first_to_fail():
+            traceback.print_exc()
+    if code:
+        # At once: what is still in flight would be waited for, and the other side may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
+    console = Console()
+    experiment, notes = _prepare(config, resumed, console)
+    config = experiment.config
+    net = experiment.localize()
+    headroom = advice.Headroom(experiment)
+    predicted, warning = advice.predict(experiment, net, headroom)
+    state = TrainingState(net, config.optim, _steps(experiment), experiment.device)
+    folder = resumed or create_run_folder(config)
+    trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted)
+    notes += trainer.resume() if resumed else []
+    if resumed:
+        note_resumption(folder)
+    else:
+        write_description(folder, experiment, net)
+    _announce(console, experiment, net, folder, str(experiment.device))
+    try:
+        _train(trainer, experiment, console, [*notes, *warning])
+    except Interrupted as stop:
+        print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
+        return stop.exit_code
+    except MemoryError as error:
+        del trainer, state, net
+        raise headroom.explain(error, predicted) from None
+    return 0
+
+
+def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
+    console = Console(quiet=job.rank > 0)  # what all processes would say, the first does
+    placed = replace(config, run=replace(config.run, device=str(job.device)))
+    experiment, notes = _prepare(placed, resumed, console)
+    experiment = replace(experiment, config=replace(experiment.config, run=config.run))
+    config = experiment.config
+    net = experiment.localize()
+    layout = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, _seconds(experiment, net, job))
+    if config.optim.batch_size % layout.replicas:
+        raise ConfigError(f"--batch-size {config.optim.batch_size} cannot be shared out to {layout.replicas} replicas")
+    stage = PipelineStage(job, layout, net)
+    reports = stage.reports
+    names = [_describe(net, layout, rank) for rank in range(job.size)]
+    try:
+        if not stage.needs_images:
+            experiment.data.release()
+        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules, stage.average)
+        folder = resumed or _restarted(config, job)
+        fresh = folder is None
+        folder = job.gather(create_run_folder(config) if fresh and reports else folder)[layout.reporter]
+        trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, stage=stage)
+        if reports:
+            write_description(folder, experiment, net, job.name) if fresh else note_resumption(folder)
+        if resumed or (not fresh and newest_checkpoint(folder / CHECKPOINTS, only=())[0]):
+            notes += trainer.resume()
+        if job.rank == 0:
+            describe_ranks(names, folder)
+        _announce(console, experiment, net, folder, f"{job.size} processes, {experiment.device.type}")
+        _train(trainer, experiment, console if reports else Console(force_interactive=False), notes if reports else [])
+    except Interrupted as stop:
+        if reports:
+            print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
+        job.wait_for_all()
+        return stop.exit_code
+    except MemoryError as error:
+        raise OutOfMemory(
+            f"rank {job.rank} ({names[job.rank]}): out of memory on {job.device} ({error}); take more modules and "
+            "processes, or a smaller --batch-size"
+        ) from None
+    except NonFiniteLossError as error:  # which names the module
+        raise ParallelError(f"rank {job.rank}: {error}") from error
+    except LocalpropError as error:
+        if isinstance(error, Lost):
+            raise
+        raise ParallelError(f"rank {job.rank} ({names[job.rank]}): {error}") from error
+    job.leave()
+    return 0
+
+
+def _tell(error: LocalpropError, job: Job) -> int:
+    """Says why this process fails, if it is the first that does; gives its exit code.
+
+    The others only see that it is gone. One that was killed says nothing: then the first that misses it does, unless
+    there is a `launch` that knows more.
+    """
+    lost = isinstance(error, Lost)
+    if not (lost and RANKS in os.environ) and job.first_to_fail():
+        missed = f"rank {job.rank} ends: {error}; it was killed, or its machine is gone"
+        print(f"localprop: {missed if lost else error}", file=sys.stderr)
+    return 1 if lost else 2
+
+
+def _prepare(config: TrainConfig, resumed: Path | None, console: Console) -> tuple[Experiment, list[str]]:
+    experiment = prepare(config, weights=resumed is None)
+    if not config.local.budget or resumed:
+        return experiment, []
+    with console.status("looking for what fits the budget ..."):
+        experiment, note = advice.fit(experiment)
+    return experiment, [note]
+
+
+def _steps(experiment: Experiment) -> int:
+    return experiment.data.steps_per_epoch(experiment.config.optim.batch_size)
+
+
+def _seconds(experiment: Experiment, net: LocalNetwork, job: Job) -> list[float] | None:
+    """Expected time of each module, where several have to share a process; None where it cannot be known."""
+    if experiment.config.run.parallel == "data" or not 1 < job.size < len(net.local_modules):
+        return None
+    optim = experiment.config.optim
+    try:
+        trace = simulate_step(net, optim, optim.batch_size, experiment.input_size, experiment.device.type)
+    except PlanError:
+        return None
+    return [end - start for start, end in zip([0.0, *trace.module_ends], trace.module_ends, strict=False)]
+
+
+def _restarted(config: TrainConfig, job: Job) -> Path | None:
+    """The run folder that an earlier attempt of this job left, when torchrun has started it again."""
+    if not job.attempt:
+        return None
+    try:
+        named = config.run.experiment
+        folder = config.run.output / named if named else newest_run(config.run.output)
+        return folder if read_description(folder).get("job") == job.name else None
+    except LocalpropError:
+        return None
+
+
+def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
+    side = experiment.data.img_size
+    console.out(f"{experiment.title} at {side}x{side}: {len(net.local_modules)} modules, {place}", highlight=False)
+    console.out(f"run folder: {folder}", highlight=False)
+
+
+def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: list[str]) -> None:
+    """Trains, and shows how it goes on and what came out."""
+    config, folder, net = experiment.config, trainer.folder, trainer.net
+    evaluated_on, count = experiment.data.evaluated_on, len(net.local_modules)
+    progress = Progress(
+        console, config.optim.epochs, _steps(experiment), config.optim.batch_size, count, trainer.rows, evaluated_on
+    )
+    with progress:
+        for note in notes:
+            progress.note(note)
+        rows = trainer.run(progress)
+    if trainer.stage.reports:
+        console.print(final_table(rows, [_span(net, range(k, k + 1)) for k in range(count)], evaluated_on))
+        steps = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
+        console.out(steps, highlight=False)
+
+
+def _describe(net: LocalNetwork, layout: Layout, rank: int) -> str:
+    """What a process trains, for messages."""
+    (stage, replica), count = layout.place(rank), len(net.local_modules)
+    modules = layout.stages[stage]
+    number = f"module {modules[0] + 1}" if len(modules) == 1 else f"modules {modules[0] + 1} to {modules[-1] + 1}"
+    which = f", replica {replica + 1} of {layout.replicas}" if layout.replicas > 1 else ""
+    return f"{number} of {count}{which}: {_span(net, modules)}"
+
+
+def _span(net: LocalNetwork, modules: range) -> str:
+    units = [unit for k in modules for unit in net.local_modules[k].units]
+    return units[0] if len(units) == 1 else f"{units[0]} ... {units[-1]}"

@@ -1,0 +1,70 @@
+"""The part of a pipeline that this process is: which modules it trains, where batches come from and where they go."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localprop.checkpoint import save_checkpoint
+from localprop.data import Data
+from localprop.network import Carry
+from localprop.state import TrainingState
+
+
+class Stage:
+    """A process that trains all modules: batches come from the data, and go nowhere.
+
+    `localprop.parallel` has one for processes that train some of the modules each.
+
+    Args:
+        modules: those that are trained here.
+
+    Attributes:
+        replica: which of several processes this is that train the same modules, each on a part of every batch.
+        reports: whether this is the process that knows all losses, and so writes results and shows progress.
+    """
+
+    replica = 0
+    reports = True
+
+    def __init__(self, modules: range) -> None:
+        self.modules = modules
+
+    def train_batches(
+        self, data: Data, epoch: int, batch_size: int, device: torch.device, start: int
+    ) -> Iterator[Carry]:
+        """The batches of an epoch from number `start` on, as they come to the first module here."""
+        for batch in data.train_batches(epoch, batch_size, device, start):
+            yield Carry.of(batch)
+
+    def test_batches(self, data: Data, batch_size: int, device: torch.device, models: int) -> Iterator[list[Carry]]:
+        """The batches to evaluate on, each once for every one of the `models` that are evaluated."""
+        for images, labels in data.test_batches(batch_size, device):
+            yield [Carry(images, labels) for _ in range(models)]
+
+    def send(self, carry: Carry, signal: int) -> None:
+        """Hands a batch to the next stage; `signal` is the number of one that came to this process, or 0.
+
+        Where this process reports, the batch has the losses to report then.
+        """
+
+    def average(self, gradients: list[Tensor]) -> None:
+        """Replaces a module's gradients by their mean over the replicas, in place."""
+
+    def stopping(self, carry: Carry, signal: int) -> int:
+        """The number of the signal after which every process stops behind this batch; 0 to go on."""
+        return signal
+
+    def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
+        """Saves a checkpoint of all stages; arguments as of `save_checkpoint`, `meta` being that of who reports."""
+        return save_checkpoint(folder, step, parts, meta, keep)
+
+    def highest(self, peak: int | None) -> int | None:
+        """The largest `peak` memory of a process, in bytes; None if none is known."""
+        return peak
+
+    def weights(self, state: TrainingState) -> dict[str, Tensor]:
+        """The evaluated backbone's state dict, where this process reports; else some of it."""
+        return state.evaluated.state_dict()
