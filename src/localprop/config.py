@@ -341,6 +341,13 @@ class PlanConfig:
     """Number of labels (default: the model's own)."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Whose kernels and speed to assume."""
+    parallel: Annotated[Literal["modules"] | None, tyro.conf.arg(metavar="{modules}", help_behavior_hint="")] = None
+    """Tell also what modules take that are trained at the same time by several processes: modules. With --nproc."""
+    nproc: OptionalInt = None
+    """Processes for --parallel."""
+    bandwidth: OptionalStr = None
+    """What a second moves from one process to another, 100MiB or 10GiB (default: an order of magnitude for
+    --device)."""
     json: OptionalPath = None
     """Write everything into this file too."""
     picture: Path = Path("plan.png")
@@ -351,9 +358,19 @@ class PlanConfig:
             ("batch-size", self.batch_size),
             ("img-size", self.backbone.img_size),
             ("num-classes", self.num_classes),
+            ("nproc", self.nproc),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")
+        if self.parallel and self.nproc is None:
+            raise ConfigError("--parallel needs --nproc, the number of processes")
+        for name, value in (("nproc", self.nproc), ("bandwidth", self.bandwidth)):
+            if value is not None and not self.parallel:
+                raise ConfigError(f"--{name} is {value}, but nothing is parallel; add --parallel modules")
+        if self.parallel and self.local.budget is not None:
+            raise ConfigError("--budget chooses for one process; leave out either --budget or --parallel")
+        if self.bandwidth is not None:
+            parse_bytes(self.bandwidth)
 
 
 def to_flat(config: Any) -> dict[str, Any]:

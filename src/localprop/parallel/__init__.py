@@ -8,6 +8,7 @@ that fails ends all), messages.py (a batch on the wire), pipeline.py (the stage)
 from localprop.parallel.job import Job, Lost, in_job, join
 from localprop.parallel.launch import launch
 from localprop.parallel.layout import assign
+from localprop.parallel.messages import IN_FLIGHT
 from localprop.parallel.pipeline import PipelineStage
 
-__all__ = ["Job", "Lost", "PipelineStage", "assign", "in_job", "join", "launch"]
+__all__ = ["IN_FLIGHT", "Job", "Lost", "PipelineStage", "assign", "in_job", "join", "launch"]
