@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from localprop.config import OptimConfig
 from localprop.errors import ParallelError
-from localprop.parallel import assign
+from localprop.parallel import arrange
 from localprop.parallel.messages import IN_FLIGHT, TensorForm
 from localprop.report import read_losses, read_results
 from localprop.state import TrainingState
@@ -107,8 +107,8 @@ class Forker:
             children.append(self.ask(env={k: str(v) for k, v in env.items()}, log=str(log), **task))
         return Ranks(self, log, store, children)
 
-    def train(self, output, count, *flags, attempt=0):
-        parallel = ["--parallel", "modules"] if count > 1 else []
+    def train(self, output, count, *flags, attempt=0, kind="modules"):
+        parallel = ["--parallel", kind] if count > 1 else []
         argv = ["train", *flags, *parallel]
         return self.start(output / "log", count, attempt, argv=argv)
 
@@ -170,6 +170,30 @@ def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_the
     assert_same_run(tmp_path, alone(4, *more))
 
 
+# No dropped paths, which replicas draw for themselves (timm's Swin has some unless told); and steps of the gradient's
+# size, or else roundings of a gradient near zero would show.
+CALM = [
+    *[*SMALL[:6], "drop_path_rate=0.0", *SMALL[6:], "--crop-pad", "1", "--mixup", "0.2"],
+    *["--clip-grad", "1", "--opt", "sgd", "--lr", "0.05", "--epochs", "1"],
+]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("modules", 4), ("data", 2)])
+def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count):
+    settings = [*CALM, "--cuts", *MODULES[2], "--experiment", "run"]
+    runs = {name: tmp_path / name for name in ("one", "several")}
+    for folder in runs.values():
+        folder.mkdir()
+    assert forker.train(runs["one"], 1, *settings, "--output", str(runs["one"])).wait() == [0]
+    ranks = forker.train(runs["several"], count, *settings, "--output", str(runs["several"]), kind=kind)
+    assert ranks.wait() == [0] * count, ranks.log.read_text()
+    one, several = (load_file(folder / "run" / "model.safetensors") for folder in runs.values())
+    for name, value in one.items():
+        assert torch.allclose(several[name], value, rtol=1e-5, atol=1e-7), name
+    (a,), (b,) = (read_results(folder / "run" / "results.csv") for folder in runs.values())
+    assert b.train_losses == pytest.approx(a.train_losses, rel=1e-5)
+
+
 def wait_for_step(output, step):
     end = time.monotonic() + SECONDS
     while not any(int(p.name[5:]) >= step for p in (output / "run" / "checkpoints").glob("step-*[0-9]")):
@@ -204,7 +228,7 @@ def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alo
     before = time.monotonic()
     assert ranks.wait() == [1, -signal.SIGKILL, 1]
     assert time.monotonic() - before < 30
-    assert re.fullmatch(r"localprop: rank \d: .* is gone .*\n", ranks.log.read_text())
+    assert re.fullmatch(r"localprop: rank [02] ends: .* is gone .*; it was killed.*\n", ranks.log.read_text())
     again = forker.train(tmp_path, 3, *settings, attempt=1)
     assert again.wait() == [0, 0, 0], again.log.read_text()
     assert_same_run(tmp_path, alone(3, *LONG))
@@ -214,7 +238,7 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_line(forker, tmp_path):
     ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, "--epochs", "2", "--lr", "1e30", "--sched", "none"))
     assert sorted(ranks.wait()) == [1, 2]
     assert re.fullmatch(
-        r"localprop: rank 0, the loss of module 1 of 2 \(.*\) is nan at step 2.*\n", ranks.log.read_text()
+        r"localprop: rank 0: the loss of module 1 of 2 \(.*\) is nan at step 2.*\n", ranks.log.read_text()
     )
 
 
@@ -314,9 +338,17 @@ def test_shares_are_all_of_the_backbone_and_a_stage_holds_its_own_alone(name):
     assert set(state.parts()) == {"module-1"}
 
 
-def test_modules_are_shared_out_by_time_and_one_process_takes_one_at_least():
-    assert assign(4, 4) == [range(0, 1), range(1, 2), range(2, 3), range(3, 4)]
-    assert assign(4, 2) == [range(0, 2), range(2, 4)]
-    assert assign(4, 2, [5.0, 1.0, 1.0, 1.0]) == [range(0, 1), range(1, 4)]
-    with pytest.raises(ParallelError, match="at most one for each"):
-        assign(2, 3)
+def test_modules_are_shared_out_by_time_and_replicas_come_in_multiples():
+    def stages(*arguments):
+        layout = arrange("modules", *arguments)
+        assert layout.replicas == 1
+        return [list(modules) for modules in layout.stages]
+
+    assert stages(4, 4) == [[0], [1], [2], [3]]
+    assert stages(4, 2) == [[0, 1], [2, 3]]
+    assert stages(4, 2, [5.0, 1.0, 1.0, 1.0]) == [[0], [1, 2, 3]]
+    assert arrange("modules", 2, 6).replicas == 3
+    assert [arrange("modules", 2, 6).place(rank) for rank in range(4)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert arrange("data", 4, 3).stages == (range(4),)
+    with pytest.raises(ParallelError, match="take at most 2, or a multiple: --nproc 4"):
+        arrange("modules", 2, 5)

@@ -133,6 +133,15 @@ def test_weights_are_a_plain_timm_checkpoint(plain, capsys):
     assert result["loss"] == pytest.approx(row.test_loss, abs=1e-4)
 
 
+def test_the_moving_average_is_what_is_evaluated_and_saved(lively, capsys):
+    capsys.readouterr()
+    assert main(["eval", str(lively / "run"), "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    row = read_results(lively / "run" / "results.csv")[-1]
+    assert result["top1"] == pytest.approx(row.accuracy, abs=1e-3)
+    assert result["loss"] == pytest.approx(row.test_loss, abs=1e-4)
+
+
 def test_export_loads_in_timm_with_the_same_logits(plain, tmp_path):
     assert main(["export", str(plain / "run"), "--output", str(tmp_path / "out")]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}

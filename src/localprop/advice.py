@@ -258,6 +258,7 @@ def _describe_processes(processes: Processes | None, speedup: float | None) -> d
             )
         ],
         "micro_batches": processes.micro_batches,
+        "replicas": processes.replicas,
         "bottleneck": timing.bottleneck,
         "expected_seconds": timing.seconds,
         "speedup": speedup,

@@ -233,10 +233,14 @@ class RunConfig:
     """Save a checkpoint every so many steps as well as after each epoch."""
     checkpoint_hist: int = 2
     """Checkpoints kept."""
-    parallel: Annotated[Literal["modules"] | None, tyro.conf.arg(metavar="{modules}", help_behavior_hint="")] = None
-    """Train modules at the same time, in a process each: modules. With --nproc, or under torchrun."""
+    parallel: Annotated[
+        Literal["modules", "data"] | None, tyro.conf.arg(metavar="{modules,data}", help_behavior_hint="")
+    ] = None
+    """Train in several processes, --nproc or as torchrun says: modules (each its own modules, the same numbers; with a
+    multiple of --modules, replicas that share every batch out) or data (each all modules, and a part of every
+    batch)."""
     nproc: OptionalInt = None
-    """Processes for --parallel on this machine; consecutive modules share one where there are fewer than modules."""
+    """Processes for --parallel on this machine; where there are fewer than modules, consecutive ones share one."""
 
 
 @dataclass(frozen=True)
@@ -364,9 +368,8 @@ class PlanConfig:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")
         if self.parallel and self.nproc is None:
             raise ConfigError("--parallel needs --nproc, the number of processes")
-        for name, value in (("nproc", self.nproc), ("bandwidth", self.bandwidth)):
-            if value is not None and not self.parallel:
-                raise ConfigError(f"--{name} is {value}, but nothing is parallel; add --parallel modules")
+        if not self.parallel and (self.nproc or self.bandwidth):
+            raise ConfigError("--nproc and --bandwidth are for several processes; add --parallel modules")
         if self.parallel and self.local.budget is not None:
             raise ConfigError("--budget chooses for one process; leave out either --budget or --parallel")
         if self.bandwidth is not None:

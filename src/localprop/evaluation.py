@@ -48,7 +48,12 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     experiment.backbone.eval()
     batches = data.test_batches(config.optim.batch_size, device)
     scores = evaluate(experiment.backbone, batches)
-    result = {"run": str(folder), "weights": source, "data": data.name, "evaluated_on": data.evaluated_on}
+    result: dict[str, Any] = {
+        "run": str(folder),
+        "weights": source,
+        "data": data.name,
+        "evaluated_on": data.evaluated_on,
+    }
     result["images"] = scores.images
     accuracies = {"top1": scores.top1[0], "top5": scores.top5}
     result |= {name: round(value, 3) for name, value in accuracies.items() if value is not None}

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from localprop.config import OptimConfig
 from localprop.cost import Circumstances, Costs
+from localprop.errors import ParallelError
 from localprop.localize import localize
 from localprop.memory import total_bytes
 from localprop.network import LocalModule, LocalNetwork
-from localprop.parallel import IN_FLIGHT, assign
+from localprop.parallel import IN_FLIGHT, arrange
 from localprop.partition import balanced
 from localprop.schedules import Link, StageTime, Timing, local_modules, one_f_one_b, one_f_one_b_order
 from localprop.simulation import StepTrace, fake_training, simulate_step
@@ -25,12 +26,13 @@ class Processes:
     """What a way to train takes on several processes.
 
     Attributes:
-        ranks: the local modules, or the stages, of each process.
+        ranks: the local modules, or the stages, of each process; where there are replicas, of the first ones.
         units: names of each process's units.
         peaks: predicted peak memory of each process in bytes, batches in flight included.
         timing: expected seconds per batch, each process's share of waiting, and what is busiest; of meaning only beside
             others.
         micro_batches: into which a batch is divided.
+        replicas: processes that train the same modules, on a part of each batch.
     """
 
     ranks: list[range]
@@ -38,6 +40,7 @@ class Processes:
     peaks: list[int]
     timing: Timing
     micro_batches: int = 1
+    replicas: int = 1
 
     @property
     def largest(self) -> int:
@@ -68,23 +71,36 @@ def share_out(
         link: between two of them.
 
     Raises:
-        ParallelError: there are more processes than modules.
+        ParallelError: there are more processes than modules and not a multiple of them, or batches cannot be shared
+            out.
         PlanError: memory cannot be predicted.
     """
     seconds = [end - start for start, end in pairwise([0.0, *trace.module_ends])]
-    ranks = assign(len(seconds), processes, seconds)
-    traces = [simulate_step(net, optim, batch_size, input_size, device, modules) for modules in ranks]
+    layout = arrange("modules", len(seconds), processes, seconds)
+    if batch_size % layout.replicas:
+        raise ParallelError(f"a batch of {batch_size} cannot be shared out to {layout.replicas} replicas")
+    part = batch_size // layout.replicas
+    traces = [simulate_step(net, optim, part, input_size, device, modules) for modules in layout.stages]
     entries = [own.entry for own in traces[1:]]
-    stages = [StageTime(own.seconds, output=size) for own, size in zip(traces, [*entries, 0], strict=True)]
+    stages = [
+        StageTime(own.seconds, output=size, gradients=_trained(net, modules))
+        for own, size, modules in zip(traces, [*entries, 0], layout.stages, strict=True)
+    ]
     # Besides the step, a process holds batches that it has received ahead, and those that it has sent and nobody has
     # taken yet.
     waiting = [IN_FLIGHT * (came + left) for came, left in pairwise([0, *entries, 0])]
     return Processes(
-        ranks=ranks,
-        units=[[unit for k in modules for unit in net.local_modules[k].units] for modules in ranks],
+        ranks=list(layout.stages),
+        units=[[unit for k in modules for unit in net.local_modules[k].units] for modules in layout.stages],
         peaks=[own.peak + held for own, held in zip(traces, waiting, strict=True)],
-        timing=local_modules(stages, link, IN_FLIGHT),
+        timing=local_modules(stages, link, IN_FLIGHT, layout.replicas),
+        replicas=layout.replicas,
     )
+
+
+def _trained(net: LocalNetwork, modules: range) -> int:
+    """Bytes of the weights that modules train, and so of their gradients."""
+    return total_bytes(p for k in modules for p in net.local_modules[k].parameters() if p.requires_grad)
 
 
 def pipeline(

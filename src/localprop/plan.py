@@ -165,7 +165,7 @@ def plan(
 
     Raises:
         ChainError, ConfigError: as `localize`.
-        ParallelError: there are more processes than modules, for every number of modules that was asked for.
+        ParallelError: the processes cannot share any of the numbers of modules that were asked for.
         PlanError: memory cannot be predicted, or nothing fits the budget even with one image per step.
     """
     for name, value in (("batch_size", batch_size), ("nproc", nproc)):
@@ -183,7 +183,9 @@ def plan(
     if nproc:
         if method != "end-to-end" and not any(row.parallel for row in rows):
             most = max(row.setting.modules for row in rows)
-            raise ParallelError(f"{nproc} processes, but the backbone has {most} modules at most; fewer --nproc")
+            raise ParallelError(
+                f"{nproc} processes cannot share the {most} modules that there are at most; fewer --nproc"
+            )
         other = pipeline(planner.known(False), optim, batch_size, device, amp_dtype, nproc, planner.link)
         return Plan(rows, pipeline=other)
     if budget is None:

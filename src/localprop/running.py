@@ -3,8 +3,6 @@
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from rich.console import Console
 from localprop import advice
 from localprop.checkpoint import newest_checkpoint
 from localprop.config import TrainConfig
-from localprop.errors import ConfigError, LocalpropError, OutOfMemory, PlanError
+from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
 from localprop.experiment import (
     Experiment,
     create_run_folder,
@@ -23,7 +21,7 @@ from localprop.experiment import (
     write_description,
 )
 from localprop.network import LocalNetwork
-from localprop.parallel import Job, Lost, PipelineStage, assign, in_job, join
+from localprop.parallel import Job, Layout, Lost, PipelineStage, arrange, in_job, join
 from localprop.parallel.launch import RANKS, describe_ranks
 from localprop.report import Progress, final_table, next_steps
 from localprop.simulation import simulate_step
@@ -46,8 +44,20 @@ def run(config: TrainConfig, resumed: Path | None) -> int:
             raise ConfigError("torchrun started several processes, which would all do the same; add --parallel modules")
         return _run_alone(config, resumed)
     job = join(config.run.device)
-    with _one_cause(job):
-        return _run_together(config, resumed, job)
+    code = 1
+    try:
+        code = _run_together(config, resumed, job)
+    except LocalpropError as error:
+        code = _tell(error, job)
+    except Exception:
+        if job.first_to_fail():
+            traceback.print_exc()
+    if code:
+        # At once: what is still in flight would be waited for, and the other side may be gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
@@ -76,24 +86,25 @@ def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
 
 
 def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
-    reports = job.rank == job.size - 1
-    # What all processes would say only one of them does.
-    console = Console() if reports else Console(quiet=True)
+    console = Console(quiet=job.rank > 0)  # what all processes would say, the first does
     placed = replace(config, run=replace(config.run, device=str(job.device)))
     experiment, notes = _prepare(placed, resumed, console)
     experiment = replace(experiment, config=replace(experiment.config, run=config.run))
     config = experiment.config
     net = experiment.localize()
-    layout = assign(len(net.local_modules), job.size, _seconds(experiment, net, job))
+    layout = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, _seconds(experiment, net, job))
+    if config.optim.batch_size % layout.replicas:
+        raise ConfigError(f"--batch-size {config.optim.batch_size} cannot be shared out to {layout.replicas} replicas")
     stage = PipelineStage(job, layout, net)
-    names = [f"{_modules(net, modules)}: {_span(net, modules)}" for modules in layout]
+    reports = stage.reports
+    names = [_describe(net, layout, rank) for rank in range(job.size)]
     try:
         if not stage.needs_images:
             experiment.data.release()
-        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules)
+        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules, stage.average)
         folder = resumed or _restarted(config, job)
         fresh = folder is None
-        folder = job.gather(create_run_folder(config) if fresh and reports else folder)[-1]
+        folder = job.gather(create_run_folder(config) if fresh and reports else folder)[layout.reporter]
         trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, stage=stage)
         if fresh and reports:
             write_description(folder, experiment, net, job.name)
@@ -110,43 +121,30 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         return stop.exit_code
     except MemoryError as error:
         raise OutOfMemory(
-            f"{names[job.rank]}: out of memory on {job.device} ({error}); take more modules and processes, or a "
-            "smaller --batch-size"
+            f"rank {job.rank} ({names[job.rank]}): out of memory on {job.device} ({error}); take more modules and "
+            "processes, or a smaller --batch-size"
         ) from None
+    except NonFiniteLossError as error:  # which names the module
+        raise ParallelError(f"rank {job.rank}: {error}") from error
     except LocalpropError as error:
-        if not isinstance(error, Lost) and names[job.rank].partition(":")[0] not in str(error):
-            raise type(error)(f"{names[job.rank]}: {error}") from error
-        raise
+        if isinstance(error, Lost):
+            raise
+        raise ParallelError(f"rank {job.rank} ({names[job.rank]}): {error}") from error
     job.leave()
     return 0
 
 
-@contextmanager
-def _one_cause(job: Job) -> Iterator[None]:
-    """Ends this process at once if it fails; one line says why, from the process that failed first.
+def _tell(error: LocalpropError, job: Job) -> int:
+    """Says why this process fails, if it is the first that does; gives its exit code.
 
     The others only see that it is gone. One that was killed says nothing: then the first that misses it does, unless
     there is a `launch` that knows more.
     """
-    try:
-        yield
-        return
-    except Lost as error:
-        if RANKS not in os.environ and job.first_to_fail():
-            print(f"localprop: rank {job.rank}: {error}; it was killed, or its machine is gone", file=sys.stderr)
-        code = 1
-    except LocalpropError as error:
-        if job.first_to_fail():
-            print(f"localprop: rank {job.rank}, {error}", file=sys.stderr)
-        code = 2
-    except Exception:
-        if job.first_to_fail():
-            traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Without the ends of threads that wait for a process that is gone.
-    os._exit(code)
+    lost = isinstance(error, Lost)
+    if not (lost and RANKS in os.environ) and job.first_to_fail():
+        missed = f"rank {job.rank} ends: {error}; it was killed, or its machine is gone"
+        print(f"localprop: {missed if lost else error}", file=sys.stderr)
+    return 1 if lost else 2
 
 
 def _prepare(config: TrainConfig, resumed: Path | None, console: Console) -> tuple[Experiment, list[str]]:
@@ -164,7 +162,7 @@ def _steps(experiment: Experiment) -> int:
 
 def _seconds(experiment: Experiment, net: LocalNetwork, job: Job) -> list[float] | None:
     """Expected time of each module, where several have to share a process; None where it cannot be known."""
-    if job.size in (1, len(net.local_modules)):
+    if experiment.config.run.parallel == "data" or not 1 < job.size < len(net.local_modules):
         return None
     optim = experiment.config.optim
     try:
@@ -209,11 +207,13 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
         console.out(steps, highlight=False)
 
 
-def _modules(net: LocalNetwork, modules: range) -> str:
-    count = len(net.local_modules)
-    if len(modules) == 1:
-        return f"module {modules[0] + 1} of {count}"
-    return f"modules {modules[0] + 1} to {modules[-1] + 1} of {count}"
+def _describe(net: LocalNetwork, layout: Layout, rank: int) -> str:
+    """What a process trains, for messages."""
+    (stage, replica), count = layout.place(rank), len(net.local_modules)
+    modules = layout.stages[stage]
+    number = f"module {modules[0] + 1}" if len(modules) == 1 else f"modules {modules[0] + 1} to {modules[-1] + 1}"
+    which = f", replica {replica + 1} of {layout.replicas}" if layout.replicas > 1 else ""
+    return f"{number} of {count}{which}: {_span(net, modules)}"
 
 
 def _span(net: LocalNetwork, modules: range) -> str:

@@ -22,9 +22,11 @@ class Stage:
         modules: those that are trained here.
 
     Attributes:
+        replica: which of several processes this is that train the same modules, each on a part of every batch.
         reports: whether this is the process that knows all losses, and so writes results and shows progress.
     """
 
+    replica = 0
     reports = True
 
     def __init__(self, modules: range) -> None:
@@ -43,7 +45,13 @@ class Stage:
             yield [Carry(images, labels) for _ in range(models)]
 
     def send(self, carry: Carry, signal: int) -> None:
-        """Hands a batch to the next stage; `signal` is the number of one that came to this process, or 0."""
+        """Hands a batch to the next stage; `signal` is the number of one that came to this process, or 0.
+
+        Where this process reports, the batch has the losses to report then.
+        """
+
+    def average(self, gradients: list[Tensor]) -> None:
+        """Replaces a module's gradients by their mean over the replicas, in place."""
 
     def stopping(self, carry: Carry, signal: int) -> int:
         """The number of the signal after which every process stops behind this batch; 0 to go on."""

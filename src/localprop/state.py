@@ -1,5 +1,6 @@
 """What changes while a network is trained: weights, optimizers, learning rates, loss scale, moving average."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +25,7 @@ class TrainingState:
         steps_per_epoch: steps of an epoch.
         device: where the network is.
         modules: those that are trained by this process; all, if left out. The network gives up the others' weights.
+        average: replaces a module's gradients, in place, by their mean over processes that train the same module.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
     place where it is needed (epoch, batch, module).
@@ -36,10 +38,12 @@ class TrainingState:
         steps_per_epoch: int,
         device: torch.device,
         modules: range | None = None,
+        average: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
         self.net = net
         self.config = config
         self.step = 0
+        self.average = average
         self.modules = range(len(net.local_modules)) if modules is None else modules
         self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
@@ -97,6 +101,8 @@ class TrainingState:
                 f"{module.units[-1]}) is {loss.item()} at step {self.step + 1}; its weights were not touched: lower "
                 "--lr or set --clip-grad"
             )
+        if self.average:
+            self.average([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
         optimizer, scaler = self.optimizers[i], self.scalers[i]
         if scaler:
             scaler.unscale_(optimizer)

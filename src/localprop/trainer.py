@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from localprop.checkpoint import newest_checkpoint, save_weights
 from localprop.config import TrainConfig
@@ -188,12 +188,14 @@ class Trainer:
         self.net.train()
         self._clock = time.perf_counter()
         for carry in self.stage.train_batches(self.data, position.epoch, optim.batch_size, self.device, position.batch):
-            losses = self._step(carry, derive_seed(self.config.run.seed, "step", self.state.step))
+            # Replicas drop other things than each other.
+            place = (self.state.step, self.stage.replica)[: 1 + (self.stage.replica > 0)]
+            self._step(carry, derive_seed(self.config.run.seed, "step", *place))
             self.stage.send(carry, self._signal)
             position.batch += 1
             self._note_skipped(progress)
             if self.stage.reports:
-                self._record(losses.tolist(), progress)
+                self._record(torch.stack([loss.float() for loss in carry.losses]).tolist(), progress)
             if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
                 self._save()
             self._stop_if_asked(carry)
@@ -206,7 +208,7 @@ class Trainer:
             self.curve.write(self.folder / LOSSES)
         progress.step(position.epoch + 1, position.batch, losses, self.peak or self.predicted or 0)
 
-    def _step(self, carry: Carry, seed: int) -> Tensor:
+    def _step(self, carry: Carry, seed: int) -> None:
         """One training step; measured where that costs nothing, and once where it does.
 
         Raises:
@@ -216,14 +218,14 @@ class Trainer:
         try:
             if self.device.type != "cuda" and self._steps != 2:
                 with self._autocast():
-                    return self.state.train_step(carry, seed)
+                    self.state.train_step(carry, seed)
+                return
             with measured(chain(*self.state.tensors().values()), self.device) as measurement, self._autocast():
                 # On a CPU the batch has to begin inside, for its end to be seen.
                 own = carry.clone() if self.device.type == "cpu" else carry
-                losses = self.state.train_step(own, seed)
+                self.state.train_step(own, seed)
             vars(carry).update(vars(own))
             self.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
-            return losses
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise MemoryError(str(error).strip().splitlines()[0]) from error

@@ -42,7 +42,9 @@ class Job:
         self.name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         self._store = store
         # Small things, from CPU to CPU, which need not come in the order of the stream of features.
-        self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(control, dist.ProcessGroup)  # of which this process is part
+        self._control = control
 
     @contextmanager
     def talking(self, to: str = "another process") -> Iterator[None]:

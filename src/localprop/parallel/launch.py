@@ -46,6 +46,7 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
+            rdzv_configs={"keep_alive_interval": 1},  # seconds, of a thread that an interrupted agent waits for
             max_restarts=0,
         )
         try:

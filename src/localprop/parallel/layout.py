@@ -1,30 +1,63 @@
 """Which process trains which modules."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from localprop.errors import ParallelError
 from localprop.partition import balanced
 
 
-def assign(modules: int, processes: int, seconds: Sequence[float] | None = None) -> list[range]:
-    """Shares modules out to processes, consecutive ones to each.
+@dataclass(frozen=True)
+class Layout:
+    """Stages of consecutive modules, and how often there is each.
+
+    Rank `replica * len(stages) + stage` is a process's number: what stages send each other stays near.
+
+    Attributes:
+        stages: the modules of each stage.
+        replicas: processes that train the same modules, on a part of each batch.
+    """
+
+    stages: tuple[range, ...]
+    replicas: int = 1
+
+    @property
+    def reporter(self) -> int:
+        """The rank that knows all losses: the last stage's first."""
+        return len(self.stages) - 1
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(stage, replica) of a process."""
+        replica, stage = divmod(rank, len(self.stages))
+        return stage, replica
+
+    def ranks(self, stage: int) -> list[int]:
+        """The processes that train the modules of a stage."""
+        return [replica * len(self.stages) + stage for replica in range(self.replicas)]
+
+
+def arrange(kind: str, modules: int, processes: int, seconds: Sequence[float] | None = None) -> Layout:
+    """Shares modules out to processes.
 
     Args:
+        kind: "modules": consecutive ones to each, so that the slowest process is as fast as can be; from twice as many
+            processes as modules on, replicas of that. Or "data": all modules to each.
         modules: number of local modules.
         processes: number of processes.
         seconds: expected time of each module in a step; all the same, if left out.
 
-    Returns:
-        The modules of each process: so that the slowest process is as fast as can be.
-
     Raises:
-        ParallelError: there are more processes than modules.
+        ParallelError: there are more processes than modules, and not a multiple of them.
     """
-    if processes > modules:
+    if kind == "data":
+        return Layout((range(modules),), processes)
+    replicas = max(1, processes // modules)
+    if processes > replicas * modules:
         raise ParallelError(
-            f"{processes} processes for {modules} modules; at most one for each: --nproc {modules}, or more --modules"
+            f"{processes} processes cannot share {modules} modules; take at most {modules}, or a multiple: "
+            f"--nproc {replicas * modules}"
         )
     costs = seconds or [1.0] * modules
-    ends = balanced(modules, processes, lambda start, stop: sum(costs[start:stop]))
-    return [range(start, stop) for start, stop in pairwise([0, *ends])]
+    ends = balanced(modules, processes // replicas, lambda start, stop: sum(costs[start:stop]))
+    return Layout(tuple(range(start, stop) for start, stop in pairwise([0, *ends])), replicas)

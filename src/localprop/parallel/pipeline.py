@@ -12,7 +12,9 @@ from localprop.checkpoint import publish, write_parts
 from localprop.data import Data
 from localprop.network import Carry, LocalNetwork
 from localprop.parallel.job import Job
+from localprop.parallel.layout import Layout
 from localprop.parallel.messages import Receiver, Sender
+from localprop.parallel.replicas import Replicas
 from localprop.stage import Stage
 from localprop.state import TrainingState
 
@@ -20,23 +22,28 @@ _ASK_SECONDS = 0.5
 
 
 class PipelineStage(Stage):
-    """A process that trains some of the modules: process k receives from k-1 and sends to k+1.
+    """A process that trains some of the modules: it receives from the stage before and sends to the next.
 
     The last one knows all losses, and reports. The first one decides when to stop: its word travels with the batches,
-    so that every process stops behind the same one.
+    so that every process stops behind the same one. Replicas are pipelines side by side, each for a part of every
+    batch; the first of them evaluates and writes checkpoints.
 
     Args:
         job: the processes.
-        layout: the modules of each.
+        layout: what each of them trains.
         net: the network.
     """
 
-    def __init__(self, job: Job, layout: list[range], net: LocalNetwork) -> None:
-        super().__init__(layout[job.rank])
+    def __init__(self, job: Job, layout: Layout, net: LocalNetwork) -> None:
+        stage, self.replica = layout.place(job.rank)
+        super().__init__(layout.stages[stage])
         self._job, self._layout = job, layout
-        self.reports = job.rank == job.size - 1
-        self._receiver = Receiver(job, job.rank - 1) if job.rank else None
-        self._sender = None if self.reports else Sender(job, job.rank + 1)
+        self.reports = job.rank == layout.reporter
+        self._last = stage == len(layout.stages) - 1
+        self._receiver = Receiver(job, job.rank - 1) if stage else None
+        self._sender = None if self._last else Sender(job, job.rank + 1)
+        all_replicas = [Replicas(job, layout.ranks(k)) for k in range(len(layout.stages))]
+        self._replicas = all_replicas[stage] if layout.replicas > 1 else None
         self._looks = any(net.local_modules[k].auxiliary.uses_images for k in self.modules)
         later = net.local_modules[self.modules.stop :]
         self._wanted = {name for module in later for name in module.reads}
@@ -54,19 +61,28 @@ class PipelineStage(Stage):
         """See `Stage.train_batches`. Images are loaded here where a loss looks at them, not received."""
         self._training = self._announced = True
         if self._receiver is None:
-            for carry in super().train_batches(data, epoch, batch_size, device, start):
+            for batch in self._own_batches(data, epoch, batch_size, device, start):
+                carry = Carry.of(batch)
                 carry.images = carry.images if self._looks else None
                 yield carry
             return
-        own = data.train_batches(epoch, batch_size, device, start) if self._looks else None
+        own = self._own_batches(data, epoch, batch_size, device, start) if self._looks else None
         for carry in self._receiver.stream(data.steps_per_epoch(batch_size) - start):
             if own:
                 carry.images = next(own).pop(0)
             yield carry
 
+    def _own_batches(
+        self, data: Data, epoch: int, batch_size: int, device: torch.device, start: int
+    ) -> Iterator[list[Tensor]]:
+        for batch in data.train_batches(epoch, batch_size, device, start):
+            yield self._replicas.part(batch) if self._replicas else batch
+
     def test_batches(self, data: Data, batch_size: int, device: torch.device, models: int) -> Iterator[list[Carry]]:
         """See `Stage.test_batches`."""
         self._training, self._announced = False, True
+        if self.replica:
+            return
         if self._receiver is None:
             yield from super().test_batches(data, batch_size, device, models)
             return
@@ -84,12 +100,24 @@ class PipelineStage(Stage):
             carry.context = {name: value for name, value in carry.context.items() if name in self._wanted}
             self._sender.send(carry, self._training, self._announced)
             self._announced = not self._training  # the batches of an epoch have one form
+        elif self._replicas and self._training:
+            means = torch.stack([loss.float() for loss in carry.losses])
+            self._replicas.average([means])
+            carry.losses = list(means)
 
     def _asked_to_stop(self, signal: int) -> int:
         self._signal = self._signal or signal
         if not self._signal and time.monotonic() - self._asked > _ASK_SECONDS:
             self._signal, self._asked = self._job.asked_to_stop(), time.monotonic()
+        if self._replicas:
+            # Only one of them evaluates: nobody stops until all train again, and at the same batch.
+            return self._replicas.highest(self._signal) if self._training else 0
         return self._signal
+
+    def average(self, gradients: list[Tensor]) -> None:
+        """See `Stage.average`."""
+        if self._replicas:
+            self._replicas.average(gradients)
 
     def stopping(self, carry: Carry, signal: int) -> int:
         """See `Stage.stopping`."""
@@ -97,7 +125,7 @@ class PipelineStage(Stage):
 
     def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
         """See `Stage.save`. All processes come here behind the same step, with nothing in flight."""
-        written = self._job.gather(write_parts(folder, step, parts))
+        written = self._job.gather({} if self.replica else write_parts(folder, step, parts))
         path = folder
         if self.reports:
             path = publish(folder, step, {name: own[name] for own in written for name in own}, meta, keep)
@@ -111,10 +139,10 @@ class PipelineStage(Stage):
     def weights(self, state: TrainingState) -> dict[str, Tensor]:
         """See `Stage.weights`."""
         weights, shares = state.evaluated.state_dict(), state.net.shares()
-        for rank, modules in enumerate(self._layout[:-1]):
+        for rank, modules in enumerate(self._layout.stages[:-1]):
             for name in [name for k in modules for name in shares[k]]:
                 if self.reports:
                     weights[name] = self._job.receive(weights[name], rank)
                 elif rank == self._job.rank:
-                    self._job.send(weights[name], self._job.size - 1)
+                    self._job.send(weights[name], self._layout.reporter)
         return weights

@@ -57,7 +57,7 @@ def processes_table(plan: Plan) -> RenderableType:
     def add(name: str, own: Processes, faster: float | None, against: float | None) -> None:
         table.add_row(
             name,
-            " | ".join(_numbers(modules) for modules in own.ranks),
+            " | ".join(_numbers(modules) for modules in own.ranks) + (f" x{own.replicas}" if own.replicas > 1 else ""),
             f"{own.peaks[own.largest] / 2**20:.0f}",
             str(own.largest),
             own.timing.bottleneck,
@@ -72,8 +72,9 @@ def processes_table(plan: Plan) -> RenderableType:
     if plan.pipeline:
         add(f"1F1B, {plan.pipeline.micro_batches} parts", plan.pipeline, plan.pipeline_speedup, 1.0)
     text = (
-        "\non several processes: modules or stages of each rank, MiB of the rank that takes most, that rank, what is\n"
-        "busiest, time that ranks wait, throughput against one process and against 1F1B"
+        "\non several processes: each rank's modules (or stages), MiB of the largest rank,\n"
+        "its number, what is busiest, time that ranks wait, and throughput against one\n"
+        "process and against 1F1B"
     )
     return Group(Text(text, style="dim"), table)
 

@@ -86,6 +86,11 @@ def message(size: float, link: Link) -> Task:
     return Task(size / link.bandwidth, delay=link.latency)
 
 
+def ring(size: float, ranks: int, link: Link) -> float:
+    """Seconds of a ring all-reduce of so many bytes: 2 (n - 1) rounds, an n-th of the bytes in each."""
+    return 2 * (ranks - 1) * (size / ranks / link.bandwidth + link.latency)
+
+
 def play(queues: list[list[Task]]) -> None:
     """Plays out tasks, those of a queue one after the other."""
     heads, free = [0] * len(queues), [0.0] * len(queues)

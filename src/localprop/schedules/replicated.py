@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from localprop.schedules.clock import BATCHES, Link, StageTime, Task, Timing, period, play, require, share
+from localprop.schedules.clock import BATCHES, Link, StageTime, Task, Timing, period, play, require, ring, share
 
 
 def data_parallel(
@@ -29,9 +29,9 @@ def data_parallel(
         buckets = []
         for stage in reversed(stages):
             compute.append(Task(stage.backward + stage.weights))
-            buckets.append(Task(_ring(stage.gradients, ranks, link), [compute[-1]]))
+            buckets.append(Task(ring(stage.gradients, ranks, link), [compute[-1]]))
         if not overlapped:
-            buckets = [Task(_ring(sum(stage.gradients for stage in stages), ranks, link), [compute[-1]])]
+            buckets = [Task(ring(sum(stage.gradients for stage in stages), ranks, link), [compute[-1]])]
         reduced += buckets
         compute.append(Task(sum(stage.update for stage in stages), list(buckets)))
         updates.append(compute[-1])
@@ -39,8 +39,3 @@ def data_parallel(
     seconds, busy = period(updates), sum(stage.seconds for stage in stages)
     carried = sum(task.seconds for task in reduced) / BATCHES
     return Timing(seconds, (share(busy, seconds),) * ranks, "every link" if carried > busy else "every rank")
-
-
-def _ring(size: float, ranks: int, link: Link) -> float:
-    """Seconds of a ring all-reduce: 2 (n - 1) rounds, an n-th of the bytes in each."""
-    return 2 * (ranks - 1) * (size / ranks / link.bandwidth + link.latency)
