@@ -14,12 +14,19 @@ DESIGN = (ROOT / "docs" / "design.md").read_text()
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 USERS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 # What may be imported beside the names in `__all__`: the tables that methods, heads and decoders are added to; and what
-# a suite's results become here, of which benchmarks/publish.py only knows the places.
+# a suite's results become here, of which benchmarks/publish.py only knows the places. Of training in several processes:
+# what `train_module` takes, how far stages run ahead, and how long schedules take.
 PUBLIC_MODULES = {
     "localprop.methods": {"METHODS"},
     "localprop.heads": {"HEADS"},
     "localprop.decoders": {"DECODERS"},
     "localprop.bench.publish": {"publish"},
+    "localprop.network": {"Carry"},
+    "localprop.parallel": {"IN_FLIGHT"},
+    "localprop.schedules": {
+        *("Link", "StageTime", "Timing"),
+        *("data_parallel", "local_modules", "one_f_one_b", "one_f_one_b_order", "zero_bubble"),
+    },
 }
 
 

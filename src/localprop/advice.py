@@ -15,6 +15,7 @@ from localprop.errors import OutOfMemory, PlanError
 from localprop.experiment import Experiment, create_backbone
 from localprop.memory import available, most_taken, total_bytes
 from localprop.network import LocalNetwork
+from localprop.pipelines import Processes
 from localprop.plan import MODULES, Plan, PlanRow, Setting, plan
 from localprop.report import format_bytes
 from localprop.simulation import simulate_step
@@ -172,7 +173,17 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
         amp_dtype="float16" if config.precision == "fp16" else "bfloat16",
     )
     budget = parse_bytes(config.local.budget) if config.local.budget else None
-    result = plan_for(model, config.local, optim, units.input_size, budget, device=config.device, on_setting=on_setting)
+    result = plan_for(
+        model,
+        config.local,
+        optim,
+        units.input_size,
+        budget,
+        device=config.device,
+        nproc=config.nproc,
+        bandwidth=parse_bytes(config.bandwidth) if config.bandwidth else None,
+        on_setting=on_setting,
+    )
     height, width = units.input_size[1:]
     title = f"{backbone.model} at {height}x{width}, batch {config.batch_size}, {config.precision}, {config.opt}"
     return result, title
@@ -225,7 +236,30 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
         }
 
     report: dict[str, Any] = {"config": to_flat(config), "rows": [describe(row) for row in result.rows]}
+    if config.parallel:
+        for row, described in zip(result.rows, report["rows"], strict=True):
+            described["parallel"] = _describe_processes(row.parallel, result.speedup(row))
+        report["pipeline"] = _describe_processes(result.pipeline, result.pipeline_speedup)
     if result.choice is not None:
         report |= {"budget": result.budget, "choice": describe(result.choice)}
         report["command"] = command(plan_train_config(config, result.choice))
     return report
+
+
+def _describe_processes(processes: Processes | None, speedup: float | None) -> dict[str, Any] | None:
+    if processes is None:
+        return None
+    timing = processes.timing
+    return {
+        "ranks": [
+            {"modules": [k + 1 for k in modules], "units": units, "peak": peak, "waiting": waiting}
+            for modules, units, peak, waiting in zip(
+                processes.ranks, processes.units, processes.peaks, timing.waiting, strict=True
+            )
+        ],
+        "micro_batches": processes.micro_batches,
+        "replicas": processes.replicas,
+        "bottleneck": timing.bottleneck,
+        "expected_seconds": timing.seconds,
+        "speedup": speedup,
+    }

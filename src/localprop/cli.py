@@ -139,7 +139,7 @@ def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> i
 def _plan(argv: Sequence[str]) -> int:
     from localprop.advice import plan_lines, plan_model, plan_report
     from localprop.checkpoint import write_text
-    from localprop.report import draw_plan, plan_table
+    from localprop.report import draw_plan, plan_table, processes_table
 
     argv, files = _take_config_files(argv)
     config: PlanConfig = _parse(PlanConfig, "plan", argv, _over(PlanConfig(), files))
@@ -150,6 +150,8 @@ def _plan(argv: Sequence[str]) -> int:
     with console.status("") as status:
         result, title = plan_model(config, lambda setting: status.update(f"simulating {setting.name} ..."))
     console.print(plan_table(result, title))
+    if config.parallel:
+        console.print(processes_table(result))
     drawn = result.choice if result.choice and result.choice.setting.modules > 1 else result.typical
     draw_plan(config.picture, result, drawn, f"{title}: memory over one training step")
     if config.json:

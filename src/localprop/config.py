@@ -349,6 +349,13 @@ class PlanConfig:
     """Number of labels (default: the model's own)."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Whose kernels and speed to assume."""
+    parallel: Annotated[Literal["modules"] | None, tyro.conf.arg(metavar="{modules}", help_behavior_hint="")] = None
+    """Tell also what modules take that are trained at the same time by several processes: modules. With --nproc."""
+    nproc: OptionalInt = None
+    """Processes for --parallel."""
+    bandwidth: OptionalStr = None
+    """What a second moves from one process to another, 100MiB or 10GiB (default: an order of magnitude for
+    --device)."""
     json: OptionalPath = None
     """Write everything into this file too."""
     picture: Path = Path("plan.png")
@@ -359,9 +366,18 @@ class PlanConfig:
             ("batch-size", self.batch_size),
             ("img-size", self.backbone.img_size),
             ("num-classes", self.num_classes),
+            ("nproc", self.nproc),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")
+        if self.parallel and self.nproc is None:
+            raise ConfigError("--parallel needs --nproc, the number of processes")
+        if not self.parallel and (self.nproc or self.bandwidth):
+            raise ConfigError("--nproc and --bandwidth are for several processes; add --parallel modules")
+        if self.parallel and self.local.budget is not None:
+            raise ConfigError("--budget chooses for one process; leave out either --budget or --parallel")
+        if self.bandwidth is not None:
+            parse_bytes(self.bandwidth)
 
 
 def to_flat(config: Any) -> dict[str, Any]:

@@ -355,7 +355,7 @@ class LocalNetwork(nn.Module):
             _give_up(model, given_up)
         for k, module in enumerate(self.local_modules):
             if k not in modules:
-                module.auxiliary.to("meta")
+                _give_up(module.auxiliary, [name for name, _ in module.auxiliary.named_parameters()])
 
 
 def _give_up(model: nn.Module, names: list[str]) -> None:

@@ -10,10 +10,13 @@ from torch import nn
 from localprop.chain import Chain, chain
 from localprop.config import OptimConfig
 from localprop.cost import Costs
-from localprop.errors import ChainError, ConfigError, PlanError
+from localprop.errors import ChainError, ConfigError, ParallelError, PlanError
 from localprop.localize import localize
 from localprop.partition import most_modules
+from localprop.pipelines import Processes, pipeline, share_out
+from localprop.schedules import Link
 from localprop.simulation import StepTrace, simulate_step
+from localprop.tracking import MACHINES
 
 _CLEARLY = 0.97
 MODULES: tuple[int | Literal["max"], ...] = (2, 3, 4, 6, 8, "max")
@@ -54,12 +57,14 @@ class PlanRow:
         batch_size: images per step.
         trace: memory and time of one step.
         module_units: names of each module's units.
+        parallel: the same on several processes; None where that was not asked for, or there are fewer modules.
     """
 
     setting: Setting
     batch_size: int
     trace: StepTrace
     module_units: list[list[str]] = field(repr=False)
+    parallel: Processes | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,14 @@ class Plan:
         budget: bytes that the peak must stay below, where given.
         choice: the setting that fits the budget, or that has the smallest peak at the largest batch that fits; None
             without a budget.
+        pipeline: end-to-end training by 1F1B on as many processes as `PlanRow.parallel` has; None where that was not
+            asked for, or cannot be.
     """
 
     rows: list[PlanRow]
     budget: int | None = None
     choice: PlanRow | None = None
+    pipeline: Processes | None = None
 
     @property
     def baseline(self) -> PlanRow:
@@ -99,6 +107,21 @@ class Plan:
         """Floating point operations per step against end-to-end."""
         return row.trace.flops / self.baseline.trace.flops
 
+    def speedup(self, row: PlanRow) -> float | None:
+        """Expected throughput on several processes against the same modules in one."""
+        return row.trace.seconds / row.parallel.timing.seconds if row.parallel else None
+
+    @property
+    def pipeline_speedup(self) -> float | None:
+        """Expected throughput of the pipeline against end-to-end training in one process."""
+        return self.baseline.trace.seconds / self.pipeline.timing.seconds if self.pipeline else None
+
+    def against_pipeline(self, row: PlanRow) -> float | None:
+        """Expected throughput on several processes against that of the pipeline on as many."""
+        if row.parallel is None or self.pipeline is None:
+            return None
+        return self.pipeline.timing.seconds / row.parallel.timing.seconds
+
 
 def plan(
     model: nn.Module,
@@ -111,6 +134,8 @@ def plan(
     amp_dtype: torch.dtype | None = None,
     budget: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    nproc: int | None = None,
+    bandwidth: float | None = None,
     on_setting: Callable[[Setting], None] | None = None,
     **options: Any,
 ) -> Plan:
@@ -131,22 +156,38 @@ def plan(
         budget: bytes; the plan then has a `choice`, among local modules only where just one number of them, or cuts,
             are asked for.
         device: "cpu" or "cuda": whose kernels and speed to assume.
+        nproc: number of processes that modules are to be shared out to. Each row then says what that takes, and the
+            plan what a pipeline of end-to-end training takes.
+        bandwidth: bytes per second between two processes; default: an order of magnitude for the device.
         on_setting: called before each setting is looked at.
         options: further arguments of `localize`: decoder, head, partition, cuts, min_depth, split_blocks, recompute,
             grad_checkpointing, method_kwargs, ...
 
     Raises:
         ChainError, ConfigError: as `localize`.
+        ParallelError: the processes cannot share any of the numbers of modules that were asked for.
         PlanError: memory cannot be predicted, or nothing fits the budget even with one image per step.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+    for name, value in (("batch_size", batch_size), ("nproc", nproc)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if nproc and budget is not None:
+        raise ConfigError("a budget chooses for one process; leave out either budget or nproc")
     optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
     optim = replace(optim, amp=amp_dtype is not None)
     planner = _Planner(model, chain(model, input_size), optim, amp_dtype, batch_size, device, options, on_setting)
+    planner.processes, planner.link = nproc, Link(bandwidth or MACHINES[device].link)
     rows = planner.baselines()
     if method != "end-to-end":
         rows += planner.local(modules, method)
+    if nproc:
+        if method != "end-to-end" and not any(row.parallel for row in rows):
+            most = max(row.setting.modules for row in rows)
+            raise ParallelError(
+                f"{nproc} processes cannot share the {most} modules that there are at most; fewer --nproc"
+            )
+        other = pipeline(planner.known(False), optim, batch_size, device, amp_dtype, nproc, planner.link)
+        return Plan(rows, pipeline=other)
     if budget is None:
         return Plan(rows)
     # Who names a number of modules, or cuts, wants local modules.
@@ -175,6 +216,8 @@ class _Planner:
         self.split = bool(self.options.pop("split_blocks", False))
         self.checkpointing = bool(self.options.pop("grad_checkpointing", False))
         self.must_fit = False
+        self.processes: int | None = None
+        self.link = Link()
         self.on_setting = on_setting or (lambda setting: None)
 
     def baselines(self) -> list[PlanRow]:
@@ -239,8 +282,15 @@ class _Planner:
             if not local or self.must_fit:
                 raise
             return None
-        trace = simulate_step(net, self.optim, batch_size, costs.chain.input_size, self.device)
-        return PlanRow(setting, batch_size, trace, [module.units for module in net.local_modules])
+        size = costs.chain.input_size
+        trace, parallel = simulate_step(net, self.optim, batch_size, size, self.device), None
+        if local and self.processes:
+            try:
+                parallel = share_out(net, trace, self.optim, batch_size, size, self.device, self.processes, self.link)
+            except ParallelError:
+                if self.must_fit:
+                    raise
+        return PlanRow(setting, batch_size, trace, [module.units for module in net.local_modules], parallel)
 
     def choose(self, plan: Plan, rows: list[PlanRow], budget: int) -> PlanRow:
         """The one of some rows of a plan that fits: the fastest, and of equally fast ones that with the fewest modules.

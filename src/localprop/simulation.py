@@ -2,18 +2,21 @@
 
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from localprop.attention import kernels_of
 from localprop.config import OptimConfig
 from localprop.errors import LocalpropError, PlanError
 from localprop.memory import plain_tensors, total_bytes
-from localprop.network import LocalNetwork
+from localprop.network import Carry, LocalNetwork
 from localprop.state import TrainingState
 from localprop.tracing import fake_copy
 from localprop.tracking import MACHINES, Tracker
@@ -34,6 +37,7 @@ class StepTrace:
         seconds: expected time; of meaning only beside another on the same machine.
         timeline: (seconds, bytes in use) after each allocation or free, in order.
         module_ends: seconds at which each module is done.
+        entry: bytes of the batch as it came: images or features, labels, and what units hand along.
     """
 
     peak: int
@@ -43,6 +47,7 @@ class StepTrace:
     seconds: float
     timeline: list[tuple[float, int]] = field(repr=False)
     module_ends: list[float] = field(repr=False)
+    entry: int
 
 
 def simulate_step(
@@ -51,6 +56,7 @@ def simulate_step(
     batch_size: int,
     input_size: tuple[int, int, int],
     device: str = "cpu",
+    modules: range | None = None,
 ) -> StepTrace:
     """Runs a training step of a copy of `net` on fake tensors.
 
@@ -60,46 +66,93 @@ def simulate_step(
         batch_size: images per step.
         input_size: (channels, height, width) of an image.
         device: "cpu" or "cuda": whose kernels and speed to assume.
+        modules: those that the process trains, which holds no others; default: all.
 
     Raises:
         PlanError: the network's code does something that cannot be done without values.
+    """
+    ends: list[int] = []
+    with fake_training(net, config, batch_size, input_size, device, modules) as (state, tracker, arrive):
+        with _watched(state, tracker, ends):
+            carry = arrive()
+            entry = total_bytes([carry.features, carry.labels, *plain_tensors(carry.context)])
+            state.train_step(carry, seed=0)
+        states = [total_bytes(plain_tensors(list(optimizer.state.values()))) for optimizer in state.optimizers]
+    # Offloaded, the state of each module is there only while that module is trained.
+    away = [sum(states) - own for own in states] if config.offload_optimizer else None
+    return _summary(tracker, ends, away, state.modules.start, entry)
+
+
+@contextmanager
+def fake_training(
+    net: LocalNetwork,
+    config: OptimConfig,
+    batch_size: int,
+    input_size: tuple[int, int, int],
+    device: str,
+    modules: range | None = None,
+) -> Iterator[tuple[TrainingState, Tracker, Callable[[], Carry]]]:
+    """A copy of `net` on fake tensors, ready for its second step; arguments and errors as of `simulate_step`.
+
+    Gives the state, what watches it, and a function that makes a batch as it comes to the first of the `modules`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = device if device in MACHINES else "cpu"
     tracker = Tracker(MACHINES[device])
     # float16 takes what bfloat16 does, and its loss scale needs a GPU.
     config = replace(config, amp_dtype="bfloat16")
-    ends: list[int] = []
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.amp)
     try:
         fake = fake_copy(net, mode).train()
         assert isinstance(fake, LocalNetwork)
         with mode, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # Copies for a moving average ask for the address of tensors that have none.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            state = TrainingState(fake, config, 10, torch.device("cpu"))
+            with mixed:
+                arrive = _arrivals(fake, batch_size, input_size, modules)
+            state = TrainingState(fake, config, 10, torch.device("cpu"), modules)
             with Tracker():  # which answers when an optimizer asks for a number
                 _prime(state)
-            with tracker, _watched(state, tracker, ends):
+            with tracker:
                 for kind, tensors in state.tensors().items():
                     tracker.label(tensors, kind)
-                dtype = next((p.dtype for p in fake.parameters() if p.is_floating_point()), torch.float32)
-                batch = [torch.empty(batch_size, *input_size, dtype=dtype), torch.zeros(batch_size, dtype=torch.long)]
-                with kernels_of(device), torch.autocast("cpu", torch.bfloat16, enabled=config.amp):
-                    state.train_step(batch, seed=0)
+                with kernels_of(device), mixed:
+                    yield state, tracker, arrive
     except LocalpropError:  # a setting that is wrong in itself
         raise
     except Exception as error:  # whatever a user's model, method or criterion may raise on fake tensors
         line = (str(error).strip().splitlines() or [""])[0][:200]
         raise PlanError(f"memory cannot be predicted: {type(error).__name__}: {line}") from error
-    states = [total_bytes(plain_tensors(list(optimizer.state.values()))) for optimizer in state.optimizers]
-    # Offloaded, the state of each module is there only while that module is trained.
-    return _summary(tracker, ends, [sum(states) - own for own in states] if config.offload_optimizer else None)
+
+
+def _arrivals(
+    net: LocalNetwork, batch_size: int, input_size: tuple[int, int, int], modules: range | None
+) -> Callable[[], Carry]:
+    """What makes a batch as it comes to the first of some modules, while all of the network is there."""
+    own = range(len(net.local_modules)) if modules is None else modules
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
+    first, context = torch.empty(batch_size, *input_size, dtype=dtype), dict[str, Any]()
+    features = first
+    with torch.no_grad():
+        for module in net.local_modules[: own.start]:
+            features = module(features, context)
+    wanted = {name for module in net.local_modules[own.start :] for name in module.reads}
+    context = {name: value for name, value in context.items() if name in wanted}
+    looks = any(net.local_modules[k].auxiliary.uses_images for k in own)
+
+    def arrive() -> Carry:
+        came = torch.empty_like(features)
+        images = came if own.start == 0 else torch.empty_like(first) if looks else None
+        labels = torch.zeros(batch_size, dtype=torch.long)
+        return Carry(came, labels, images if looks else None, tree_map_only(Tensor, torch.empty_like, context))
+
+    return arrive
 
 
 def _prime(state: TrainingState) -> None:
     """Gives the optimizers the state that they have after a first step."""
-    for module, optimizer in zip(state.net.local_modules, state.optimizers, strict=True):
-        for parameter in module.parameters():
+    for k, optimizer in zip(state.modules, state.optimizers, strict=True):
+        for parameter in state.net.local_modules[k].parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
         optimizer.step()
@@ -126,8 +179,16 @@ def _watched(state: TrainingState, tracker: Tracker, ends: list[int]) -> Iterato
             handle.remove()
 
 
-def _summary(tracker: Tracker, ends: list[int], away: list[int] | None) -> StepTrace:
-    """What a step took; `away`: bytes that are on the host instead while each module is trained."""
+def _summary(tracker: Tracker, ends: list[int], away: list[int] | None, start: int, entry: int) -> StepTrace:
+    """What a step took.
+
+    Args:
+        tracker: what it saw.
+        ends: the event at which each module was done.
+        away: bytes that are on the host instead while each module is trained.
+        start: number of the first module.
+        entry: bytes of the batch as it came.
+    """
     in_use, events = tracker.in_use(), tracker.events
     owners = [min(bisect_right(ends, i), len(ends) - 1) for i in range(len(events))]
     if away:
@@ -147,9 +208,10 @@ def _summary(tracker: Tracker, ends: list[int], away: list[int] | None) -> StepT
     return StepTrace(
         peak=in_use[moment],
         parts=parts,
-        module=module,
+        module=start + module,
         flops=tracker.flops,
         seconds=tracker.seconds,
         timeline=[(event.seconds, used) for event, used in zip(events, in_use, strict=True)],
         module_ends=[*(events[end - 1].seconds for end in ends[:-1]), tracker.seconds],
+        entry=entry,
     )

@@ -54,14 +54,17 @@ class Machine:
     Args:
         flops: floating point operations per second in large matrix products.
         bandwidth: bytes per second from and to memory.
+        link: bytes per second to another process.
     """
 
     flops: float
     bandwidth: float
+    link: float
 
 
-# Orders of magnitude: two cores of a CPU server; one recent datacenter GPU in TF32 or bfloat16.
-MACHINES = {"cpu": Machine(1e11, 1e10), "cuda": Machine(2e14, 2e12)}
+# Orders of magnitude: two cores of a CPU server and its loopback; one recent datacenter GPU in TF32 or bfloat16, and
+# NVLink or PCIe to the next.
+MACHINES = {"cpu": Machine(1e11, 1e10, 1e9), "cuda": Machine(2e14, 2e12, 5e10)}
 
 
 @dataclass(eq=False)

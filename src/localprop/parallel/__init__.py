@@ -9,6 +9,7 @@ one stage), launch.py (starting the processes).
 from localprop.parallel.job import Job, Lost, in_job, join
 from localprop.parallel.launch import launch
 from localprop.parallel.layout import Layout, arrange
+from localprop.parallel.messages import IN_FLIGHT
 from localprop.parallel.pipeline import PipelineStage
 
-__all__ = ["Job", "Layout", "Lost", "PipelineStage", "arrange", "in_job", "join", "launch"]
+__all__ = ["IN_FLIGHT", "Job", "Layout", "Lost", "PipelineStage", "arrange", "in_job", "join", "launch"]

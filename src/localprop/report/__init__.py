@@ -3,7 +3,7 @@
 from localprop.report.curves import draw_curves
 from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
 from localprop.report.losses import LossCurve, read_losses
-from localprop.report.planning import draw_plan, plan_table
+from localprop.report.planning import draw_plan, plan_table, processes_table
 from localprop.report.progress import Progress
 from localprop.report.results import EpochRow, read_results, write_results
 from localprop.report.summary import final_table, next_steps
@@ -22,6 +22,7 @@ __all__ = [
     "format_speed",
     "next_steps",
     "plan_table",
+    "processes_table",
     "read_losses",
     "read_results",
     "write_results",
