@@ -69,7 +69,8 @@ def _page(records: Sequence[Record], figures: dict[str, Any], pictures: Sequence
         "## Beside the published figures",
         "",
         f"Published: test accuracy of {figures['model']}, K={modules}. {' '.join(figures['sources'])} Here: "
-        f"{_protocol(records)}. So gaps to end-to-end can be compared, accuracies cannot.",
+        f"{_protocol(records)}. So accuracies cannot be compared, and gaps only with "
+        "care: the published ones are of long training, over which gaps open; of short training they say nothing.",
         "",
         paper_comparison(records, accuracy, modules),
         "",
@@ -105,7 +106,10 @@ def _reproduced(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _readme_part(records: Sequence[Record], pictures: Sequence[str], page: str) -> str:
-    lines = [f"Measured here: {_protocol(records)}; ± is the standard deviation over seeds."]
+    lines = [
+        f"Measured here: {_protocol(records)}; ± is the standard deviation over seeds. Gaps open over long training: "
+        "such gaps as others published are further below."
+    ]
     lines += [line for picture in pictures for line in ("", f"![accuracy and peak memory]({picture})")]
     lines += ["", results_table(records, README_ROWS), ""]
     lines += [f"All settings, the published figures beside them, and how it was measured: [results]({page})."]
@@ -121,8 +125,9 @@ def _protocol(records: Sequence[Record]) -> str:
     kwargs = [record.config.get("model_kwargs") for record in records]
     same = kwargs[0] if all(value == kwargs[0] for value in kwargs) else None
     changes = " (" + ", ".join(f"{key} {value}" for key, value in same.items()) + ")" if same else ""
+    epochs = words("result", "epochs")
     return (
         f"{words('config', 'model')}{changes} on {words('data', 'name')}, {words('data', 'img_size')} px, "
-        f"{words('result', 'epochs')} epochs, batch size {words('config', 'batch_size')}, "
+        f"{epochs} epoch{'' if epochs == '1' else 's'}, batch size {words('config', 'batch_size')}, "
         f"accuracy on {words('result', 'evaluated_on')} images"
     )
