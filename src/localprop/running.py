@@ -89,9 +89,8 @@ def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
 
 
 def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
-    console = Console(quiet=job.rank > 0)  # what all processes would say, the first does
     placed = replace(config, run=replace(config.run, device=str(job.device)))
-    experiment, notes = _prepare(placed, resumed, console)
+    experiment, notes = _prepare(placed, resumed, Console(quiet=job.rank > 0))
     experiment = replace(experiment, config=replace(experiment.config, run=config.run))
     config = experiment.config
     net = experiment.localize()
@@ -100,6 +99,7 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         raise ConfigError(f"--batch-size {config.optim.batch_size} cannot be shared out to {layout.replicas} replicas")
     stage = PipelineStage(job, layout, net)
     reports = stage.reports
+    console = Console(quiet=not reports)  # what all processes would say, one does
     names = [_describe(net, layout, rank) for rank in range(job.size)]
     try:
         if not stage.needs_images:

@@ -1,5 +1,6 @@
 """Larger images, decoded and augmented one by one in worker processes."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -90,6 +91,7 @@ class StreamStore:
             pin_memory=device.type == "cuda",
             # Without one of its own the loader would draw from, and so move, the global generator.
             generator=torch.Generator(),
+            worker_init_fn=_outlive_signals,
         )
         for pixels, labels, unreadable in loader:
             for bad in unreadable:
@@ -133,6 +135,11 @@ class _Decoded(Dataset):
         seed, epoch = self.seed_and_epoch
         # Of the image that belongs here: its replacement is then augmented otherwise than in its own place.
         return seeded(derive_seed(seed, "image", epoch, self.order[position]))
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leaves SIGTERM to the process that trains: torchrun sends it to the whole group, and batches are still wanted."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor | None, Tensor, list[Unreadable]]:
