@@ -3,7 +3,7 @@
 Each process is a `Stage` of a pipeline without backward: it trains consecutive modules and hands their detached output
 to the next. The files: layout.py (which process trains which modules), job.py (the processes as a group, and how one
 that fails ends all), messages.py (a batch on the wire), pipeline.py (the stage), replicas.py (several processes for
-one stage), launch.py (starting the processes).
+one stage), traces.py (when each did what), launch.py (starting the processes).
 """
 
 from localprop.parallel.job import Job, Lost, in_job, join
