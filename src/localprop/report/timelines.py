@@ -15,6 +15,7 @@ from localprop.timeline import KINDS, WAITING, Lane, Span, Timeline
 
 STEPS = 10
 COLORS = {"wait": "0.87", "room": "0.87", "send": "#00a087", "load": "#8fc7e8", "replicas": "#3c6fb0"}
+COLORS |= {"evaluate": "#c9b458", "save": "0.6"}
 _NUMBERED = 0.018  # part of the picture's width; a narrower step has no number
 _HEIGHT = 0.62  # of a lane, whose distance is 1
 Color = tuple[float, float, float, float]
@@ -50,11 +51,12 @@ def draw_timeline(path: Path, timeline: Timeline, title: str) -> None:
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     colors = module_colors(timeline.modules)
     for rank, lane in enumerate(lanes):
-        shown = [span for span in lane.spans if span.end > begin and span.begin < end]
-        _draw_lane(axes, rank, shown, begin, colors)
-        _lead_on(axes, rank, shown, lanes, begin)
+        spans = [span for span in lane.spans if span.end > begin and span.begin < end]
+        _draw_lane(axes, rank, spans, begin, colors)
+        _lead_on(axes, rank, spans, lanes, begin)
     _label(axes, timeline, steady)
-    kinds = [kind for kind in COLORS if any(span.kind == kind for lane in lanes for span in lane.of(steady))]
+    shown = [span.kind for lane in lanes for span in lane.spans if span.end > begin and span.begin < end]
+    kinds = [kind for kind in COLORS if kind in shown]
     _legend(figure, colors, kinds, 1 - 0.42 / height)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
@@ -72,7 +74,7 @@ def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], zero: float, colors
     width = axes.get_xlim()[1]
     # What lies within something else comes after it, and so on top of it.
     for span in sorted(spans, key=lambda s: s.begin):
-        color = colors[span.module] if span.module is not None else COLORS.get(span.kind, "0.6")
+        color = colors[span.module] if span.module is not None else COLORS[span.kind]
         left, long = 1000 * (span.begin - zero), 1000 * span.seconds
         # Sending takes no time to speak of; it must be seen all the same.
         tall = _HEIGHT + 0.16 * (span.kind == "send")
@@ -117,7 +119,7 @@ def _label(axes: Axes, timeline: Timeline, steady: range) -> None:
         "color": "0.35",
         "annotation_clip": False,
     }
-    axes.annotate(f"waits, of\n{len(steady)} steps", (1.012, -0.62), va="bottom", **place | {"fontsize": 7.5})
+    axes.annotate(f"waiting, of\n{len(steady)} steps", (1.012, -0.62), va="bottom", **place | {"fontsize": 7.5})
     for rank, part in enumerate(timeline.waiting(steady)):
         axes.annotate(f"{part:.1%}", (1.012, rank), va="center", **place)
 
