@@ -3,7 +3,8 @@
 python benchmarks/timeline.py     the small Swin of the suite cifar10-small at 32 px, K=2, two processes: a minute
 
 Needs two cores that do nothing else. Writes docs/timeline.png and, from the run's trace, the part of its time that each
-process waited, and the time of a step, into benchmarks/results/timeline.json.
+process waited, and the time of a step, into benchmarks/results/timeline.json; what a step sends into
+timeline_bytes.json.
 """
 
 import json
@@ -22,7 +23,7 @@ from common import ROOT, write_result
 import localprop
 
 MODEL = {"patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": "(2,2,2,2)", "num_heads": "(3,6,12,24)"}
-BATCH = 32
+BATCH = 64
 FLAGS = [
     *["--model", "swin_tiny_patch4_window7_224", "--model-kwargs", *(f"{k}={v}" for k, v in MODEL.items())],
     *["--data", "digits", "--img-size", "32", "--batch-size", str(BATCH), "--modules", "2", "--partition", "compute"],
@@ -54,8 +55,9 @@ def main() -> None:
         round(statistics.median(e["dur"] / 1000 for e in spans if e["cat"] == "compute" and e["tid"] == rank), 2)
         for rank in range(2)
     ]
-    result = {"flags": FLAGS, "load_before": round(load, 2), "compute_ms": compute, "bytes": traffic(), **known}
+    result = {"flags": FLAGS, "load_before": round(load, 2), "compute_ms": compute, **known}
     write_result("timeline", result)
+    write_result("timeline_bytes", traffic())
     print(json.dumps(result, indent=1))
 
 

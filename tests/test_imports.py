@@ -139,7 +139,10 @@ def test_the_guards_that_the_design_names_exist():
         assert f"\ndef {test}(" in path.read_text(), f"{file}.py has no {test}"
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/guide.md", "docs/parallel.md"])
+LINKING = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/guide.md", "docs/parallel.md"]
+
+
+@pytest.mark.parametrize("path", LINKING)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / path).read_text()):
         if "://" not in target:
