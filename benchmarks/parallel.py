@@ -31,7 +31,7 @@ from parallel_ranks import cpu_seconds, resident
 from PIL import Image
 from small_swin import CLASSES, MODEL, SIDE, add_flags, backbone, cut_evenly, model_kwargs, time_units
 
-from localprop.parallel import IN_FLIGHT
+from localprop.layout import IN_FLIGHT
 from localprop.schedules import Link, StageTime, local_modules, one_f_one_b
 
 MICRO_BATCHES = 4

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import localprop
-from localprop.parallel import IN_FLIGHT
+from localprop.layout import IN_FLIGHT
 from localprop.schedules import one_f_one_b_order
 
 WARM = 3

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from localprop.config import OptimConfig
 from localprop.errors import ParallelError
-from localprop.parallel import arrange
-from localprop.parallel.messages import IN_FLIGHT, TensorForm
+from localprop.layout import IN_FLIGHT, arrange
+from localprop.parallel.messages import TensorForm
 from localprop.report import read_losses, read_results
 from localprop.state import TrainingState
 from tiny import split
@@ -156,7 +156,7 @@ def assert_same_run(output, other):
         for name in ("epoch", "step", "lr", "train_losses", "test_accuracies", "test_top5", "test_loss"):
             assert getattr(x, name) == getattr(y, name), name
     curves = [read_losses(o / "run" / "losses.csv") for o in (output, other)]
-    assert [(row[0], *row[2:]) for row in curves[0]] == [(row[0], *row[2:]) for row in curves[1]]
+    assert [(row[0], *row[3:]) for row in curves[0]] == [(row[0], *row[3:]) for row in curves[1]]
     newest = [max((o / "run" / "checkpoints").glob("step-*")) for o in (output, other)]
     parts = [{path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in newest]
     assert parts[0] == parts[1]

@@ -15,10 +15,10 @@ from localprop.cli import main
 from localprop.config import OptimConfig
 from localprop.cost import Costs
 from localprop.errors import ConfigError, ParallelError
+from localprop.layout import IN_FLIGHT
 from localprop.memory import measured, total_bytes
 from localprop.network import Carry
 from localprop.optimizers import create_optimizer
-from localprop.parallel import IN_FLIGHT
 from localprop.pipelines import pipeline, share_out
 from localprop.schedules import Link, one_f_one_b_order
 from localprop.simulation import simulate_step

@@ -50,7 +50,7 @@ UNFINISHED = 75  # the shell's EX_TEMPFAIL: call again
 _FREE_ON_RESUME = {
     *("resume", "device", "compile", "offload_optimizer"),
     *("workers", "data_dir", "val_interval", "output", "checkpoint_steps", "checkpoint_hist", "download"),
-    *("parallel", "nproc"),
+    *("parallel", "nproc", "trace"),
 }
 
 

@@ -241,6 +241,9 @@ class RunConfig:
     batch)."""
     nproc: OptionalInt = None
     """Processes for --parallel on this machine; where there are fewer than modules, consecutive ones share one."""
+    trace: bool = False
+    """Record when each process of --parallel computes, waits and sends, in the last steps: trace.json and
+    timeline.png."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +288,8 @@ class TrainConfig:
             raise ConfigError(f"--clip-grad is {optim.clip_grad}; it must be above 0")
         if run.nproc is not None and run.parallel is None:
             raise ConfigError(f"--nproc is {run.nproc}, but nothing is parallel; add --parallel modules")
+        if run.trace and run.parallel is None:
+            raise ConfigError("--trace shows what several processes do; add --parallel modules --nproc 2")
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def create_run_folder(config: TrainConfig) -> Path:
 def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, job: str | None = None) -> None:
     """Writes config.yaml, everything needed to run it again, and run.json, what came of it; `job` names torchrun's."""
     settings = to_flat(experiment.config)
-    for name in ("resume", "parallel", "nproc"):  # where it runs, not what it is: it may go on otherwise
+    for name in ("resume", "parallel", "nproc", "trace"):  # where it runs, not what it is: it may go on otherwise
         del settings[name]
     write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
     data = experiment.data

@@ -10,10 +10,10 @@ from torch import Tensor
 from localprop.config import OptimConfig
 from localprop.cost import Circumstances, Costs
 from localprop.errors import ParallelError
+from localprop.layout import IN_FLIGHT, arrange
 from localprop.localize import localize
 from localprop.memory import total_bytes
 from localprop.network import LocalModule, LocalNetwork
-from localprop.parallel import IN_FLIGHT, arrange
 from localprop.partition import balanced
 from localprop.schedules import Link, StageTime, Timing, local_modules, one_f_one_b, one_f_one_b_order
 from localprop.simulation import StepTrace, fake_training, simulate_step

@@ -21,8 +21,9 @@ from localprop.experiment import (
     read_description,
     write_description,
 )
+from localprop.layout import Layout, arrange
 from localprop.network import LocalNetwork
-from localprop.parallel import Job, Layout, Lost, PipelineStage, arrange, in_job, join
+from localprop.parallel import Job, Lost, PipelineStage, in_job, join
 from localprop.parallel.launch import RANKS, describe_ranks
 from localprop.report import Progress, final_table, next_steps
 from localprop.simulation import simulate_step
@@ -97,14 +98,15 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     layout = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, _seconds(experiment, net, job))
     if config.optim.batch_size % layout.replicas:
         raise ConfigError(f"--batch-size {config.optim.batch_size} cannot be shared out to {layout.replicas} replicas")
-    stage = PipelineStage(job, layout, net)
+    stage = PipelineStage(job, layout, net, config.run.trace)
     reports = stage.reports
     console = Console(quiet=not reports)  # what all processes would say, one does
     names = [_describe(net, layout, rank) for rank in range(job.size)]
     try:
         if not stage.needs_images:
             experiment.data.release()
-        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules, stage.average)
+        hooks = (stage.average, stage.doing)
+        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules, *hooks)
         folder = resumed or _restarted(config, job)
         fresh = folder is None
         folder = job.gather(create_run_folder(config) if fresh and reports else folder)[layout.reporter]
@@ -117,7 +119,9 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
             describe_ranks(names, folder)
         _announce(console, experiment, net, folder, f"{job.size} processes, {experiment.device.type}")
         _train(trainer, experiment, console if reports else Console(force_interactive=False), notes if reports else [])
+        _say(stage.write_trace(names, trainer.folder, experiment.title))
     except Interrupted as stop:
+        _say(stage.write_trace(names, trainer.folder, experiment.title))
         if reports:
             print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
         job.wait_for_all()
@@ -135,6 +139,11 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         raise ParallelError(f"rank {job.rank} ({names[job.rank]}): {error}") from error
     job.leave()
     return 0
+
+
+def _say(line: str | None) -> None:
+    if line:
+        print(line)
 
 
 def _tell(error: LocalpropError, job: Job) -> int:

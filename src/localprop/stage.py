@@ -1,6 +1,7 @@
 """The part of a pipeline that this process is: which modules it trains, where batches come from and where they go."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ class Stage:
 
         Where this process reports, the batch has the losses to report then.
         """
+
+    def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
+        """Records what is done inside, one of `timeline.KINDS`, where this process is to."""
+        return nullcontext()
 
     def average(self, gradients: list[Tensor]) -> None:
         """Replaces a module's gradients by their mean over the replicas, in place."""

@@ -1,7 +1,7 @@
 """What changes while a network is trained: weights, optimizers, learning rates, loss scale, moving average."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class TrainingState:
         device: where the network is.
         modules: those that are trained by this process; all, if left out. The network gives up the others' weights.
         average: replaces a module's gradients, in place, by their mean over processes that train the same module.
+        doing: given "compute" and a module, a context in which that module takes its step.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
     place where it is needed (epoch, batch, module).
@@ -39,11 +40,12 @@ class TrainingState:
         device: torch.device,
         modules: range | None = None,
         average: Callable[[list[Tensor]], None] | None = None,
+        doing: Callable[[str, int], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.net = net
         self.config = config
         self.step = 0
-        self.average = average
+        self.average, self.doing = average, doing
         self.modules = range(len(net.local_modules)) if modules is None else modules
         self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
@@ -84,8 +86,9 @@ class TrainingState:
             self.offload.fetch(0)
         carry = Carry.of(batch)
         for i, k in enumerate(self.modules):
-            self.net.train_module(k, carry, self.scalers[i], seed)
-            self._step_module(i, carry.losses[-1])
+            with self.doing("compute", k) if self.doing else nullcontext():
+                self.net.train_module(k, carry, self.scalers[i], seed)
+                self._step_module(i, carry.losses[-1])
         self.step += 1
         if self.ema:
             self.ema.update(self.net.backbone, step=self.step)

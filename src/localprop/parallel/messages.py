@@ -11,12 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from localprop.layout import IN_FLIGHT
 from localprop.network import Carry
 from localprop.parallel.job import Job
 
-IN_FLIGHT = 2
-"""Batches that a stage has sent and that are not taken yet, and as many that the next has room for: who is ahead waits
-then, so that a slow stage makes no memory grow."""
 _ALIGNED = 64  # bytes; CPU kernels look at addresses up to here
 
 
@@ -127,14 +125,20 @@ class Sender:
         self._form: Form | None = None
         self._pending: deque[tuple[list[Any], list[Tensor]]] = deque()
 
-    def send(self, carry: Carry, training: bool, announced: bool) -> None:
-        """Sends a batch; `announced` with its form, without which it has to have that of the one before."""
-        form, tensors = pack(carry, training)
+    def wait_for_room(self) -> None:
+        """Returns when one more may be sent."""
         with self._job.talking(f"rank {self._rank}"):
             while len(self._pending) >= IN_FLIGHT:
                 works, _ = self._pending.popleft()
                 for work in works:
                     work.wait()
+
+    def send(self, carry: Carry, training: bool, announced: bool) -> None:
+        """Sends a batch, for which there is room; `announced` with its form, without which it has
+        to have that of the one before.
+        """
+        form, tensors = pack(carry, training)
+        with self._job.talking(f"rank {self._rank}"):
             if announced:
                 dist.send_object_list([form], self._rank, device=torch.device("cpu"))
             elif form != self._form:

@@ -1,24 +1,27 @@
 """A stage of the pipeline that modules in several processes make."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from localprop.checkpoint import publish, write_parts
 from localprop.data import Data
+from localprop.layout import Layout
 from localprop.network import Carry, LocalNetwork
 from localprop.parallel.job import Job
-from localprop.parallel.layout import Layout
 from localprop.parallel.messages import Receiver, Sender
 from localprop.parallel.replicas import Replicas
+from localprop.parallel.traces import recorder_for, write_trace
 from localprop.stage import Stage
 from localprop.state import TrainingState
 
 _ASK_SECONDS = 0.5
+T = TypeVar("T")
 
 
 class PipelineStage(Stage):
@@ -32,12 +35,14 @@ class PipelineStage(Stage):
         job: the processes.
         layout: what each of them trains.
         net: the network.
+        trace: whether to record what is done when.
     """
 
-    def __init__(self, job: Job, layout: Layout, net: LocalNetwork) -> None:
+    def __init__(self, job: Job, layout: Layout, net: LocalNetwork, trace: bool = False) -> None:
         stage, self.replica = layout.place(job.rank)
         super().__init__(layout.stages[stage])
         self._job, self._layout = job, layout
+        self._recorder = recorder_for(job) if trace else None
         self.reports = job.rank == layout.reporter
         self._last = stage == len(layout.stages) - 1
         self._receiver = Receiver(job, job.rank - 1) if stage else None
@@ -60,17 +65,34 @@ class PipelineStage(Stage):
     ) -> Iterator[Carry]:
         """See `Stage.train_batches`. Images are loaded here where a loss looks at them, not received."""
         self._training = self._announced = True
+        count = data.steps_per_epoch(batch_size)
+        steps = range(epoch * count + start, (epoch + 1) * count)
         if self._receiver is None:
-            for batch in self._own_batches(data, epoch, batch_size, device, start):
+            for batch in self._watched("load", self._own_batches(data, epoch, batch_size, device, start), steps):
                 carry = Carry.of(batch)
                 carry.images = carry.images if self._looks else None
                 yield carry
             return
         own = self._own_batches(data, epoch, batch_size, device, start) if self._looks else None
-        for carry in self._receiver.stream(data.steps_per_epoch(batch_size) - start):
+        for carry in self._watched("wait", self._receiver.stream(len(steps)), steps):
             if own:
-                carry.images = next(own).pop(0)
+                with self.doing("load"):
+                    carry.images = next(own).pop(0)
             yield carry
+
+    def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
+        """See `Stage.doing`."""
+        return self._recorder.span(what, module) if self._recorder else nullcontext()
+
+    def _watched(self, what: str, batches: Iterator[T], steps: range) -> Iterator[T]:
+        """The batches of these steps; that each of them is waited for, or loaded, is recorded as `what`."""
+        if self._recorder:
+            for step in steps:
+                self._recorder.begin(step)
+                with self.doing(what):
+                    batch = next(batches)
+                yield batch
+        yield from batches
 
     def _own_batches(
         self, data: Data, epoch: int, batch_size: int, device: torch.device, start: int
@@ -83,11 +105,12 @@ class PipelineStage(Stage):
         self._training, self._announced = False, True
         if self.replica:
             return
-        if self._receiver is None:
-            yield from super().test_batches(data, batch_size, device, models)
-            return
-        for _ in range(-(-data.test_size // batch_size)):
-            yield [self._receiver.one() for _ in range(models)]
+        with self.doing("evaluate"):
+            if self._receiver is None:
+                yield from super().test_batches(data, batch_size, device, models)
+                return
+            for _ in range(-(-data.test_size // batch_size)):
+                yield [self._receiver.one() for _ in range(models)]
 
     def send(self, carry: Carry, signal: int) -> None:
         """See `Stage.send`."""
@@ -98,11 +121,14 @@ class PipelineStage(Stage):
             self._job.ask_to_stop(signal)
         if self._sender:
             carry.context = {name: value for name, value in carry.context.items() if name in self._wanted}
-            self._sender.send(carry, self._training, self._announced)
+            with self.doing("room") if self._training else nullcontext():
+                self._sender.wait_for_room()
+            with self.doing("send") if self._training else nullcontext():
+                self._sender.send(carry, self._training, self._announced)
             self._announced = not self._training  # the batches of an epoch have one form
         elif self._replicas and self._training:
             means = torch.stack([loss.float() for loss in carry.losses])
-            self._replicas.average([means])
+            self.average([means])
             carry.losses = list(means)
 
     def _asked_to_stop(self, signal: int) -> int:
@@ -111,13 +137,15 @@ class PipelineStage(Stage):
             self._signal, self._asked = self._job.asked_to_stop(), time.monotonic()
         if self._replicas:
             # Only one of them evaluates: nobody stops until all train again, and at the same batch.
-            return self._replicas.highest(self._signal) if self._training else 0
+            with self.doing("replicas") if self._training else nullcontext():
+                return self._replicas.highest(self._signal) if self._training else 0
         return self._signal
 
     def average(self, gradients: list[Tensor]) -> None:
         """See `Stage.average`."""
         if self._replicas:
-            self._replicas.average(gradients)
+            with self.doing("replicas"):
+                self._replicas.average(gradients)
 
     def stopping(self, carry: Carry, signal: int) -> int:
         """See `Stage.stopping`."""
@@ -125,11 +153,12 @@ class PipelineStage(Stage):
 
     def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
         """See `Stage.save`. All processes come here behind the same step, with nothing in flight."""
-        written = self._job.gather({} if self.replica else write_parts(folder, step, parts))
         path = folder
-        if self.reports:
-            path = publish(folder, step, {name: own[name] for own in written for name in own}, meta, keep)
-        self._job.wait_for_all()
+        with self.doing("save"):
+            written = self._job.gather({} if self.replica else write_parts(folder, step, parts))
+            if self.reports:
+                path = publish(folder, step, {name: own[name] for own in written for name in own}, meta, keep)
+            self._job.wait_for_all()
         return path
 
     def highest(self, peak: int | None) -> int | None:
@@ -146,3 +175,16 @@ class PipelineStage(Stage):
                 elif rank == self._job.rank:
                     self._job.send(weights[name], self._layout.reporter)
         return weights
+
+    def write_trace(self, names: Sequence[str], folder: Path, title: str) -> str | None:
+        """Writes what all processes recorded into the run folder; all call this together.
+
+        Args:
+            names: what each process trains, by rank.
+            folder: the run folder.
+            title: of the picture.
+
+        Returns:
+            A line for the user, in the process that reports, if anything was recorded.
+        """
+        return write_trace(self._job, self._layout, self._recorder, names, folder, title) if self._recorder else None

@@ -7,6 +7,7 @@ from localprop.report.planning import draw_plan, plan_table, processes_table
 from localprop.report.progress import Progress
 from localprop.report.results import EpochRow, read_results, write_results
 from localprop.report.summary import final_table, next_steps
+from localprop.report.timelines import draw_timeline
 
 __all__ = [
     "EpochRow",
@@ -14,6 +15,7 @@ __all__ = [
     "Progress",
     "draw_curves",
     "draw_plan",
+    "draw_timeline",
     "final_table",
     "format_accuracy",
     "format_bytes",

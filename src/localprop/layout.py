@@ -1,4 +1,4 @@
-"""Which process trains which modules."""
+"""Which of several processes trains which modules, and how many batches they have in flight."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,6 +6,10 @@ from itertools import pairwise
 
 from localprop.errors import ParallelError
 from localprop.partition import balanced
+
+IN_FLIGHT = 2
+"""Batches that a stage has sent and that are not taken yet, and as many that the next has room for: who is ahead waits
+then, so that a slow stage makes no memory grow."""
 
 
 @dataclass(frozen=True)
