@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from localprop.chain import chain
-from localprop.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig, parse_bytes, to_flags, to_flat
+from localprop.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig, to_flags, to_flat
 from localprop.errors import OutOfMemory, PlanError
 from localprop.experiment import Experiment, create_backbone
 from localprop.memory import available, most_taken, total_bytes
@@ -19,6 +19,7 @@ from localprop.pipelines import Processes
 from localprop.plan import MODULES, Plan, PlanRow, Setting, plan
 from localprop.report import format_bytes
 from localprop.simulation import simulate_step
+from localprop.values import parse_bytes
 
 
 def plan_for(

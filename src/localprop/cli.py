@@ -16,18 +16,13 @@ from rich.table import Table
 from localprop.config import (
     BenchConfig,
     ModelConfig,
-    OptionalFloat,
-    OptionalInt,
-    OptionalPath,
-    OptionalStr,
     PlanConfig,
     TrainConfig,
     from_flat,
-    parse_duration,
-    read_yaml,
     to_flat,
 )
 from localprop.errors import BenchError, ConfigError, LocalpropError, suggestion
+from localprop.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, parse_duration, read_yaml
 
 USAGE = """\
 usage: localprop COMMAND [OPTIONS]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from localprop.checkpoint import write_text
 from localprop.compiling import compile_network, require_compiler
-from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig, from_flat, read_yaml, to_flat
+from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig, from_flat, to_flat
 from localprop.data import Data, load_data
 from localprop.errors import CheckpointError, ConfigError, suggestion
 from localprop.localize import localize
@@ -22,6 +22,7 @@ from localprop.network import LocalNetwork
 from localprop.optimizers import LOW_BIT
 from localprop.plugins import load_plugin
 from localprop.provenance import provenance
+from localprop.values import read_yaml
 
 CONFIG = "config.yaml"
 RUN = "run.json"

@@ -16,8 +16,8 @@ from localprop.bench.record import Record, read_records
 from localprop.bench.report import how_measured, task_sections
 from localprop.bench.tables import results_table, table
 from localprop.checkpoint import write_text
-from localprop.config import read_yaml
 from localprop.errors import BenchError
+from localprop.values import read_yaml
 
 START, END = "<!-- results -->", "<!-- /results -->"
 README_ROWS = 5

@@ -23,11 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from localprop.config import TrainConfig, from_flat, read_yaml, to_flat
+from localprop.config import TrainConfig, from_flat, to_flat
 from localprop.decoders import DECODERS
 from localprop.errors import BenchError, suggestion
 from localprop.heads import HEADS
 from localprop.methods import check_method
+from localprop.values import read_yaml
 
 _FOLDER = Path(__file__).parent / "suites"
 # Where and how far a run goes is the bench's own affair.
