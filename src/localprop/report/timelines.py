@@ -110,7 +110,7 @@ def _label(axes: Axes, timeline: Timeline, steady: range) -> None:
     axes.spines["bottom"].set_color("0.75")
     axes.tick_params(colors="0.35", labelsize=8.5, length=0)
     axes.set_xlabel("milliseconds", fontsize=9, color="0.35")
-    names = [lane.name.partition(":")[0] for lane in timeline.lanes]
+    names = [lane.name.partition(":")[0].replace(", replica", "\nreplica") for lane in timeline.lanes]
     axes.set_yticks(range(len(names)), [f"rank {rank}\n{name}" for rank, name in enumerate(names)])
     # The row's name stands where no lane is.
     place: dict[str, Any] = {
