@@ -280,6 +280,7 @@ path, count = os.environ["SENT"], 20
 if job.rank == 0:
     sender = Sender(job, 1)
     for step in range(count):
+        sender.wait_for_room()
         sender.send(Carry(torch.full((64, 1024), float(step)), torch.zeros(64)), True, step == 0)
         open(path, "w").write(str(step + 1))
 else:

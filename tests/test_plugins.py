@@ -39,7 +39,7 @@ def test_a_method_of_ones_own_trains_from_the_command_line(tmp_path):
 def test_a_suite_with_a_method_of_ones_own_is_the_shipped_one_and_that(monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
     runs = load_suite("examples/own_suite.yaml").runs
-    assert [run.name for run in runs[-2:]] == ["predsim-k2", "predsim-k4"]
+    assert [run.name for run in runs[-2:]] == ["predsim-k2-s1", "predsim-k4-s1"]
     assert runs[-1].config.backbone.plugin == Path("examples/own_method.py")
 
 
