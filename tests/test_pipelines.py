@@ -44,8 +44,8 @@ def real_peak(net, config, modules):
 
     def arriving():
         came = features.clone()
-        own = came if modules.start == 0 else images.clone()
-        return Carry(came, labels.clone(), own if looks else None, dict(context))
+        own = None if not looks else came if modules.start == 0 else images.clone()
+        return Carry(came, labels.clone(), own, dict(context))
 
     state = TrainingState(net.train(), config, 10, CPU, modules)
     state.train_step(arriving(), seed=0)
