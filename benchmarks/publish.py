@@ -18,7 +18,7 @@ def main() -> int:
     """Returns the exit code: 0, or 2 if there are no results yet."""
     folder, published = RESULTS / "cifar10-small", ROOT / "benchmarks" / "published.yaml"
     try:
-        written = publish(folder, published, ROOT / "docs" / "results.md", ROOT / "README.md")
+        written = publish(folder, published, ROOT / "docs" / "results.md", ROOT / "README.md", "JPEG copy")
     except localprop.LocalpropError as error:
         print(f"publish: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -478,3 +479,18 @@ def test_the_script_says_that_there_are_no_results_yet(tmp_path, monkeypatch, ca
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert (ROOT / "README.md").read_bytes() == before
     assert before.count(START.encode()) == before.count(END.encode()) == 1
+
+
+def test_the_published_page_is_what_the_committed_records_give(tmp_path):
+    root = Path(__file__).parent.parent
+    folder, figures = root / "benchmarks" / "results" / "cifar10-small", root / "benchmarks" / "published.yaml"
+    readme = tmp_path / "README.md"
+    readme.write_text((root / "README.md").read_text())
+    (tmp_path / "docs").mkdir()
+    publish(folder, figures, tmp_path / "docs" / "results.md", readme, "JPEG copy")
+    assert readme.read_text() == (root / "README.md").read_text()
+    made, kept = (place / "docs" / "results.md" for place in (tmp_path, root))
+    # The folder of the records lies elsewhere, seen from there.
+    assert re.sub(r"\(\S*results/cifar10-small\)", "", made.read_text()) == re.sub(
+        r"\(\S*results/cifar10-small\)", "", kept.read_text()
+    )

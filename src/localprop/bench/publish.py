@@ -23,7 +23,7 @@ START, END = "<!-- results -->", "<!-- /results -->"
 README_ROWS = 5
 
 
-def publish(folder: Path, published: Path, page: Path, readme: Path) -> list[Path]:
+def publish(folder: Path, published: Path, page: Path, readme: Path, images: str = "") -> list[Path]:
     """Writes a page of results with two pictures beside it, and the part of a README between its markers.
 
     Args:
@@ -32,6 +32,7 @@ def publish(folder: Path, published: Path, page: Path, readme: Path) -> list[Pat
             "sources" and "unknown" (lists of sentences).
         page: the Markdown file; the pictures are called PAGE-pareto.png and PAGE-depth.png.
         readme: a Markdown file with the lines `<!-- results -->` and `<!-- /results -->`.
+        images: what a reader has to know of the images and the records do not say, such as "JPEG copy".
 
     Returns:
         The paths written.
@@ -51,14 +52,16 @@ def publish(folder: Path, published: Path, page: Path, readme: Path) -> list[Pat
     draws = (draw_pareto, draw_depth)
     pictures = [path for path, draw in zip(pictures, draws, strict=True) if draw(path, tasks, title)]
     source = os.path.relpath(folder, page.parent)
-    write_text(page, "\n".join(_page(records, figures, [path.name for path in pictures], source)) + "\n")
+    write_text(page, "\n".join(_page(records, figures, [path.name for path in pictures], source, images)) + "\n")
     shown = [os.path.relpath(path, readme.parent) for path in pictures[:1]]
-    block = _readme_part(records, shown, os.path.relpath(page, readme.parent))
+    block = _readme_part(records, shown, os.path.relpath(page, readme.parent), images)
     write_text(readme, f"{before}{START}\n{block}\n{END}{after}")
     return [page, *pictures, readme]
 
 
-def _page(records: Sequence[Record], figures: dict[str, Any], pictures: Sequence[str], source: str) -> list[str]:
+def _page(
+    records: Sequence[Record], figures: dict[str, Any], pictures: Sequence[str], source: str, images: str
+) -> list[str]:
     accuracy, memory, modules = figures["accuracy"], figures["memory"], figures["modules"]
     return [
         "# Results",
@@ -69,7 +72,7 @@ def _page(records: Sequence[Record], figures: dict[str, Any], pictures: Sequence
         "## Beside the published figures",
         "",
         f"Published: test accuracy of {figures['model']}, K={modules}. {' '.join(figures['sources'])} Here: "
-        f"{_protocol(records)}. So accuracies cannot be compared, and gaps only with "
+        f"{_protocol(records, images)}. So accuracies cannot be compared, and gaps only with "
         "care: the published ones are of long training, over which gaps open; of short training they say nothing.",
         "",
         paper_comparison(records, accuracy, modules),
@@ -105,10 +108,10 @@ def _reproduced(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [f"Of {len(rows)} orderings that can be checked: {counted}.", "", table(heads, rows, words=2), ""]
 
 
-def _readme_part(records: Sequence[Record], pictures: Sequence[str], page: str) -> str:
+def _readme_part(records: Sequence[Record], pictures: Sequence[str], page: str, images: str) -> str:
     lines = [
-        f"Measured here: {_protocol(records)}; ± is the standard deviation over seeds. Gaps open over long training: "
-        "such gaps as others published are further below."
+        f"Measured here: {_protocol(records, images)}; ± is the standard deviation over seeds. Gaps open over long "
+        "training: such gaps as others published are further below."
     ]
     lines += [line for picture in pictures for line in ("", f"![accuracy and peak memory]({picture})")]
     lines += ["", results_table(records, README_ROWS), ""]
@@ -116,7 +119,7 @@ def _readme_part(records: Sequence[Record], pictures: Sequence[str], page: str) 
     return "\n".join(lines)
 
 
-def _protocol(records: Sequence[Record]) -> str:
+def _protocol(records: Sequence[Record], images: str) -> str:
     """What the runs have in common, in words."""
 
     def words(part: str, key: str) -> str:
@@ -126,8 +129,9 @@ def _protocol(records: Sequence[Record]) -> str:
     same = kwargs[0] if all(value == kwargs[0] for value in kwargs) else None
     changes = " (" + ", ".join(f"{key} {value}" for key, value in same.items()) + ")" if same else ""
     epochs = words("result", "epochs")
+    data = words("data", "name") + (f" ({images})" if images else "")
     return (
-        f"{words('config', 'model')}{changes} on {words('data', 'name')}, {words('data', 'img_size')} px, "
+        f"{words('config', 'model')}{changes} on {data}, {words('data', 'img_size')} px, "
         f"{epochs} epoch{'' if epochs == '1' else 's'}, batch size {words('config', 'batch_size')}, "
         f"accuracy on {words('result', 'evaluated_on')} images"
     )
