@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import localprop
-from localprop.network import Carry
+from localprop.carry import Carry
 from localprop.schedules import StageTime
 
 MODEL, CLASSES, SIDE = "swin_tiny_patch4_window7_224", 10, 32

@@ -74,11 +74,12 @@ def test_end_to_end_training_that_fits_is_chosen(tmp_path, capsys):
 def test_a_budget_never_changes_the_batch(tmp_path, capsys):
     assert train(tmp_path, "--modules", "2", "--budget", "1MiB", "--batch-size", "24") == 2
     line = capsys.readouterr().err
-    assert "nothing fits 1.0 MiB with 24 images per step" in line
+    assert "nothing fits 1.0 MiB with 24 images at a time" in line
     assert line.count("\n") == 1
     assert not (tmp_path / "run").exists()
     config = command_in(line)
-    assert 1 < config.optim.batch_size < 24
+    assert config.optim.batch_size == 24
+    assert 1 < config.optim.micro_batches < 24
     assert config.local.modules == 2
     assert config.run.output == tmp_path
 
@@ -104,10 +105,10 @@ def exhausted(monkeypatch, available):
     """Lets the second step ask for more memory than there is, and the advice believe that so much can be had."""
     step = TrainingState.train_step
 
-    def run_out(self, batch, seed):
+    def run_out(self, batch, seed, last=True):
         if self.step == 1:
             torch.empty(1 << 50, dtype=torch.uint8)
-        return step(self, batch, seed)
+        return step(self, batch, seed, last)
 
     monkeypatch.setattr(TrainingState, "train_step", run_out)
     monkeypatch.setattr("localprop.advice.available", lambda device: available)

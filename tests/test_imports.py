@@ -21,7 +21,7 @@ PUBLIC_MODULES = {
     "localprop.heads": {"HEADS"},
     "localprop.decoders": {"DECODERS"},
     "localprop.bench.publish": {"publish"},
-    "localprop.network": {"Carry"},
+    "localprop.carry": {"Carry"},
     "localprop.layout": {"IN_FLIGHT"},
     "localprop.schedules": {
         *("Link", "StageTime", "Timing"),

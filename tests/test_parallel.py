@@ -162,9 +162,9 @@ def assert_same_run(output, other):
     assert parts[0] == parts[1]
 
 
-@pytest.mark.parametrize("modules", [2, 3, 4])
-def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, modules):
-    more = ("--epochs", "2")
+@pytest.mark.parametrize(("modules", "parts"), [(2, 1), (3, 1), (4, 1), (2, 4)])
+def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, modules, parts):
+    more = ("--epochs", "2", "--micro-batches", str(parts))
     ranks = forker.train(tmp_path, modules, *flags(tmp_path, modules, *more))
     assert ranks.wait() == [0] * modules, ranks.log.read_text()
     assert_same_run(tmp_path, alone(modules, *more))
@@ -173,7 +173,7 @@ def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, 
 
 
 def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_them(forker, alone, tmp_path):
-    more = ("--epochs", "2", "--method", "infopro")
+    more = ("--epochs", "2", "--method", "infopro", "--micro-batches", "2")
     ranks = forker.train(tmp_path, 2, *flags(tmp_path, 4, *more))
     assert ranks.wait() == [0, 0], ranks.log.read_text()
     assert_same_run(tmp_path, alone(4, *more))
@@ -187,9 +187,9 @@ CALM = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "count"), [("modules", 4), ("data", 2)])
-def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count):
-    settings = [*CALM, "--cuts", *MODULES[2], "--experiment", "run"]
+@pytest.mark.parametrize(("kind", "count", "parts"), [("modules", 4, 1), ("modules", 4, 2), ("data", 2, 1)])
+def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, parts):
+    settings = [*CALM, "--cuts", *MODULES[2], "--experiment", "run", "--micro-batches", str(parts)]
     runs = {name: tmp_path / name for name in ("one", "several")}
     for folder in runs.values():
         folder.mkdir()
@@ -272,7 +272,7 @@ def test_the_launcher_says_who_was_killed_and_leaves_nothing(tmp_path):
 
 HAND_ON = """
 import os, time, torch
-from localprop.network import Carry
+from localprop.carry import Carry
 from localprop.parallel import join
 from localprop.parallel.messages import Receiver, Sender
 job = join("cpu")

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from localprop import chain as chain_of
 from localprop import plan
+from localprop.carry import Carry
 from localprop.cli import main
 from localprop.config import OptimConfig
 from localprop.cost import Costs
 from localprop.errors import ConfigError, ParallelError
 from localprop.layout import IN_FLIGHT
 from localprop.memory import measured, total_bytes
-from localprop.network import Carry
 from localprop.optimizers import create_optimizer
 from localprop.pipelines import pipeline, share_out
 from localprop.schedules import Link, one_f_one_b_order

@@ -65,7 +65,8 @@ def chosen(config: TrainConfig, row: PlanRow) -> TrainConfig:
         split_blocks=setting.split_blocks,
         grad_checkpointing=setting.grad_checkpointing,
     )
-    return replace(config, local=local, optim=replace(config.optim, batch_size=row.batch_size))
+    optim = replace(config.optim, batch_size=row.batch_size, micro_batches=row.micro_batches)
+    return replace(config, local=local, optim=optim)
 
 
 def command(config: TrainConfig) -> str:
@@ -77,7 +78,7 @@ def fit(experiment: Experiment) -> tuple[Experiment, str]:
     """Chooses the number of modules for the budget; gives the experiment with it, and a line that tells of it.
 
     Raises:
-        PlanError: nothing fits, or with smaller batches only, which is the user's choice to make.
+        PlanError: nothing fits, or with more micro-batches only, which is the user's choice to make.
     """
     config, budget = experiment.config, parse_bytes(experiment.config.local.budget or "")
     result = plan_for(experiment.backbone, config.local, config.optim, experiment.input_size, budget)
@@ -85,10 +86,10 @@ def fit(experiment: Experiment) -> tuple[Experiment, str]:
     assert row is not None
     limit, peak = format_bytes(budget), format_bytes(row.trace.peak)
     new = chosen(config, row)
-    if row.batch_size < config.optim.batch_size:
+    if row.micro_batches > config.optim.micro_batches:
         raise PlanError(
-            f"nothing fits {limit} with {config.optim.batch_size} images per step; {row.setting.name} with "
-            f"{row.batch_size} takes {peak}: {command(new)}"
+            f"nothing fits {limit} with {row.batch_size // config.optim.micro_batches} images at a time; "
+            f"{row.setting.name} in {row.micro_batches} micro-batches takes {peak}: {command(new)}"
         )
     return replace(experiment, config=new), f"budget {limit}: {row.setting.name}, predicted to take {peak}"
 
@@ -168,6 +169,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
     optim = OptimConfig(
         opt=config.opt,
         batch_size=config.batch_size,
+        micro_batches=config.micro_batches,
         model_ema=config.model_ema,
         offload_optimizer=config.offload_optimizer,
         amp=config.precision != "fp32",
@@ -186,7 +188,9 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
         on_setting=on_setting,
     )
     height, width = units.input_size[1:]
-    title = f"{backbone.model} at {height}x{width}, batch {config.batch_size}, {config.precision}, {config.opt}"
+    parts = f" in {config.micro_batches} parts" if config.micro_batches > 1 else ""
+    batch = f"batch {config.batch_size}{parts}"
+    title = f"{backbone.model} at {height}x{width}, {batch}, {config.precision}, {config.opt}"
     return result, title
 
 
@@ -211,10 +215,9 @@ def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
     row, limit = result.choice, format_bytes(result.budget)
     peak = format_bytes(row.trace.peak)
     what = f"{row.setting.name} takes {peak}"
-    if row.batch_size < config.batch_size:
-        what = (
-            f"with {config.batch_size} images per step nothing; {row.setting.name} with {row.batch_size} takes {peak}"
-        )
+    if row.micro_batches > config.micro_batches:
+        at_once = row.batch_size // config.micro_batches
+        what = f"with {at_once} images at a time nothing; {row.setting.name} in {row.micro_batches} parts takes {peak}"
     return [*lines, "", f"within {limit}: {what}", command(plan_train_config(config, row)) + " --data folder:PATH"]
 
 
@@ -226,6 +229,7 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
             "setting": row.setting.name,
             **vars(row.setting),
             "batch_size": row.batch_size,
+            "micro_batches": row.micro_batches,
             "peak": row.trace.peak,
             **row.trace.parts,
             "peak_module": row.trace.module + 1,

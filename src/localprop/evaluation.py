@@ -36,6 +36,8 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """
     # In float32 and wherever this machine can, whatever the run was trained with.
     anywhere = {"amp": False, "offload_optimizer": False, "device": None, "hold_on_device": False, "val_split": 0.0}
+    if "batch_size" in changes:
+        anywhere["micro_batches"] = 1
     config = from_flat({**anywhere, **changes}, "eval", read_config(folder))
     description = read_description(folder)
     experiment = prepare(config, weights=False)
@@ -46,7 +48,7 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{data.name} has other classes than {folder} was trained on; see {folder}/run.json")
     source = load_weights(folder, experiment.backbone)
     experiment.backbone.eval()
-    batches = data.test_batches(config.optim.batch_size, device)
+    batches = data.test_batches(config.optim.batch_size // config.optim.micro_batches, device)
     scores = evaluate(experiment.backbone, batches)
     result: dict[str, Any] = {
         "run": str(folder),

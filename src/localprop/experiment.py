@@ -74,7 +74,7 @@ class Experiment:
             grad_checkpointing=local.grad_checkpointing,
             input_size=self.input_size,
             num_classes=data.num_classes,
-            batch_size=optim.batch_size,
+            batch_size=optim.batch_size // optim.micro_batches,
             amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
             criterion=criterion,
             mean=data.mean,

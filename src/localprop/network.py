@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from localprop.carry import Carry
 from localprop.chain import Unit
 from localprop.features import Layout
 from localprop.recompute import recomputing
@@ -176,43 +177,6 @@ class LocalModule(nn.Module):
         yield from self.auxiliary.named_parameters(f"{prefix}auxiliary", recurse, remove_duplicate)
 
 
-@dataclass
-class Carry:
-    """A batch on its way through the modules: what one of them leaves for the next. It holds the only references.
-
-    Attributes:
-        features: (B, ...) what the next module takes, detached: the images before the first, the logits after the last.
-        labels: (B,) integers, or (B, C) probabilities.
-        images: (B, channels, height, width) for losses that look at them; None once no later module's does.
-        context: what units hand along beside the features; see `Unit`.
-        losses: the local loss of each module so far, detached.
-        hits: in an evaluation, how many images each module's head got right so far; None where it has none.
-        stop: number of the signal that ends the run after this batch; 0 without one.
-    """
-
-    features: Tensor
-    labels: Tensor
-    images: Tensor | None = None
-    context: dict[str, Any] = field(default_factory=dict)
-    losses: list[Tensor] = field(default_factory=list)
-    hits: list[int | None] = field(default_factory=list)
-    stop: int = 0
-
-    @classmethod
-    def of(cls, batch: "list[Tensor] | Carry") -> "Carry":
-        """A batch [images, labels], which is taken out of its list, before the first module."""
-        if isinstance(batch, Carry):
-            return batch
-        images = batch.pop(0)
-        return cls(images, batch.pop(), images)
-
-    def clone(self) -> "Carry":
-        """The same with features, images and labels of its own."""
-        features = self.features.clone()
-        images = features if self.images is self.features else None if self.images is None else self.images.clone()
-        return replace(self, features=features, labels=self.labels.clone(), images=images)
-
-
 @dataclass(frozen=True)
 class LocalOutput:
     """What one `LocalNetwork.backward` computed.
@@ -298,7 +262,12 @@ class LocalNetwork(nn.Module):
         return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), logits)
 
     def train_module(
-        self, k: int, carry: Carry, scaler: torch.amp.GradScaler | None = None, seed: int | None = None
+        self,
+        k: int,
+        carry: Carry,
+        scaler: torch.amp.GradScaler | None = None,
+        seed: int | None = None,
+        parts: int = 1,
     ) -> Tensor | None:
         """Forward and local backward of module k alone; `carry` comes to it and is brought to the next module.
 
@@ -307,6 +276,7 @@ class LocalNetwork(nn.Module):
             carry: the batch, behind module k-1.
             scaler: see `backward`.
             seed: likewise.
+            parts: how many such batches make one step; gradients are divided by that.
 
         Returns:
             Logits (B, C) of the module's head, detached; None where it has none.
@@ -319,7 +289,8 @@ class LocalNetwork(nn.Module):
         with recomputing(module.recompute):
             output = module(carry.features, carry.context)
             loss, logits = module.auxiliary(output, carry.features, carry.images, carry.labels)
-        _backward(scaler.scale(loss) if scaler else loss)
+        share = loss / parts if parts > 1 else loss
+        _backward(scaler.scale(share) if scaler else share)
         carry.losses.append(loss.detach())
         # Gradient isolation. Everywhere: no other line cuts gradients, and nothing else crosses with one.
         carry.features = output.detach()

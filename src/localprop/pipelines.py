@@ -75,25 +75,27 @@ def share_out(
             out.
         PlanError: memory cannot be predicted.
     """
-    seconds = [end - start for start, end in pairwise([0.0, *trace.module_ends])]
-    layout = arrange("modules", len(seconds), processes, seconds)
-    if batch_size % layout.replicas:
-        raise ParallelError(f"a batch of {batch_size} cannot be shared out to {layout.replicas} replicas")
+    layout = arrange("modules", len(trace.module_seconds), processes, trace.module_seconds)
+    parts = optim.micro_batches
+    if batch_size % (layout.replicas * parts):
+        each = f", in {parts} micro-batches each" if parts > 1 else ""
+        raise ParallelError(f"a batch of {batch_size} cannot be shared out to {layout.replicas} replicas{each}")
     part = batch_size // layout.replicas
     traces = [simulate_step(net, optim, part, input_size, device, modules) for modules in layout.stages]
     entries = [own.entry for own in traces[1:]]
     stages = [
-        StageTime(own.seconds, output=size, gradients=_trained(net, modules))
+        StageTime(own.seconds, output=parts * size, gradients=_trained(net, modules))
         for own, size, modules in zip(traces, [*entries, 0], layout.stages, strict=True)
     ]
-    # Besides the step, a process holds batches that it has received ahead, and those that it has sent and nobody has
-    # taken yet.
+    # Besides the step, a process holds (micro-)batches that it has received ahead, and those that it has sent and
+    # nobody has taken yet.
     waiting = [IN_FLIGHT * (came + left) for came, left in pairwise([0, *entries, 0])]
     return Processes(
         ranks=list(layout.stages),
         units=[[unit for k in modules for unit in net.local_modules[k].units] for modules in layout.stages],
         peaks=[own.peak + held for own, held in zip(traces, waiting, strict=True)],
         timing=local_modules(stages, link, IN_FLIGHT, layout.replicas),
+        micro_batches=parts,
         replicas=layout.replicas,
     )
 
@@ -109,7 +111,8 @@ def pipeline(
 ) -> Processes | None:  # fmt: skip
     """End-to-end training by 1F1B: a backbone in stages that take about the same time, and what that takes.
 
-    A batch has four micro-batches, or as many as there are stages. Of activations a stage holds only those of
+    A batch has as many micro-batches as local modules are to take, by default four; and at least one for each stage. Of
+    activations a stage holds only those of
     micro-batches whose backward is to come.
 
     Args:
@@ -127,7 +130,7 @@ def pipeline(
     Raises:
         PlanError: memory cannot be predicted.
     """
-    units, count = costs.chain, max(MICRO_BATCHES, processes)
+    units, count = costs.chain, max(optim.micro_batches if optim.micro_batches > 1 else MICRO_BATCHES, processes)
     if len(units) < processes or batch_size < count:
         return None
     micro = -(-batch_size // count)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from localprop.chain import Chain, chain
-from localprop.config import OptimConfig
+from localprop.config import OptimConfig, require_equal_parts
 from localprop.cost import Costs
 from localprop.errors import ChainError, ConfigError, ParallelError, PlanError
 from localprop.localize import localize
@@ -55,6 +55,7 @@ class PlanRow:
     Attributes:
         setting: the setting.
         batch_size: images per step.
+        micro_batches: parts of that which go through the modules one after the other.
         trace: memory and time of one step.
         module_units: names of each module's units.
         parallel: the same on several processes; None where that was not asked for, or there are fewer modules.
@@ -62,6 +63,7 @@ class PlanRow:
 
     setting: Setting
     batch_size: int
+    micro_batches: int
     trace: StepTrace
     module_units: list[list[str]] = field(repr=False)
     parallel: Processes | None = None
@@ -74,8 +76,7 @@ class Plan:
     Attributes:
         rows: the settings, at one batch size.
         budget: bytes that the peak must stay below, where given.
-        choice: the setting that fits the budget, or that has the smallest peak at the largest batch that fits; None
-            without a budget.
+        choice: the setting that fits the budget, or else does with the fewest micro-batches; None without a budget.
         pipeline: end-to-end training by 1F1B on as many processes as `PlanRow.parallel` has; None where that was not
             asked for, or cannot be.
     """
@@ -166,7 +167,7 @@ def plan(
     Raises:
         ChainError, ConfigError: as `localize`.
         ParallelError: the processes cannot share any of the numbers of modules that were asked for.
-        PlanError: memory cannot be predicted, or nothing fits the budget even with one image per step.
+        PlanError: memory cannot be predicted, or nothing fits the budget even with one image at a time.
     """
     for name, value in (("batch_size", batch_size), ("nproc", nproc)):
         if value is not None and value < 1:
@@ -175,6 +176,7 @@ def plan(
         raise ConfigError("a budget chooses for one process; leave out either budget or nproc")
     optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
     optim = replace(optim, amp=amp_dtype is not None)
+    require_equal_parts(batch_size, optim.micro_batches)
     planner = _Planner(model, chain(model, input_size), optim, amp_dtype, batch_size, device, options, on_setting)
     planner.processes, planner.link = nproc, Link(bandwidth or MACHINES[device].link)
     rows = planner.baselines()
@@ -223,7 +225,7 @@ class _Planner:
     def baselines(self) -> list[PlanRow]:
         """End-to-end training, plain and with activation checkpointing."""
         plain = Setting(1, "end-to-end")
-        rows = [self.row(setting, self.batch_size) for setting in (plain, replace(plain, grad_checkpointing=True))]
+        rows = [self.row(setting) for setting in (plain, replace(plain, grad_checkpointing=True))]
         return [row for row in rows if row]
 
     def local(self, modules: Sequence[int | Literal["max"]], method: str) -> list[PlanRow]:
@@ -242,7 +244,7 @@ class _Planner:
                 number = most if count == "max" else count
                 setting = Setting(number, method, split, self.checkpointing, number == most)
                 known = any(row.setting == setting for row in rows)
-                row = self.row(setting, self.batch_size) if number > 1 and not known else None
+                row = self.row(setting) if number > 1 and not known else None
                 least = min((row.trace.peak for row in rows), default=None)
                 rows += [row] if row else []
                 if split or not row or least is None or row.trace.peak < _CLEARLY * least:
@@ -259,9 +261,15 @@ class _Planner:
             self.costs[split] = Costs(self.model, chain(self.model, size, split_blocks=split))
         return self.costs[split]
 
-    def row(self, setting: Setting, batch_size: int) -> PlanRow | None:
-        """What a setting takes; None where the model does not have so many modules."""
+    def row(self, setting: Setting, micro_batches: int | None = None) -> PlanRow | None:
+        """What a setting takes; None where the model does not have so many modules.
+
+        Args:
+            setting: the setting.
+            micro_batches: into which the batch is divided; default: as planned for.
+        """
         self.on_setting(setting)
+        optim = replace(self.optim, micro_batches=micro_batches or self.optim.micro_batches)
         costs = self.known(setting.split_blocks)
         local = setting.modules > 1
         options = self.options if local else {}
@@ -272,7 +280,7 @@ class _Planner:
                     setting.modules,
                     setting.method,
                     costs=costs,
-                    batch_size=batch_size,
+                    batch_size=self.batch_size // optim.micro_batches,
                     amp_dtype=self.amp_dtype,
                     grad_checkpointing=setting.grad_checkpointing,
                     device=self.device,
@@ -282,49 +290,37 @@ class _Planner:
             if not local or self.must_fit:
                 raise
             return None
-        size = costs.chain.input_size
-        trace, parallel = simulate_step(net, self.optim, batch_size, size, self.device), None
+        step = (optim, self.batch_size, costs.chain.input_size, self.device)
+        trace, parallel = simulate_step(net, *step), None
         if local and self.processes:
             try:
-                parallel = share_out(net, trace, self.optim, batch_size, size, self.device, self.processes, self.link)
+                parallel = share_out(net, trace, *step, self.processes, self.link)
             except ParallelError:
                 if self.must_fit:
                     raise
-        return PlanRow(setting, batch_size, trace, [module.units for module in net.local_modules], parallel)
+        units = [module.units for module in net.local_modules]
+        return PlanRow(setting, self.batch_size, optim.micro_batches, trace, units, parallel)
 
     def choose(self, plan: Plan, rows: list[PlanRow], budget: int) -> PlanRow:
         """The one of some rows of a plan that fits: the fastest, and of equally fast ones that with the fewest modules.
 
-        Where none fits, the one with the smallest peak, at the largest batch with which it fits.
+        Where none fits, the one that does with the fewest micro-batches.
         """
         fitting = [row for row in rows if row.trace.peak <= budget]
         if fitting:
             # Expected times that differ by less than a tenth are equal, as far as can be told.
             return min(fitting, key=lambda row: (round(plan.time_ratio(row), 1), row.setting.modules))
-        # With few images weights and optimizer state decide, of which local modules have more.
+        # With few images at once weights, their gradients and optimizer state decide, of which local modules have more.
         smallest = min(rows, key=lambda row: row.trace.peak)
         leanest = min(rows, key=lambda row: (row.trace.parts["parameters"], row.trace.peak))
-        tried = [
-            self._largest_batch(row, budget) for row in ([smallest] if smallest is leanest else [smallest, leanest])
-        ]
-        found = [row for row in tried if row]
-        if found:
-            return max(found, key=lambda row: row.batch_size)
-        ones = [one for row in rows if (one := self.row(row.setting, 1))]
-        least = min(ones, key=lambda row: row.trace.peak)
+        found, first = smallest, self.optim.micro_batches + 1
+        candidates = [smallest] if smallest is leanest else [smallest, leanest]
+        for count in (n for n in range(first, self.batch_size + 1) if self.batch_size % n == 0):
+            tried = [self.row(row.setting, count) for row in candidates]
+            found = min((row for row in tried if row), key=lambda row: row.trace.peak)
+            if found.trace.peak <= budget:
+                return found
         raise PlanError(
-            f"nothing fits {budget / 2**20:.0f} MiB: {least.setting.name} with 1 image per step takes "
-            f"{least.trace.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
+            f"nothing fits {budget / 2**20:.0f} MiB: {found.setting.name} with 1 image at a time takes "
+            f"{found.trace.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
         )
-
-    def _largest_batch(self, row: PlanRow, budget: int) -> PlanRow | None:
-        """The row at the largest batch that fits; None if not even one image does."""
-        fits, low, too_large = None, 0, row.batch_size
-        while too_large - low > 1:
-            middle = (low + too_large) // 2
-            tried = self.row(row.setting, middle)
-            if tried is not None and tried.trace.peak <= budget:
-                low, fits = middle, tried
-            else:
-                too_large = middle
-        return fits

@@ -96,8 +96,10 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     config = experiment.config
     net = experiment.localize()
     layout = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, _seconds(experiment, net, job))
-    if config.optim.batch_size % layout.replicas:
-        raise ConfigError(f"--batch-size {config.optim.batch_size} cannot be shared out to {layout.replicas} replicas")
+    sizes = config.optim.batch_size, config.optim.micro_batches
+    if sizes[0] % (layout.replicas * sizes[1]):
+        parts = f", in {sizes[1]} --micro-batches each" if sizes[1] > 1 else ""
+        raise ConfigError(f"--batch-size {sizes[0]} cannot be shared out to {layout.replicas} replicas{parts}")
     stage = PipelineStage(job, layout, net, config.run.trace)
     reports = stage.reports
     console = Console(quiet=not reports)  # what all processes would say, one does
@@ -181,7 +183,7 @@ def _seconds(experiment: Experiment, net: LocalNetwork, job: Job) -> list[float]
         trace = simulate_step(net, optim, optim.batch_size, experiment.input_size, experiment.device.type)
     except PlanError:
         return None
-    return [end - start for start, end in zip([0.0, *trace.module_ends], trace.module_ends, strict=False)]
+    return trace.module_seconds
 
 
 def _restarted(config: TrainConfig, job: Job) -> Path | None:

@@ -5,7 +5,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from localprop.attention import kernels_of
+from localprop.carry import Carry
 from localprop.config import OptimConfig
 from localprop.errors import LocalpropError, PlanError
 from localprop.memory import plain_tensors, total_bytes
-from localprop.network import Carry, LocalNetwork
+from localprop.network import LocalNetwork
 from localprop.state import TrainingState
 from localprop.tracing import fake_copy
 from localprop.tracking import MACHINES, Tracker
@@ -28,6 +30,8 @@ PARTS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
 class StepTrace:
     """What one training step takes, from the second step on, when optimizers have their state.
 
+    Where the batch is divided into micro-batches, the middle ones stand for the first too.
+
     Attributes:
         peak: largest number of bytes in use at any moment: weights, optimizer state and the batch included.
         parts: the peak's bytes by use: "parameters" (with buffers and moving average), "optimizer", "gradients",
@@ -36,8 +40,9 @@ class StepTrace:
         flops: floating point operations, a multiply and an add counted as two.
         seconds: expected time; of meaning only beside another on the same machine.
         timeline: (seconds, bytes in use) after each allocation or free, in order.
-        module_ends: seconds at which each module is done.
-        entry: bytes of the batch as it came: images or features, labels, and what units hand along.
+        module_ends: seconds at which each module is done, in each micro-batch.
+        module_seconds: expected time of each module.
+        entry: bytes of a micro-batch as it came: images or features, labels, and what units hand along.
     """
 
     peak: int
@@ -47,7 +52,16 @@ class StepTrace:
     seconds: float
     timeline: list[tuple[float, int]] = field(repr=False)
     module_ends: list[float] = field(repr=False)
+    module_seconds: list[float] = field(repr=False)
     entry: int
+
+
+class _Mark(NamedTuple):
+    """A place in what a tracker saw: the number of events, and seconds and FLOPs, so far."""
+
+    event: int
+    seconds: float
+    flops: float
 
 
 def simulate_step(
@@ -71,16 +85,24 @@ def simulate_step(
     Raises:
         PlanError: the network's code does something that cannot be done without values.
     """
-    ends: list[int] = []
-    with fake_training(net, config, batch_size, input_size, device, modules) as (state, tracker, arrive):
-        with _watched(state, tracker, ends):
+    marks: list[_Mark] = []
+    parts = config.micro_batches
+    with fake_training(net, config, batch_size // parts, input_size, device, modules) as (state, tracker, arrive):
+        if parts > 2:  # the middle ones find gradients of the first, and leave them to the last
+            tracker.label(_gradients(state), "gradients")
+        with _watched(state, tracker, marks):
             carry = arrive()
             entry = total_bytes([carry.features, carry.labels, *plain_tensors(carry.context)])
+            held = _whole_batch(state, carry, parts)
+            if parts > 1:
+                state.train_step(carry, seed=0, last=False)
+                carry = arrive()
             state.train_step(carry, seed=0)
+            del held
         states = [total_bytes(plain_tensors(list(optimizer.state.values()))) for optimizer in state.optimizers]
     # Offloaded, the state of each module is there only while that module is trained.
     away = [sum(states) - own for own in states] if config.offload_optimizer else None
-    return _summary(tracker, ends, away, state.modules.start, entry)
+    return _summary(tracker, marks, away, state.modules, parts, entry)
 
 
 @contextmanager
@@ -159,19 +181,37 @@ def _prime(state: TrainingState) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
+def _gradients(state: TrainingState) -> list[Tensor]:
+    """Gives the weights gradients, and returns these."""
+    parameters = [p for group in state.optimizers for own in group.param_groups for p in own["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]  # all have one
+
+
+def _whole_batch(state: TrainingState, carry: Carry, parts: int) -> list[Tensor]:
+    """The batch that a process holds while it trains on its parts, if it loads images; `carry` is one of these."""
+    loaded = carry.images if state.modules.start else carry.features
+    if parts == 1 or loaded is None:
+        return []
+    return [tensor.new_empty(parts * tensor.shape[0], *tensor.shape[1:]) for tensor in (loaded, carry.labels)]
+
+
 @contextmanager
-def _watched(state: TrainingState, tracker: Tracker, ends: list[int]) -> Iterator[None]:
-    """Tells the tracker which tensors are gradients; notes in `ends` the event at which each module is done."""
+def _watched(state: TrainingState, tracker: Tracker, marks: list[_Mark]) -> Iterator[None]:
+    """Tells the tracker which tensors are gradients; notes in `marks` where each module is done."""
 
     def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         tracker.label([p.grad for p in parameters if p.grad is not None], "gradients")
 
-    def after(*_: object) -> None:
-        ends.append(len(tracker.events))
+    @contextmanager
+    def doing(*_: object) -> Iterator[None]:
+        yield
+        marks.append(_Mark(len(tracker.events), tracker.seconds, tracker.flops))
 
+    state.doing = doing
     handles = [optimizer.register_step_pre_hook(before) for optimizer in state.optimizers]
-    handles += [optimizer.register_step_post_hook(after) for optimizer in state.optimizers]
     try:
         yield
     finally:
@@ -179,39 +219,52 @@ def _watched(state: TrainingState, tracker: Tracker, ends: list[int]) -> Iterato
             handle.remove()
 
 
-def _summary(tracker: Tracker, ends: list[int], away: list[int] | None, start: int, entry: int) -> StepTrace:
+def _summary(
+    tracker: Tracker, marks: list[_Mark], away: list[int] | None, modules: range, parts: int, entry: int
+) -> StepTrace:
     """What a step took.
 
     Args:
-        tracker: what it saw.
-        ends: the event at which each module was done.
+        tracker: what it saw: the only micro-batch, or a middle one and the last.
+        marks: where each module was done, in each of them.
         away: bytes that are on the host instead while each module is trained.
-        start: number of the first module.
-        entry: bytes of the batch as it came.
+        modules: those that were trained.
+        parts: micro-batches of the step.
+        entry: bytes of one as it came.
     """
-    in_use, events = tracker.in_use(), tracker.events
-    owners = [min(bisect_right(ends, i), len(ends) - 1) for i in range(len(events))]
+    in_use, events, count = tracker.in_use(), tracker.events, len(modules)
+    ends = [mark.event for mark in marks]
+    turns = [min(bisect_right(ends, i), len(ends) - 1) for i in range(len(events))]
     if away:
-        in_use = [used - away[owner] for used, owner in zip(in_use, owners, strict=True)]
+        in_use = [used - away[turn % count] for used, turn in zip(in_use, turns, strict=True)]
     moment = max(range(len(in_use)), key=in_use.__getitem__)
-    module = owners[moment]
-    first = ends[module - 1] if module else 0
+    turn = turns[moment]
+    first = ends[turn - 1] if turn else 0
     # When this module's backward began: what was there before and is freed after was kept for it.
-    turn = next((i for i in range(first, len(events)) if events[i].backward), len(events))
-    parts = dict.fromkeys(PARTS, 0)
+    backward = next((i for i in range(first, len(events)) if events[i].backward), len(events))
+    kinds = dict.fromkeys(PARTS, 0)
     for allocation in tracker.allocations:
         stop = len(events) if allocation.stop is None else allocation.stop
         if allocation.start <= moment < stop:
-            kept = allocation.start < turn <= stop
-            parts[allocation.kind or ("activations" if kept else "temporaries")] += allocation.size
-    parts["optimizer"] -= away[module] if away else 0
+            kept = allocation.start < backward <= stop
+            kinds[allocation.kind or ("activations" if kept else "temporaries")] += allocation.size
+    kinds["optimizer"] -= away[turn % count] if away else 0
+    # The middle micro-batch comes again and again before the last.
+    border, again = marks[count - 1], max(parts - 2, 0)
+    times, ends_at = [event.seconds for event in events], [*(mark.seconds for mark in marks[:-1]), tracker.seconds]
+    starts = [i * border.seconds for i in range(again)]
+    timeline = list(zip(times, in_use, strict=True))
+    spans = [end - start for start, end in pairwise([0.0, *ends_at])]
     return StepTrace(
         peak=in_use[moment],
-        parts=parts,
-        module=start + module,
-        flops=tracker.flops,
-        seconds=tracker.seconds,
-        timeline=[(event.seconds, used) for event, used in zip(events, in_use, strict=True)],
-        module_ends=[*(events[end - 1].seconds for end in ends[:-1]), tracker.seconds],
+        parts=kinds,
+        module=modules[turn % count],
+        flops=tracker.flops + again * border.flops,
+        seconds=tracker.seconds + again * border.seconds,
+        timeline=[(start + time, used) for start in starts for time, used in timeline[: border.event]]
+        + [(again * border.seconds + time, used) for time, used in timeline],
+        module_ends=[start + end for start in starts for end in ends_at[:count]]
+        + [again * border.seconds + end for end in ends_at],
+        module_seconds=[sum(spans[k::count]) + again * spans[k] for k in range(count)],
         entry=entry,
     )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from localprop.carry import Carry
 from localprop.checkpoint import save_checkpoint
 from localprop.data import Data
-from localprop.network import Carry
 from localprop.state import TrainingState
 
 
@@ -23,6 +23,7 @@ class Stage:
         modules: those that are trained here.
 
     Attributes:
+        held: the batch whose micro-batches are being trained on, where there are several.
         replica: which of several processes this is that train the same modules, each on a part of every batch.
         reports: whether this is the process that knows all losses, and so writes results and shows progress.
     """
@@ -32,13 +33,21 @@ class Stage:
 
     def __init__(self, modules: range) -> None:
         self.modules = modules
+        self.held: list[Tensor] = []
 
     def train_batches(
-        self, data: Data, epoch: int, batch_size: int, device: torch.device, start: int
+        self, data: Data, epoch: int, batch_size: int, parts: int, device: torch.device, start: int
     ) -> Iterator[Carry]:
-        """The batches of an epoch from number `start` on, as they come to the first module here."""
-        for batch in data.train_batches(epoch, batch_size, device, start):
-            yield Carry.of(batch)
+        """The batches of an epoch from number `start` on, each as `parts` micro-batches, as they come to the first
+        module here.
+        """
+        for batch in self._loaded(data.train_batches(epoch, batch_size, device, start)):
+            self.held = batch
+            yield from Carry.micro_batches(batch, parts)
+
+    def _loaded(self, batches: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+        """What this process takes of batches [images, labels] that it has loaded."""
+        return batches
 
     def test_batches(self, data: Data, batch_size: int, device: torch.device, models: int) -> Iterator[list[Carry]]:
         """The batches to evaluate on, each once for every one of the `models` that are evaluated."""

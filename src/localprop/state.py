@@ -8,10 +8,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from localprop.carry import Carry
 from localprop.config import OptimConfig
 from localprop.errors import CheckpointError, NonFiniteLossError
 from localprop.memory import plain_tensors
-from localprop.network import Carry, LocalNetwork
+from localprop.network import LocalNetwork
 from localprop.offload import Offload
 from localprop.optimizers import create_optimizer, create_scheduler
 
@@ -64,14 +65,15 @@ class TrainingState:
         """The learning rate of the last step."""
         return max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
 
-    def train_step(self, batch: list[Tensor] | Carry, seed: int) -> Tensor:
-        """One step: forward, backward and optimizer step, module by module.
+    def train_step(self, batch: list[Tensor] | Carry, seed: int, last: bool = True) -> Tensor:
+        """A step, or one micro-batch of it: forward and backward, module by module, and after the last optimizer steps.
 
         Args:
             batch: images (B, channels, height, width), and labels: (B,) integers, or (B, C) probabilities. Both are
                 taken out of the list, so that the images are freed when no later module needs them. Or what the
                 module before this process's first one left of a batch.
-            seed: of the step's dropout and stochastic depth.
+            seed: of the dropout and stochastic depth on this batch.
+            last: whether this is the last of the step's `OptimConfig.micro_batches`. Gradients of those before wait.
 
         Returns:
             The local losses of the modules so far: (K,) where the last module is among those trained here.
@@ -79,24 +81,26 @@ class TrainingState:
         Raises:
             NonFiniteLossError: a local loss is NaN or infinite; the weights of its module are as before the step.
         """
-        for scheduler in self.schedulers:
-            if scheduler:
-                scheduler.step_update(self.step)
-        if self.offload:
-            self.offload.fetch(0)
+        if last:
+            for scheduler in self.schedulers:
+                if scheduler:
+                    scheduler.step_update(self.step)
+            if self.offload:
+                self.offload.fetch(0)
         carry = Carry.of(batch)
         for i, k in enumerate(self.modules):
             with self.doing("compute", k) if self.doing else nullcontext():
-                self.net.train_module(k, carry, self.scalers[i], seed)
-                self._step_module(i, carry.losses[-1])
-        self.step += 1
-        if self.ema:
-            self.ema.update(self.net.backbone, step=self.step)
+                self.net.train_module(k, carry, self.scalers[i], seed, self.config.micro_batches)
+                self._require_finite(k, carry.losses[-1])
+                if last:
+                    self._step_module(i)
+        if last:
+            self.step += 1
+            if self.ema:
+                self.ema.update(self.net.backbone, step=self.step)
         return torch.stack([loss.float() for loss in carry.losses])
 
-    def _step_module(self, i: int, loss: Tensor) -> None:
-        """Steps the i-th of the modules that are trained here."""
-        k = self.modules[i]
+    def _require_finite(self, k: int, loss: Tensor) -> None:
         module = self.net.local_modules[k]
         if not loss.isfinite():
             raise NonFiniteLossError(
@@ -104,6 +108,10 @@ class TrainingState:
                 f"{module.units[-1]}) is {loss.item()} at step {self.step + 1}; its weights were not touched: lower "
                 "--lr or set --clip-grad"
             )
+
+    def _step_module(self, i: int) -> None:
+        """Steps the i-th of the modules that are trained here."""
+        module = self.net.local_modules[self.modules[i]]
         if self.average:
             self.average([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
         optimizer, scaler = self.optimizers[i], self.scalers[i]
@@ -119,6 +127,13 @@ class TrainingState:
                 optimizer.step()
             # Gone before the next module's gradients come.
             optimizer.zero_grad(set_to_none=True)
+
+    def renew_gradients(self) -> None:
+        """Puts copies in the place of gradients that earlier micro-batches have left."""
+        for k in self.modules:
+            for parameter in self.net.local_modules[k].parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
 
     @property
     def evaluated(self) -> nn.Module:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from localprop.carry import Carry
 from localprop.checkpoint import newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError
 from localprop.memory import is_out_of_memory, measured
 from localprop.metrics import Scores, Tally, count_hits
-from localprop.network import Carry
 from localprop.report import EpochRow, LossCurve, Progress, draw_curves, read_results, write_results
 from localprop.seeding import derive_seed
 from localprop.stage import Stage
@@ -158,9 +158,8 @@ class Trainer:
         averaged = self.state.ema.module.eval() if self.state.ema else None
         tally = Tally()
         self.net.eval()
-        batches = self.stage.test_batches(
-            self.data, self.config.optim.batch_size, self.device, 1 if averaged is None else 2
-        )
+        at_once = self.config.optim.batch_size // self.config.optim.micro_batches
+        batches = self.stage.test_batches(self.data, at_once, self.device, 1 if averaged is None else 2)
         # Compiled code would be compiled again for evaluation, and once more for its last, smaller batch.
         with torch.compiler.set_stance("force_eager") if self.config.run.compile else nullcontext(), torch.no_grad():
             for carries in batches:
@@ -189,17 +188,21 @@ class Trainer:
     def _train_epoch(self, progress: Progress) -> None:
         position, optim = self.position, self.config.optim
         every = self.config.run.checkpoint_steps
+        sizes = optim.batch_size, optim.micro_batches
+        losses: list[Tensor] = []
         self.net.train()
         self._start_clock()
-        for carry in self.stage.train_batches(self.data, position.epoch, optim.batch_size, self.device, position.batch):
-            # Replicas drop other things than each other.
-            place = (self.state.step, self.stage.replica)[: 1 + (self.stage.replica > 0)]
-            self._step(carry, derive_seed(self.config.run.seed, "step", *place))
+        for carry in self.stage.train_batches(self.data, position.epoch, *sizes, self.device, position.batch):
+            self._step(carry, part=len(losses))
             self.stage.send(carry, self._signal)
+            losses.append(torch.stack([loss.float() for loss in carry.losses]))
+            if len(losses) < optim.micro_batches:
+                continue
             position.batch += 1
             self._note_skipped(progress)
             if self.stage.reports:
-                self._record(torch.stack([loss.float() for loss in carry.losses]).tolist(), progress)
+                self._record(torch.stack(losses).mean(0).tolist(), progress)
+            losses.clear()
             if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
                 self._save()
             self._stop_if_asked(carry)
@@ -212,22 +215,30 @@ class Trainer:
             self.curve.write(self.folder / LOSSES)
         progress.step(position.epoch + 1, position.batch, losses, self.peak or self.predicted or 0)
 
-    def _step(self, carry: Carry, seed: int) -> None:
-        """One training step; measured where that costs nothing, and once where it does.
+    def _step(self, carry: Carry, part: int) -> None:
+        """One training step, or one micro-batch of it; measured where that costs nothing, and once where it does.
 
         Raises:
             MemoryError: there is not enough.
         """
-        self._steps += 1
+        # Replicas drop other things than each other, and so do micro-batches.
+        place = (self.state.step, self.stage.replica, part)
+        seed = derive_seed(self.config.run.seed, "step", *place[: 3 if part else 2 if self.stage.replica else 1])
+        last = part + 1 == self.config.optim.micro_batches
+        self._steps += part == 0
         try:
             if self.device.type != "cuda" and self._steps != 2:
                 with self._autocast():
-                    self.state.train_step(carry, seed)
+                    self.state.train_step(carry, seed, last)
                 return
-            with measured(chain(*self.state.tensors().values()), self.device) as measurement, self._autocast():
-                # On a CPU the batch has to begin inside, for its end to be seen.
-                own = carry.clone() if self.device.type == "cpu" else carry
-                self.state.train_step(own, seed)
+            held = chain(*self.state.tensors().values(), self.stage.held)
+            with measured(held, self.device) as measurement, self._autocast():
+                own = carry
+                if self.device.type == "cpu":
+                    # What ends inside has to begin inside, to be seen.
+                    own = carry.clone()
+                    self.state.renew_gradients()
+                self.state.train_step(own, seed, last)
             vars(carry).update(vars(own))
             self.peak = self.position.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
         except RuntimeError as error:

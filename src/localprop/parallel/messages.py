@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from localprop.carry import Carry
 from localprop.layout import IN_FLIGHT
-from localprop.network import Carry
 from localprop.parallel.job import Job
 
 _ALIGNED = 64  # bytes; CPU kernels look at addresses up to here

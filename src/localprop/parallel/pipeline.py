@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from localprop.carry import Carry
 from localprop.checkpoint import publish, write_parts
 from localprop.data import Data
 from localprop.layout import Layout
-from localprop.network import Carry, LocalNetwork
+from localprop.network import LocalNetwork
 from localprop.parallel.job import Job
 from localprop.parallel.messages import Receiver, Sender
 from localprop.parallel.replicas import Replicas
@@ -61,31 +62,30 @@ class PipelineStage(Stage):
         return self._looks or self._receiver is None
 
     def train_batches(
-        self, data: Data, epoch: int, batch_size: int, device: torch.device, start: int
+        self, data: Data, epoch: int, batch_size: int, parts: int, device: torch.device, start: int
     ) -> Iterator[Carry]:
         """See `Stage.train_batches`. Images are loaded here where a loss looks at them, not received."""
         self._training = self._announced = True
         count = data.steps_per_epoch(batch_size)
-        steps = range(epoch * count + start, (epoch + 1) * count)
+        steps = [step for step in range(epoch * count + start, (epoch + 1) * count) for _ in range(parts)]
+        loaded = super().train_batches(data, epoch, batch_size, parts, device, start)
         if self._receiver is None:
-            for batch in self._watched("load", self._own_batches(data, epoch, batch_size, device, start), steps):
-                carry = Carry.of(batch)
+            for carry in self._watched("load", loaded, steps):
                 carry.images = carry.images if self._looks else None
                 yield carry
             return
-        own = self._own_batches(data, epoch, batch_size, device, start) if self._looks else None
         for carry in self._watched("wait", self._receiver.stream(len(steps)), steps):
-            if own:
+            if self._looks:
                 with self.doing("load"):
-                    carry.images = next(own).pop(0)
+                    carry.images = next(loaded).images
             yield carry
 
     def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
         """See `Stage.doing`."""
         return self._recorder.span(what, module) if self._recorder else nullcontext()
 
-    def _watched(self, what: str, batches: Iterator[T], steps: range) -> Iterator[T]:
-        """The batches of these steps; that each of them is waited for, or loaded, is recorded as `what`."""
+    def _watched(self, what: str, batches: Iterator[T], steps: list[int]) -> Iterator[T]:
+        """The micro-batches of these steps; that each of them is waited for, or loaded, is recorded as `what`."""
         if self._recorder:
             for step in steps:
                 self._recorder.begin(step)
@@ -94,11 +94,8 @@ class PipelineStage(Stage):
                 yield batch
         yield from batches
 
-    def _own_batches(
-        self, data: Data, epoch: int, batch_size: int, device: torch.device, start: int
-    ) -> Iterator[list[Tensor]]:
-        for batch in data.train_batches(epoch, batch_size, device, start):
-            yield self._replicas.part(batch) if self._replicas else batch
+    def _loaded(self, batches: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+        return map(self._replicas.part, batches) if self._replicas else batches
 
     def test_batches(self, data: Data, batch_size: int, device: torch.device, models: int) -> Iterator[list[Carry]]:
         """See `Stage.test_batches`."""

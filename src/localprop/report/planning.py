@@ -114,10 +114,12 @@ def _draw_step(axes: Axes, row: PlanRow, scale: float, colors: Sequence) -> None
     seconds, used = np.array(row.trace.timeline).T
     axes.fill_between(seconds / scale, used / 2**30, step="post", color="0.85", linewidth=0)
     start = 0.0
-    for k, (end, color) in enumerate(zip(row.trace.module_ends, colors, strict=True)):
+    for turn, end in enumerate(row.trace.module_ends):  # of each module, in each micro-batch
+        k = turn % len(colors)
+        color = colors[k]
         inside = (seconds >= start) & (seconds <= end)
         axes.fill_between(seconds[inside] / scale, used[inside] / 2**30, step="post", color=color, linewidth=0)
-        if 1 < len(colors) <= 12:
+        if len(colors) > 1 and len(row.trace.module_ends) <= 12:
             axes.annotate(
                 str(k + 1), ((start + end) / 2 / scale, 0.02), xycoords=("data", "axes fraction"),
                 ha="center", va="bottom", fontsize=8, color="white", fontweight="bold",
