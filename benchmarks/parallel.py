@@ -3,11 +3,12 @@
 python benchmarks/parallel.py     a small Swin, 32 px, batch 128, K=2, gloo, one thread per process: about 6 minutes
 
 Needs two cores that do nothing else. Rounds are interleaved: each trains (a) `localprop train` in one process, (b) the
-same with `--parallel modules` in two, and (c) the same backbone end-to-end by 1F1B with four micro-batches, its two
-stages cut where measured times are most even. Taken are steps in the steady state; the data are random images. A
-process waits when its main thread neither computes nor wants to, by the kernel's account. Beside that: memory, from the
-allocator's events, and what a simulation makes of times that were measured apart, both processes computing but not
-talking. Writes benchmarks/results/parallel.json.
+same with `--parallel modules` in two, and (c) the same backbone end-to-end by 1F1B, its two stages cut where measured
+times are most even. All of them divide a batch into as many micro-batches, and none computes activations twice (unless
+told --recompute, which local modules do by default). Taken are steps in the steady state; the data are random images. A
+process waits when its main thread neither computes nor wants to, by the kernel's account. Beside that:
+memory, from the allocator's events, and what a simulation makes of times that were measured apart, both processes
+computing but not talking. Writes benchmarks/results/parallel.json.
 """
 
 import argparse
@@ -34,7 +35,6 @@ from small_swin import CLASSES, MODEL, SIDE, add_flags, backbone, cut_evenly, mo
 from localprop.layout import IN_FLIGHT
 from localprop.schedules import Link, StageTime, local_modules, one_f_one_b
 
-MICRO_BATCHES = 4
 WARM = 6  # steps: one of them is slow, since its memory is measured, and batches are in flight before it is steady
 PATIENCE = 300  # seconds
 
@@ -97,6 +97,7 @@ def train(options: argparse.Namespace, folder: Path, ranks: int) -> dict[str, An
         *["-m", "localprop", "train", "--data", f"folder:{folder / 'images'}", "--img-size", str(SIDE)],
         *["--model", MODEL, "--model-kwargs", *flags, "--method", "feature-reconstruction", "--modules", "2"],
         *["--partition", "compute", "--batch-size", str(options.batch_size), "--epochs", "1", "--device", "cpu"],
+        *["--micro-batches", str(options.micro_batches), "--recompute", str(options.recompute)],
         *["--output", str(folder / "runs"), "--experiment", "one"],
         *(["--parallel", "modules"] if ranks > 1 else []),
     ]
@@ -141,12 +142,12 @@ def ranks_do(task: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def predict(probe: list[dict[str, Any]], measured: dict[str, float]) -> dict[str, Any]:
+def predict(probe: list[dict[str, Any]], measured: dict[str, float], micro_batches: int) -> dict[str, Any]:
     """Seconds per step by simulation, beside those measured."""
     link = Link(**probe[0]["link"])
     timings = {
         "local": local_modules([StageTime(**own["local"]) for own in probe], link, IN_FLIGHT),
-        "1F1B": one_f_one_b([StageTime(**own["pipeline"]) for own in probe], link, MICRO_BATCHES),
+        "1F1B": one_f_one_b([StageTime(**own["pipeline"]) for own in probe], link, micro_batches),
     }
     return {
         name: vars(timing) | {"error_percent": round(100 * (timing.seconds / measured[name] - 1), 2)}
@@ -172,6 +173,8 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--probe-seconds", type=float, default=8)
@@ -181,10 +184,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images", min(100, 2 * WARM + options.steps + 8) * options.batch_size)
-        units = time_units(backbone(options.embed_dim, options.depths), options.batch_size // MICRO_BATCHES, rounds=3)
+        units = time_units(
+            backbone(options.embed_dim, options.depths), options.batch_size // options.micro_batches, rounds=3
+        )
         common = {
             "batch_size": options.batch_size, "embed_dim": options.embed_dim, "depths": options.depths,
-            "cut": cut_evenly(units, 2)[0], "micro_batches": MICRO_BATCHES,
+            "cut": cut_evenly(units, 2)[0], "micro_batches": options.micro_batches,
+            "local": {"recompute": options.recompute},
         }  # fmt: skip
         rounds = []
         for _ in range(options.rounds):
@@ -198,7 +204,7 @@ def main() -> None:
         probe = ranks_do("probe", folder, seconds=options.probe_seconds, **common)
         memory = ranks_do("memory", folder, **common)
     result = summary(rounds)
-    result["prediction"] = predict(probe, result["seconds"])
+    result["prediction"] = predict(probe, result["seconds"], options.micro_batches)
     result["memory"] = {
         "local": [own["local"] for own in memory],
         "1F1B": [own["pipeline"] for own in memory],

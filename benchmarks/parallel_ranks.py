@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import localprop
+from localprop.carry import Carry
 from localprop.layout import IN_FLIGHT
 from localprop.schedules import one_f_one_b_order
 
@@ -49,8 +50,10 @@ class Units(nn.Module):
 class Rank:
     """What a process is: its number, and its stage of the backbone."""
 
-    def __init__(self, batch_size: int, embed_dim: int, depths: list[int], cut: int, micro_batches: int, **_) -> None:
-        self.rank, self.batch_size, self.micro_batches = dist.get_rank(), batch_size, micro_batches
+    def __init__(
+        self, batch_size: int, embed_dim: int, depths: list[int], cut: int, micro_batches: int, local: dict, **_
+    ) -> None:
+        self.rank, self.batch_size, self.micro_batches, self.local = dist.get_rank(), batch_size, micro_batches, local
         self.last = self.rank == dist.get_world_size() - 1
         self.model = backbone(embed_dim, depths)
         units = list(localprop.chain(self.model, (3, 32, 32)))
@@ -102,9 +105,8 @@ class Rank:
         highest = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
         result = {"pipeline": sum(t.nbytes for t in held) + highest}
         del step
-        net = localized(self.model, 2, self.batch_size)
+        net, optimizer, arrive = self._local_module()
         module = net.local_modules[self.rank]
-        optimizer, arrive = optimizer_of(module), arriving(net, self.rank, self.batch_size)
         kept = [*module.parameters(), *module.auxiliary.buffers(), *self.model.buffers(), *prime([optimizer])]
         carry = arrive()
         came = carry.features.nbytes + carry.labels.nbytes if self.rank else 0
@@ -112,31 +114,34 @@ class Rank:
         sent = []
 
         def once() -> None:
-            carry = arrive()
-            local_step(net, self.rank, optimizer, carry)
-            sent.append(carry.features.nbytes + carry.labels.nbytes)
+            # The first process loads batches, and divides them into copies.
+            whole = batch_of(self.batch_size) if self.rank == 0 and self.micro_batches > 1 else None
+            sent.append(local_step(net, self.rank, optimizer, arrive, self.micro_batches))
+            del whole
 
         result["local step"] = peak_of(once, kept, "cpu")
         result["local in flight"] = IN_FLIGHT * (came + (0 if self.last else sent[-1]))
         return result | {"local": result["local step"] + result["local in flight"]}
 
+    def _local_module(self) -> tuple[localprop.LocalNetwork, torch.optim.Optimizer, Callable[[], Carry]]:
+        """The local network, the optimizer of this rank's module, and what makes micro-batches as they come to it."""
+        micro = self.batch_size // self.micro_batches
+        net = localized(self.model, 2, micro, **self.local)
+        return net, optimizer_of(net.local_modules[self.rank]), arriving(net, self.rank, micro)
+
     def probe(self, seconds: float, **_) -> dict:
         """What a simulation needs: times of this rank's parts while the other computes too, and the link's speed."""
-        net = localized(self.model, 2, self.batch_size)
-        optimizer, arrive = optimizer_of(net.local_modules[self.rank]), arriving(net, self.rank, self.batch_size)
+        net, optimizer, arrive = self._local_module()
         size = 0
 
         def local() -> dict[str, float]:
             nonlocal size
-            carry = arrive()
             began = time.perf_counter()
-            local_step(net, self.rank, optimizer, carry)
-            took = time.perf_counter() - began
-            size = carry.features.nbytes + carry.labels.nbytes
-            return {"forward": took}
+            size = local_step(net, self.rank, optimizer, arrive, self.micro_batches)
+            return {"forward": time.perf_counter() - began}
 
         result = {"local": medians(local, seconds), "link": None}
-        result["local"]["output"] = size
+        result["local"]["output"] = self.micro_batches * size
         result["pipeline"] = medians(self._one_by_one(), seconds)
         with torch.no_grad():
             images, _ = batch_of(self.batch_size)

@@ -46,7 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     batch, network = options.batch_size, (options.embed_dim, options.depths)
-    modules = {n: time_modules(localized(backbone(*network), n, batch), batch, options.rounds) for n in RANKS}
+    modules = {
+        n: time_modules(localized(backbone(*network), n, batch // n), batch, n, options.rounds) for n in RANKS
+    }  # in as many micro-batches as there are ranks
     # A micro-batch for each rank, and four: what a rank has of a batch in data parallel is the first of them.
     sizes = sorted({batch, *(batch // (n * m) for n in RANKS for m in (1, 4))})
     units = {size: time_units(backbone(*network), size, options.rounds) for size in sizes}

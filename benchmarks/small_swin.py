@@ -37,9 +37,9 @@ def backbone(embed_dim: int, depths: Sequence[int]) -> nn.Module:
     return timm.create_model(MODEL, num_classes=CLASSES, img_size=SIDE, **model_kwargs(embed_dim, depths)).train()
 
 
-def localized(model: nn.Module, modules: int, batch_size: int) -> localprop.LocalNetwork:
-    """The local network that `localprop train --partition compute` builds."""
-    options: dict[str, Any] = {"input_size": (3, SIDE, SIDE), "batch_size": batch_size}
+def localized(model: nn.Module, modules: int, batch_size: int, **options: Any) -> localprop.LocalNetwork:
+    """The local network that `localprop train --partition compute` builds; `options` are those of `localize`."""
+    options |= {"input_size": (3, SIDE, SIDE), "batch_size": batch_size}
     return localprop.localize(model, modules, partition="compute", **options)
 
 
@@ -63,26 +63,32 @@ def arriving(net: localprop.LocalNetwork, k: int, batch_size: int) -> Callable[[
     return lambda: Carry(features.clone(), labels.clone(), None, dict(context))
 
 
-def local_step(net: localprop.LocalNetwork, k: int, optimizer: torch.optim.Optimizer, carry: Carry) -> None:
-    """Trains module k alone."""
-    net.train_module(k, carry)
+def local_step(
+    net: localprop.LocalNetwork, k: int, optimizer: torch.optim.Optimizer, arrive: Callable[[], Carry], parts: int
+) -> int:
+    """Trains module k alone, on a batch that comes in so many parts; gives the bytes that each of them leaves with."""
+    size = 0
+    for _ in range(parts):
+        carry = arrive()
+        net.train_module(k, carry, parts=parts)
+        size = carry.features.nbytes + carry.labels.nbytes
+        del carry
     optimizer.step()
     optimizer.zero_grad()
+    return size
 
 
-def time_modules(net: localprop.LocalNetwork, batch_size: int, rounds: int) -> list[StageTime]:
+def time_modules(net: localprop.LocalNetwork, batch_size: int, parts: int, rounds: int) -> list[StageTime]:
     """How long each module's step takes, and what it sends: medians, module by module in one process."""
     optimizers = [optimizer_of(module) for module in net.local_modules]
-    arrivals = [arriving(net, k, batch_size) for k in range(len(optimizers))]
+    arrivals = [arriving(net, k, batch_size // parts) for k in range(len(optimizers))]
     seconds: list[list[float]] = [[] for _ in optimizers]
     sizes = [0] * len(optimizers)
     for _ in range(rounds + 1):
         for k, optimizer in enumerate(optimizers):
-            carry = arrivals[k]()
             began = time.perf_counter()
-            local_step(net, k, optimizer, carry)
+            sizes[k] = parts * local_step(net, k, optimizer, arrivals[k], parts)
             seconds[k].append(time.perf_counter() - began)
-            sizes[k] = carry.features.nbytes + carry.labels.nbytes
     return [StageTime(statistics.median(own[1:]), output=size) for own, size in zip(seconds, sizes, strict=True)]
 
 
