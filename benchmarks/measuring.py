@@ -63,7 +63,7 @@ def prime(optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
 
 
 def local_step(
-    net: localprop.LocalNetwork, batch_size: int, device: str, amp: bool = False
+    net: localprop.LocalNetwork, batch_size: int, device: str, amp: bool = False, parts: int = 1
 ) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """A training step as a user writes it, and the tensors that live from step to step; optimizers have their state."""
     net.to(device).train()
@@ -77,6 +77,11 @@ def local_step(
     def step() -> None:
         own = batch_of(batch_size, device)
         with torch.autocast(device, torch.bfloat16, enabled=amp):
-            net.backward(own.pop(0), own.pop(), after_module=step_module)
+            if parts == 1:
+                net.backward(own.pop(0), own.pop(), after_module=step_module)
+            for number in range(parts if parts > 1 else 0):  # copies, as `localprop train` makes them
+                part = [tensor.chunk(parts)[number].clone() for tensor in own]
+                last = number + 1 == parts
+                net.backward(part.pop(0), part.pop(), after_module=step_module if last else None, parts=parts)
 
     return step, [*net.parameters(), *net.buffers(), *state]

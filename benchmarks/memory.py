@@ -1,11 +1,12 @@
 """Measured peak memory of real training steps, against end-to-end and against what `localprop.plan` predicts.
 
+python benchmarks/memory.py micro     the same at batch 128, in four micro-batches: about 5 minutes
 python benchmarks/memory.py table     Swin-Tiny, 224 px, AdamW, fp32, batch 32 and 128: about 25 minutes on two cores
 python benchmarks/memory.py grid      five models, fp32 and bf16, K = 1, 2, 4, max, with and without checkpointing:
                                       about 15 minutes
 --device cuda measures `torch.cuda.max_memory_allocated` instead of the CPU allocator's events.
 
-Writes benchmarks/results/memory_table.json and memory_grid.json, on CUDA with _cuda.
+Writes benchmarks/results/memory_table.json, memory_grid.json and memory_micro.json, on CUDA with _cuda.
 """
 
 import argparse
@@ -37,12 +38,12 @@ def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, *
         setting.method,
         split_blocks=setting.split_blocks,
         grad_checkpointing=setting.grad_checkpointing,
-        batch_size=row.batch_size,
+        batch_size=row.batch_size // row.micro_batches,
         amp_dtype=torch.bfloat16 if amp else None,
         **(options if local else {}),
     )
     assert [module.units for module in net.local_modules] == row.module_units  # the plan is of this very network
-    step, held = local_step(net, row.batch_size, device, amp)
+    step, held = local_step(net, row.batch_size, device, amp, row.micro_batches)
     started = time.perf_counter()
     peak = peak_of(step, held, device)
     result = {
@@ -54,6 +55,7 @@ def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, *
         "split_blocks": setting.split_blocks,
         "grad_checkpointing": setting.grad_checkpointing,
         "batch_size": row.batch_size,
+        "micro_batches": row.micro_batches,
         "precision": "bf16" if amp else "fp32",
         "predicted": row.trace.peak,
         "measured": peak,
@@ -92,6 +94,13 @@ def table(device: str) -> None:
     write_result(_name("memory_table", device), {"device": device, "rows": rows})
 
 
+def micro(device: str) -> None:
+    """The same in micro-batches; ratios are against undivided batches, which `table` measures."""
+    plan = localprop.plan(backbone(SWIN), 128, modules=[4, 8], micro_batches=4, device=device)
+    rows = [measure(SWIN, row, device) for row in plan.rows]
+    write_result(_name("memory_micro", device), {"device": device, "rows": rows})
+
+
 def grid(device: str) -> None:
     """How near predictions are."""
     rows = []
@@ -117,10 +126,10 @@ def _name(name: str, device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["table", "grid"])
+    parser.add_argument("what", choices=["table", "grid", "micro"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    {"table": table, "grid": grid}[options.what](options.device)
+    {"table": table, "grid": grid, "micro": micro}[options.what](options.device)
 
 
 if __name__ == "__main__":

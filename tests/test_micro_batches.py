@@ -126,13 +126,26 @@ def test_the_trainer_measures_what_is_predicted(tmp_path):
 def test_a_plan_divides_the_batch_where_nothing_else_fits():
     net = split("cnn", 2, "greedy")
     whole = simulate_step(net, OptimConfig(), BATCH, SIZE).peak
-    result = plan(build("cnn"), BATCH, modules=(2,), method="greedy", input_size=SIZE, budget=whole // 2)
+    options = {"modules": (2,), "method": "greedy", "input_size": SIZE}
+    result = plan(build("cnn"), BATCH, **options, budget=whole // 2)
     choice = result.choice
     assert choice.batch_size == BATCH
     assert BATCH % choice.micro_batches == 0
     assert choice.trace.peak <= whole // 2
     fewer = max(n for n in range(1, choice.micro_batches) if BATCH % n == 0)
     assert simulate_step(net, OptimConfig(micro_batches=fewer), BATCH, SIZE).peak > whole // 2
+    asked = plan(build("cnn"), BATCH, **options, micro_batches=choice.micro_batches)
+    assert [row.trace.peak for row in asked.rows if row.setting == choice.setting] == [choice.trace.peak]
+
+
+def test_gradients_of_parts_in_a_loop_of_ones_own():
+    whole, divided = (split("mlp", 2, "greedy").eval() for _ in range(2))
+    images, labels = batch(8)
+    whole.backward(images, labels)
+    for part in range(2):
+        divided.backward(images[4 * part :][:4], labels[4 * part :][:4], parts=2)
+    for a, b in zip(whole.parameters(), divided.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_process_holds_micro_batches_in_flight():
@@ -158,4 +171,4 @@ def test_a_batch_that_does_not_divide_is_an_error_of_one_line(batch_size, parts,
         assert f"does not divide into {parts} equal --micro-batches; take --batch-size {better}" in line
         assert line.count("\n") == 1
     with pytest.raises(ConfigError, match="equal --micro-batches"):
-        plan(build("mlp"), batch_size, opt=OptimConfig(micro_batches=parts), input_size=SIZE)
+        plan(build("mlp"), batch_size, micro_batches=parts, input_size=SIZE)

@@ -237,6 +237,7 @@ class LocalNetwork(nn.Module):
         scaler: torch.amp.GradScaler | None = None,
         seed: int | None = None,
         after_module: Callable[[int, Tensor], None] | None = None,
+        parts: int = 1,
     ) -> LocalOutput:
         """Forward and local backward, module by module; gradients are added to `.grad`.
 
@@ -252,11 +253,12 @@ class LocalNetwork(nn.Module):
                 own, made from the seed and k. It sets PyTorch's global generators.
             after_module: called with k and the local loss (detached) as soon as module k's gradients are there:
                 the place to step module k's optimizer and free its gradients, so that only one module's are alive.
+            parts: how many such batches make one step; gradients are divided by that. Step after the last of them.
         """
         carry, logits = Carry(images, labels, images), []
         del images
         for k in range(len(self.local_modules)):
-            logits.append(self.train_module(k, carry, scaler, seed))
+            logits.append(self.train_module(k, carry, scaler, seed, parts))
             if after_module:
                 after_module(k, carry.losses[-1])
         return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), logits)

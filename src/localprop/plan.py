@@ -132,6 +132,7 @@ def plan(
     method: str = "feature-reconstruction",
     input_size: tuple[int, int, int] | None = None,
     opt: OptimConfig | str = "adamw",
+    micro_batches: int | None = None,
     amp_dtype: torch.dtype | None = None,
     budget: int | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -153,6 +154,8 @@ def plan(
         method: how the modules learn.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         opt: name of an optimizer, or all settings of the optimizer.
+        micro_batches: equal parts of a batch that go through the modules one after the other; default: as `opt` says,
+            or one.
         amp_dtype: type of automatic mixed precision; default: none.
         budget: bytes; the plan then has a `choice`, among local modules only where just one number of them, or cuts,
             are asked for.
@@ -169,13 +172,13 @@ def plan(
         ParallelError: the processes cannot share any of the numbers of modules that were asked for.
         PlanError: memory cannot be predicted, or nothing fits the budget even with one image at a time.
     """
-    for name, value in (("batch_size", batch_size), ("nproc", nproc)):
+    for name, value in (("batch_size", batch_size), ("nproc", nproc), ("micro_batches", micro_batches)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
     if nproc and budget is not None:
         raise ConfigError("a budget chooses for one process; leave out either budget or nproc")
     optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
-    optim = replace(optim, amp=amp_dtype is not None)
+    optim = replace(optim, amp=amp_dtype is not None, micro_batches=micro_batches or optim.micro_batches)
     require_equal_parts(batch_size, optim.micro_batches)
     planner = _Planner(model, chain(model, input_size), optim, amp_dtype, batch_size, device, options, on_setting)
     planner.processes, planner.link = nproc, Link(bandwidth or MACHINES[device].link)
