@@ -4,20 +4,30 @@ from itertools import chain
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import localprop.experiment
 from localprop.carry import Carry
 from localprop.cli import main
 from localprop.config import OptimConfig
-from localprop.errors import ConfigError
+from localprop.data.base import Data
+from localprop.errors import ConfigError, PlanError
+from localprop.layout import IN_FLIGHT
 from localprop.memory import measured, total_bytes
+from localprop.pipelines import share_out
 from localprop.plan import plan
-from localprop.report import read_results
+from localprop.report import read_losses, read_results
+from localprop.schedules import Link
 from localprop.simulation import PARTS, simulate_step
 from localprop.state import TrainingState
 from tiny import SIZE, batch, build, split
 
 CPU = torch.device("cpu")
 BATCH = 24
+TINY = [
+    *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
+    *["--min-depth", "0", "--modules", "3", "--batch-size", "256", "--epochs", "1", "--device", "cpu"],
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -108,14 +118,10 @@ def test_parts_take_less_memory_and_about_the_same_time():
 
 
 def test_the_trainer_measures_what_is_predicted(tmp_path):
-    settings = [
-        *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
-        *["--min-depth", "0", "--modules", "3", "--batch-size", "256", "--epochs", "1", "--device", "cpu"],
-    ]
     peaks = {}
     for parts in (1, 2, 4):
         flags = ["--micro-batches", str(parts), "--output", str(tmp_path), "--experiment", str(parts)]
-        assert main(["train", *settings, *flags]) == 0
+        assert main(["train", *TINY, *flags]) == 0
         (row,) = read_results(tmp_path / str(parts) / "results.csv")
         assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.03)
         assert row.step == 5
@@ -149,10 +155,6 @@ def test_gradients_of_parts_in_a_loop_of_ones_own():
 
 
 def test_a_process_holds_micro_batches_in_flight():
-    from localprop.layout import IN_FLIGHT
-    from localprop.pipelines import share_out
-    from localprop.schedules import Link
-
     net, optim = split("vit", 2), OptimConfig(micro_batches=4)
     result = share_out(net, simulate_step(net, optim, BATCH, SIZE), optim, BATCH, SIZE, "cpu", 2, Link())
     images, labels = batch(BATCH // 4)
@@ -161,6 +163,8 @@ def test_a_process_holds_micro_batches_in_flight():
         alone = simulate_step(net, optim, BATCH, SIZE, modules=range(k, k + 1))
         assert peak == alone.peak + IN_FLIGHT * entry
     assert result.micro_batches == 4
+    slow = share_out(net, simulate_step(net, optim, BATCH, SIZE), optim, BATCH, SIZE, "cpu", 2, Link(bandwidth=1e5))
+    assert slow.timing.seconds == pytest.approx(4 * entry / 1e5, rel=0.01)
 
 
 @pytest.mark.parametrize(("batch_size", "parts", "better"), [(32, 5, 35), (4, 8, 8)])
@@ -172,3 +176,47 @@ def test_a_batch_that_does_not_divide_is_an_error_of_one_line(batch_size, parts,
         assert line.count("\n") == 1
     with pytest.raises(ConfigError, match="equal --micro-batches"):
         plan(build("mlp"), batch_size, micro_batches=parts, input_size=SIZE)
+
+
+def test_training_in_parts_reports_and_averages_as_undivided_training_does(tmp_path, monkeypatch):
+    sizes = {"evaluated": [], "cut for": []}
+    test_batches, localized = Data.test_batches, localprop.experiment.localize
+
+    def evaluated(self, batch_size, device):
+        sizes["evaluated"].append(batch_size)
+        return test_batches(self, batch_size, device)
+
+    def cut(*args, **options):
+        sizes["cut for"].append(options["batch_size"])
+        return localized(*args, **options)
+
+    monkeypatch.setattr(Data, "test_batches", evaluated)
+    monkeypatch.setattr("localprop.experiment.localize", cut)
+    # Steps of the gradient's size, and nothing that is drawn: roundings alone differ.
+    calm = ["drop_path_rate=0.0", "--opt", "sgd", "--lr", "0.05", "--model-ema", "--model-ema-decay", "0.5"]
+    for parts in (1, 4):
+        flags = ["--micro-batches", str(parts), "--output", str(tmp_path), "--experiment", str(parts)]
+        assert main(["train", *TINY[:6], *calm, *TINY[6:], *flags]) == 0
+    one, four = (read_losses(tmp_path / name / "losses.csv") for name in "14")
+    for a, b in zip(one, four, strict=True):
+        assert b[3:] == pytest.approx(a[3:], rel=1e-4)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in "14"]
+    for name, value in weights[0].items():
+        assert torch.allclose(weights[1][name], value, rtol=1e-4, atol=1e-6), name
+    assert sizes == {"evaluated": [256, 64], "cut for": [256, 64]}
+
+
+def test_every_part_draws_for_itself_and_the_first_as_an_undivided_batch(tmp_path, monkeypatch):
+    train_step, drawn = TrainingState.train_step, {}
+
+    def noted(self, batch, seed, last=True):
+        drawn.setdefault(self.config.micro_batches, []).append(seed)
+        return train_step(self, batch, seed, last)
+
+    monkeypatch.setattr(TrainingState, "train_step", noted)
+    monkeypatch.setattr("localprop.advice.simulate_step", lambda *_: (_ for _ in ()).throw(PlanError("not now")))
+    for parts in (1, 4):
+        flags = ["--micro-batches", str(parts), "--output", str(tmp_path), "--experiment", str(parts)]
+        assert main(["train", *TINY, *flags]) == 0
+    assert drawn[4][::4] == drawn[1]
+    assert len(set(drawn[4])) == len(drawn[4]) == 4 * len(drawn[1])
