@@ -1,10 +1,13 @@
 """Suites: what a YAML file of a grid of runs comes to."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from localprop.bench import load_suite, shipped_suites
+from localprop.bench.collect import differing
+from localprop.bench.record import read_record
 from localprop.config import TrainConfig, from_flat, to_flat
 from localprop.data.sources import NAMED
 from localprop.decoders import DECODERS
@@ -153,3 +156,11 @@ def test_compared_runs_share_one_protocol():
     assert {("feature-reconstruction", 4, decoder) for decoder in decoders} <= found
     assert all((m, k, "conv") in found for m in ("greedy", "infopro", "feature-reconstruction") for k in (2, 4))
     assert {run.config.run.seed for run in suite.runs} == {1, 2}
+
+
+def test_results_of_a_version_with_fewer_settings_are_still_of_their_suite():
+    """The committed results: what came later has defaults with which everything is as before."""
+    folder = Path(__file__).parent.parent / "benchmarks" / "results" / "cifar10-small"
+    runs = load_suite("cifar10-small").runs
+    assert len(runs) == 20
+    assert [differing(read_record(folder / f"{run.name}.json").config, run) for run in runs] == [None] * 20

@@ -142,3 +142,18 @@ def test_data_parallel_reduces_behind_backward_or_beside_it():
 def test_a_schedule_that_cannot_be_is_an_error_of_one_line(call, words):
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+def test_replicas_talk_behind_the_last_micro_batch_and_the_next_stage_waits_for_it():
+    stages = [StageTime(0.4, gradients=30.0), StageTime(3.4)]  # the first talks for 3 s
+    whole = local_modules(stages, Link(bandwidth=10.0), replicas=2)
+    assert whole.seconds == pytest.approx(3.4)
+    parts = local_modules(stages, Link(bandwidth=10.0), replicas=2, micro_batches=16)
+    assert 5 < parts.seconds < 0.4 + 3 + 3.4  # the parts that are in flight do not last so long
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4, 16])
+def test_micro_batches_of_even_stages_change_nothing(micro_batches):
+    stages = [StageTime(2.0, output=10.0)] * 4
+    result = local_modules(stages, Link(bandwidth=10.0), micro_batches=micro_batches)
+    assert result.seconds == pytest.approx(2.0)

@@ -46,9 +46,11 @@ class Carry:
         if count == 1:
             yield cls.of(batch)
             return
-        for part in zip(*(tensor.chunk(count) for tensor in batch), strict=True):
-            yield cls.of([tensor.clone() for tensor in part])
-        batch.clear()
+        for number in range(count):
+            part = [tensor.chunk(count)[number].clone() for tensor in batch]
+            if number + 1 == count:
+                batch.clear()
+            yield cls.of(part)
 
     def clone(self) -> "Carry":
         """The same with features, images and labels of its own."""

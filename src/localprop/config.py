@@ -132,7 +132,7 @@ class OptimConfig:
     """Images per step."""
     micro_batches: int = 1
     """Equal parts of a batch that go through the modules one after the other, before a step with the sum of their
-    gradients: less memory. The same training, but that batch norm sees parts."""
+    gradients: less memory. The same training, but that batch norm and contrastive losses see parts."""
     opt: str = "adamw"
     """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
     lr: float = 3e-3

@@ -94,7 +94,7 @@ def share_out(
         ranks=list(layout.stages),
         units=[[unit for k in modules for unit in net.local_modules[k].units] for modules in layout.stages],
         peaks=[own.peak + held for own, held in zip(traces, waiting, strict=True)],
-        timing=local_modules(stages, link, IN_FLIGHT, layout.replicas),
+        timing=local_modules(stages, link, IN_FLIGHT, layout.replicas, parts),
         micro_batches=parts,
         replicas=layout.replicas,
     )
@@ -112,8 +112,7 @@ def pipeline(
     """End-to-end training by 1F1B: a backbone in stages that take about the same time, and what that takes.
 
     A batch has as many micro-batches as local modules are to take, by default four; and at least one for each stage. Of
-    activations a stage holds only those of
-    micro-batches whose backward is to come.
+    activations a stage holds only those of micro-batches whose backward is to come.
 
     Args:
         costs: the backbone's units and what is known of them.

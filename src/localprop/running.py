@@ -131,7 +131,7 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     except MemoryError as error:
         raise OutOfMemory(
             f"rank {job.rank} ({names[job.rank]}): out of memory on {job.device} ({error}); take more modules and "
-            "processes, or a smaller --batch-size"
+            "processes, or more --micro-batches"
         ) from None
     except NonFiniteLossError as error:  # which names the module
         raise ParallelError(f"rank {job.rank}: {error}") from error

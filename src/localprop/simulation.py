@@ -97,11 +97,12 @@ def simulate_step(
             if parts > 1:
                 state.train_step(carry, seed=0, last=False)
                 carry = arrive()
+                held.clear()
             state.train_step(carry, seed=0)
-            del held
         states = [total_bytes(plain_tensors(list(optimizer.state.values()))) for optimizer in state.optimizers]
-    # Offloaded, the state of each module is there only while that module is trained.
-    away = [sum(states) - own for own in states] if config.offload_optimizer else None
+    # Offloaded, the state of each module is there only while that module is trained on the last micro-batch.
+    before = [sum(states)] * len(states) if parts > 1 else []
+    away = [*before, *(sum(states) - own for own in states)] if config.offload_optimizer else None
     return _summary(tracker, marks, away, state.modules, parts, entry)
 
 
@@ -227,7 +228,7 @@ def _summary(
     Args:
         tracker: what it saw: the only micro-batch, or a middle one and the last.
         marks: where each module was done, in each of them.
-        away: bytes that are on the host instead while each module is trained.
+        away: bytes that are on the host instead while each module is trained, in each of them.
         modules: those that were trained.
         parts: micro-batches of the step.
         entry: bytes of one as it came.
@@ -236,7 +237,7 @@ def _summary(
     ends = [mark.event for mark in marks]
     turns = [min(bisect_right(ends, i), len(ends) - 1) for i in range(len(events))]
     if away:
-        in_use = [used - away[turn % count] for used, turn in zip(in_use, turns, strict=True)]
+        in_use = [used - away[turn] for used, turn in zip(in_use, turns, strict=True)]
     moment = max(range(len(in_use)), key=in_use.__getitem__)
     turn = turns[moment]
     first = ends[turn - 1] if turn else 0
@@ -248,7 +249,7 @@ def _summary(
         if allocation.start <= moment < stop:
             kept = allocation.start < backward <= stop
             kinds[allocation.kind or ("activations" if kept else "temporaries")] += allocation.size
-    kinds["optimizer"] -= away[turn % count] if away else 0
+    kinds["optimizer"] -= away[turn] if away else 0
     # The middle micro-batch comes again and again before the last.
     border, again = marks[count - 1], max(parts - 2, 0)
     times, ends_at = [event.seconds for event in events], [*(mark.seconds for mark in marks[:-1]), tracker.seconds]

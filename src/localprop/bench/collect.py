@@ -4,27 +4,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from localprop.bench.record import Record
+from localprop.bench.record import Record, settings_of
 from localprop.bench.suite import SuiteRun
-from localprop.config import TrainConfig, to_flat
 from localprop.errors import BenchError
 from localprop.experiment import read_config, read_description
 from localprop.report import EpochRow, read_losses, read_results
 from localprop.trainer import LOSSES, RESULTS
 
-# Where a run happens and how often it is saved: places of one machine, which decide no result.
-_LOCAL = (
-    *("output", "experiment", "resume", "data_dir", "device", "workers", "download"),
-    *("checkpoint_hist", "checkpoint_steps"),
-)
 # What a run fills in where the suite leaves it open.
 _FILLED = ("img_size", "model_kwargs", "hflip")
 _CHOSEN = ("method", "modules", "cuts", "split_blocks", "grad_checkpointing")  # for a budget
-
-
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """Every setting but for those that name places of one machine."""
-    return {key: value for key, value in to_flat(config).items() if key not in _LOCAL}
 
 
 def differing(found: dict[str, Any], run: SuiteRun) -> str | None:

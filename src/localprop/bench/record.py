@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from localprop.checkpoint import write_text
+from localprop.config import TrainConfig, to_flat
 from localprop.errors import BenchError
 
 FORMAT = 1
+# Where a run happens and how often it is saved: places of one machine, which decide no result.
+_LOCAL = (
+    *("output", "experiment", "resume", "data_dir", "device", "workers", "download"),
+    *("checkpoint_hist", "checkpoint_steps", "trace"),
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,11 @@ def write_record(path: Path, record: Record) -> None:
     write_text(path, head + mark.replace("null", json.dumps(curve)) + tail + "\n")
 
 
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Every setting but for those that name places of one machine."""
+    return {key: value for key, value in to_flat(config).items() if key not in _LOCAL}
+
+
 def read_record(path: Path) -> Record:
     """Reads what `write_record` wrote.
 
@@ -70,6 +81,8 @@ def read_record(path: Path) -> Record:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise BenchError(f"{path} is of another version of localprop; move it away to run it again")
+        # Settings that came later have defaults with which everything is as before.
+        content["config"] = settings_of(TrainConfig()) | content["config"]
         return Record(**content)
     except OSError as error:
         raise BenchError(f"cannot read {path}: {error.strerror}") from None
