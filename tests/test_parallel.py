@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from localprop.cli import main
 from localprop.config import OptimConfig
 from localprop.errors import ParallelError
 from localprop.layout import IN_FLIGHT, arrange
@@ -268,6 +269,16 @@ def test_the_launcher_says_who_was_killed_and_leaves_nothing(tmp_path):
     line = r"localprop: rank 1 \(module 2 of 2: layers\.1 \.\.\. head\) was killed by SIGKILL .* --resume \S+/run\n"
     assert re.fullmatch(line, error)
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+@pytest.mark.parametrize("shared", [["--modules", "2"], ["--cuts", "layers.0"], []])
+def test_processes_that_cannot_share_the_modules_are_not_started(shared, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: pytest.fail("it started processes"))
+    count = 3 if shared else 5
+    assert main(["train", *shared, "--parallel", "modules", "--nproc", str(count), "--output", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert f"{count} processes cannot share {count - 1} modules; take at most {count - 1}" in line
+    assert line.count("\n") == 1
 
 
 HAND_ON = """

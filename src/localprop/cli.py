@@ -117,6 +117,16 @@ def _train(argv: Sequence[str]) -> int:
     return _start(config, folder, flags)
 
 
+def _modules(config: TrainConfig) -> int | None:
+    """Number of modules that processes are to share; None where they need not, or where a budget is to choose it."""
+    local = config.local
+    if config.run.parallel == "data" or local.budget is not None:
+        return None
+    if local.cuts is not None:
+        return len(local.cuts) + 1
+    return local.modules or (1 if local.method == "end-to-end" else 4)
+
+
 def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> int:
     """Trains in this process, or starts as many as are asked for."""
     # torchrun, or this very function, started this process as one of several.
@@ -125,7 +135,7 @@ def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> i
 
         if config.run.nproc is None:
             raise ConfigError("--parallel needs --nproc, the number of processes, or a start by torchrun")
-        return launch(config.run.nproc, flags)
+        return launch(config.run.nproc, flags, _modules(config))
     from localprop.running import run
 
     return run(config, resumed)

@@ -16,17 +16,23 @@ RANKS = "LOCALPROP_RANKS"
 """Names a file in the environment of processes that `launch` started, into which they write what each one trains."""
 
 
-def launch(processes: int, argv: Sequence[str]) -> int:
+def launch(processes: int, argv: Sequence[str], modules: int | None = None) -> int:
     """Runs `localprop train` with these flags in several processes on this machine, and waits for them.
 
     SIGTERM and SIGINT go on to the processes, which then save a checkpoint.
+
+    Args:
+        processes: their number.
+        argv: the flags.
+        modules: number of modules that they share, where it is known: what cannot be is said before they start.
 
     Returns:
         The exit code: that of a process that failed with a line of its own, 128 + the number of the signal that ended
         the run, or 0.
 
     Raises:
-        ParallelError: a process was killed; the line says which, what it trained and by what.
+        ParallelError: so many processes cannot share the modules; or one was killed: the line says which, what it
+            trained and by what.
     """
     # Before torch is imported, here and there: its warnings of sockets mean nothing to a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -35,6 +41,10 @@ def launch(processes: int, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from localprop.layout import arrange
+
+    if modules:
+        arrange("modules", modules, processes)
     logging.disable(logging.CRITICAL)  # the agent tells at length what the processes have said already
     with tempfile.TemporaryDirectory() as folder:
         ranks = Path(folder, "ranks.json")
