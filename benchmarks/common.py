@@ -1,6 +1,7 @@
-"""Writes a benchmark's raw result with what it was measured on."""
+"""What benchmarks share: writing a raw result with what it was measured on, and a port for processes to meet at."""
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,10 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     path.write_text(json.dumps(_START | result, indent=2) + "\n")
     print(f"wrote {path.relative_to(ROOT)}")
     return path
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]

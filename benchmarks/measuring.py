@@ -77,11 +77,11 @@ def local_step(
     def step() -> None:
         own = batch_of(batch_size, device)
         with torch.autocast(device, torch.bfloat16, enabled=amp):
-            if parts == 1:
-                net.backward(own.pop(0), own.pop(), after_module=step_module)
-            for number in range(parts if parts > 1 else 0):  # copies, as `localprop train` makes them
+            for number in range(parts - 1):  # copies, as `localprop train` makes them
                 part = [tensor.chunk(parts)[number].clone() for tensor in own]
-                last = number + 1 == parts
-                net.backward(part.pop(0), part.pop(), after_module=step_module if last else None, parts=parts)
+                net.backward(part.pop(0), part.pop(), parts=parts)
+            if parts > 1:
+                own = [tensor.chunk(parts)[-1].clone() for tensor in own]
+            net.backward(own.pop(0), own.pop(), after_module=step_module, parts=parts)
 
     return step, [*net.parameters(), *net.buffers(), *state]

@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, write_result
+from common import ROOT, free_port, write_result
 from parallel_ranks import cpu_seconds, resident
 from PIL import Image
 from small_swin import CLASSES, MODEL, SIDE, add_flags, backbone, cut_evenly, model_kwargs, time_units
@@ -59,12 +58,6 @@ def environment(rank: int, port: int | None) -> dict[str, str]:
         own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         own |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return own
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 def start(command: list[str], ranks: int, log: Path) -> list[subprocess.Popen]:

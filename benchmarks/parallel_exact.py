@@ -11,14 +11,13 @@ import argparse
 import hashlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import write_result
+from common import free_port, write_result
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LOCALPROP = ["-m", "localprop", "train"]
@@ -27,12 +26,6 @@ FLAGS = [
     *["--modules", "2", "--partition", "compute", "--min-depth", "0", "--batch-size", "128", "--device", "cpu"],
     *["--drop-path", "0.1", "--mixup", "0.2", "--clip-grad", "1", "--model-ema", "--model-ema-decay", "0.99"],
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
 
 
 def layouts() -> dict[str, list[list[str]]]:

@@ -14,17 +14,10 @@ from localprop.config import TrainConfig
 from localprop.report import Progress, read_results
 from localprop.state import TrainingState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20
 SMALL = ["--model", "test_vit", "--model-kwargs", "patch_size=4", "depth=2", "embed_dim=32", "num_heads=2"]
 SMALL += ["--method", "greedy", "--batch-size", "128", "--epochs", "1", "--device", "cpu", "--experiment", "run"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def train(output, *flags):

@@ -23,20 +23,13 @@ from localprop.simulation import PARTS, simulate_step
 from localprop.state import TrainingState
 from tiny import SIZE, batch, build, split
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 BATCH = 24
 TINY = [
     *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
     *["--min-depth", "0", "--modules", "3", "--batch-size", "256", "--epochs", "1", "--device", "cpu"],
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def state_of(net, parts, **settings):
@@ -173,9 +166,9 @@ def test_a_batch_that_does_not_divide_is_an_error_of_one_line(batch_size, parts,
     for command in ("train", "plan"):
         assert main([command, "--batch-size", str(batch_size), "--micro-batches", str(parts)]) == 2
         line = capsys.readouterr().err
-        assert f"does not divide into {parts} equal --micro-batches; take --batch-size {better}" in line
+        assert f"does not divide equally into {parts} micro-batches; take --batch-size {better}" in line
         assert line.count("\n") == 1
-    with pytest.raises(ConfigError, match="equal --micro-batches"):
+    with pytest.raises(ConfigError, match="equally into"):
         plan(build("mlp"), batch_size, micro_batches=parts, input_size=SIZE)
 
 

@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 import pytest
 import timm
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 
 from localprop import chain as chain_of
@@ -20,6 +21,7 @@ from localprop.layout import IN_FLIGHT
 from localprop.memory import measured, total_bytes
 from localprop.optimizers import create_optimizer
 from localprop.pipelines import pipeline, share_out
+from localprop.report import processes_table
 from localprop.schedules import Link, one_f_one_b_order
 from localprop.simulation import simulate_step
 from localprop.state import TrainingState
@@ -96,7 +98,7 @@ def test_replicas_share_the_batch_and_reduce_gradients():
     slow = share_out(net, trace, OptimConfig(), BATCH, SIZE, "cpu", 4, Link(bandwidth=1e5))
     gradients = [total_bytes(module.parameters()) for module in net.local_modules]
     assert slow.timing.seconds >= max(gradients) / 1e5
-    with pytest.raises(ParallelError, match="15 cannot be shared out to 2 replicas"):
+    with pytest.raises(ConfigError, match="15 does not divide equally into 2 replicas; take --batch-size 16"):
         share_out(net, trace, OptimConfig(), 15, SIZE, "cpu", 4, Link())
 
 
@@ -229,7 +231,7 @@ def test_the_command_adds_a_table_and_keeps_the_rest(tmp_path, monkeypatch, caps
         (["--nproc", "2"], "add --parallel modules"),
         (["--parallel", "modules", "--nproc", "0"], "--nproc is 0"),
         (["--parallel", "modules", "--nproc", "2", "--budget", "1GiB"], "leave out either --budget or --parallel"),
-        (["--parallel", "modules", "--nproc", "2", "--bandwidth", "fast"], "is no amount"),
+        (["--parallel", "modules", "--nproc", "2", "--bandwidth", "fast"], "is no number of bytes"),
         (["--parallel", "modules", "--nproc", "2", "--modules", "4", "--cuts", "blocks.0"], "1 cuts make 2 modules"),
     ],
 )
@@ -240,3 +242,18 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
     assert words in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_narrow_terminal_cuts_no_numbers_off(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = timm.create_model("test_vit", img_size=32, patch_size=4, depth=8, embed_dim=32, num_heads=2)
+    result = plan(model, 16, modules=(8,), method="greedy", input_size=SIZE, nproc=8)
+    Console().print(processes_table(result))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (heading,) = [line for line in lines if line.startswith("setting")]
+    assert heading.split() == ["setting", "modules", "peak", "in", "busiest", "waits", "faster", "1F1B", "=", "1"]
+    speeds = [result.speedup(result.rows[-1]), result.pipeline_speedup]
+    rows = [line for line in lines if line.startswith(("K=8", "1F1B"))]
+    assert all(f"{speed:.2f}x" in line.split() for speed, line in zip(speeds, rows, strict=True))
+    assert "…" not in "".join(lines)

@@ -176,12 +176,12 @@ def test_amounts_of_memory(text, size):
 
 @pytest.mark.parametrize("text", ["", "much", "8GiBs", "-1G", "0", "G", "1e9"])
 def test_no_amount_of_memory_is_an_error_of_one_line(text, capsys):
-    with pytest.raises(ConfigError, match="is no amount of memory; write 8GiB or 500MiB"):
+    with pytest.raises(ConfigError, match="is no number of bytes; write 8GiB or 500MiB"):
         parse_bytes(text)
     for command in ("plan", "train"):
         assert main([command, f"--budget={text}"]) == 2
         error = capsys.readouterr().err
-        assert "is no amount of memory" in error
+        assert "is no number of bytes" in error
         assert error.count("\n") == 1
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from localprop.cli import main
@@ -118,6 +119,27 @@ def test_the_picture_shows_what_is_known(tmp_path):
         grey = (row - 0.87).abs().max(dim=1).values < 0.01
         white = row.min(dim=1).values > 0.99
         assert 1 - (grey | white).float().mean() == pytest.approx(part, abs=0.08)
+
+
+def test_lines_lead_from_each_micro_batch_that_is_sent_to_where_it_is_used(tmp_path, monkeypatch):
+    # Each step in two parts of 1 s; the second process is one part behind, and trains two modules.
+    def computing(moment, step, module, seconds):
+        return Span("compute", step, module, moment, moment + seconds)
+
+    first, second = [], []
+    for number in range(2 * 40):
+        first += [computing(number, number // 2, 0, 0.9), Span("send", number // 2, None, number + 0.9, number + 1)]
+        second += [computing(number + 1, number // 2, 1, 0.5), computing(number + 1.5, number // 2, 2, 0.5)]
+    lines, numbers = [], []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **_: lines.append(x))
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: numbers.append((y, text)))
+    draw_timeline(
+        tmp_path / "timeline.png", Timeline((Lane("first", first), Lane("second", second)), 3, (0.0, 0.0)), "two parts"
+    )
+    assert len(lines) >= 15
+    assert all(used == pytest.approx(sent) for sent, used in lines)
+    steps = [text for rank, text in numbers if rank == 0]
+    assert steps == list(dict.fromkeys(steps))  # once for both parts
 
 
 def test_only_the_last_steps_are_kept():

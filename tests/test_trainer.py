@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from localprop.cli import main
 from localprop.report import Progress, read_losses, read_results
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # a fork of a process with OpenMP threads may hang
 SMALL = [
     *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
     *["--min-depth", "0", "--modules", "3", "--batch-size", "256", "--epochs", "3", "--device", "cpu"],
@@ -26,14 +27,6 @@ SMALL = [
 STEPS_PER_EPOCH = 5
 # Everything that could make a resumed run differ: dropped paths, mixed labels, clipping, a moving average.
 LIVELY = ["--drop-path", "0.2", "--mixup", "0.2", "--clip-grad", "1", "--model-ema", "--model-ema-decay", "0.9"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork of a process with OpenMP threads may hang
-    yield
-    torch.set_num_threads(before)
 
 
 def train(output: Path, *flags: str) -> int:

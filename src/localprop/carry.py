@@ -38,7 +38,7 @@ class Carry:
         return cls(images, batch.pop(), images)
 
     @classmethod
-    def micro_batches(cls, batch: "list[Tensor]", count: int) -> "Iterator[Carry]":
+    def micro_batches(cls, batch: list[Tensor], count: int) -> "Iterator[Carry]":
         """Equal parts of a batch [images, labels], each a copy; the batch is taken out of its list with the last one.
 
         The only part is the batch itself, as `of` gives it.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if argv[0] not in COMMANDS:
             raise ConfigError(f"no command is called {argv[0]!r}; {suggestion(argv[0], COMMANDS)}")
-        return COMMANDS[argv[0]](argv[1:])
+        code = COMMANDS[argv[0]](argv[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whom it is piped to has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except LocalpropError as error:
         print(f"localprop: {error}", file=sys.stderr)
         return 2
@@ -117,16 +123,6 @@ def _train(argv: Sequence[str]) -> int:
     return _start(config, folder, flags)
 
 
-def _modules(config: TrainConfig) -> int | None:
-    """Number of modules that processes are to share; None where they need not, or where a budget is to choose it."""
-    local = config.local
-    if config.run.parallel == "data" or local.budget is not None:
-        return None
-    if local.cuts is not None:
-        return len(local.cuts) + 1
-    return local.modules or (1 if local.method == "end-to-end" else 4)
-
-
 def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> int:
     """Trains in this process, or starts as many as are asked for."""
     # torchrun, or this very function, started this process as one of several.
@@ -135,7 +131,7 @@ def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> i
 
         if config.run.nproc is None:
             raise ConfigError("--parallel needs --nproc, the number of processes, or a start by torchrun")
-        return launch(config.run.nproc, flags, _modules(config))
+        return launch(config, config.run.nproc, flags)
     from localprop.running import run
 
     return run(config, resumed)

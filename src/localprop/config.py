@@ -340,11 +340,13 @@ class PlanConfig:
             parse_bytes(self.bandwidth)
 
 
-def require_equal_parts(batch_size: int, parts: int) -> None:
-    """Raises a ConfigError where a batch does not divide into so many equal parts."""
+def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) -> None:
+    """Raises a ConfigError where a batch does not divide into so many micro-batches for each of so many replicas."""
+    parts = replicas * micro_batches
     if batch_size % parts:
+        words = [f"{replicas} replicas"] * (replicas > 1) + [f"{micro_batches} micro-batches"] * (micro_batches > 1)
         raise ConfigError(
-            f"--batch-size {batch_size} does not divide into {parts} equal --micro-batches; take --batch-size "
+            f"--batch-size {batch_size} does not divide equally into {' of '.join(words)}; take --batch-size "
             f"{-(-batch_size // parts) * parts}"
         )
 

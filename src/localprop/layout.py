@@ -26,6 +26,13 @@ class Layout:
     stages: tuple[range, ...]
     replicas: int = 1
 
+    def __str__(self) -> str:
+        """Such as "4 processes (1-2 | 3-4, 2 replicas)"."""
+        count = len(self.stages) * self.replicas
+        stages = " | ".join(map(numbers, self.stages))
+        replicas = f", {self.replicas} replicas" if self.replicas > 1 else ""
+        return f"{count} process{'es' * (count > 1)} ({stages}{replicas})"
+
     @property
     def reporter(self) -> int:
         """The rank that knows all losses: the last stage's first."""
@@ -39,6 +46,12 @@ class Layout:
     def ranks(self, stage: int) -> list[int]:
         """The processes that train the modules of a stage."""
         return [replica * len(self.stages) + stage for replica in range(self.replicas)]
+
+
+def numbers(modules: range) -> str:
+    """Of consecutive modules, counted from 1: "3", or "3-4"."""
+    first, last = modules[0] + 1, modules[-1] + 1
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def arrange(kind: str, modules: int, processes: int, seconds: Sequence[float] | None = None) -> Layout:
@@ -59,8 +72,8 @@ def arrange(kind: str, modules: int, processes: int, seconds: Sequence[float] | 
     replicas = max(1, processes // modules)
     if processes > replicas * modules:
         raise ParallelError(
-            f"{processes} processes cannot share {modules} modules; take at most {modules}, or a multiple: "
-            f"--nproc {replicas * modules}"
+            f"{processes} processes cannot share {modules} modules; take at most {modules}, or a multiple such as "
+            f"{(replicas + 1) * modules}"
         )
     costs = seconds or [1.0] * modules
     ends = balanced(modules, processes // replicas, lambda start, stop: sum(costs[start:stop]))

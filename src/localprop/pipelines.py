@@ -7,9 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from localprop.config import OptimConfig
+from localprop.config import OptimConfig, require_equal_parts
 from localprop.cost import Circumstances, Costs
-from localprop.errors import ParallelError
 from localprop.layout import IN_FLIGHT, arrange
 from localprop.localize import localize
 from localprop.memory import total_bytes
@@ -71,15 +70,13 @@ def share_out(
         link: between two of them.
 
     Raises:
-        ParallelError: there are more processes than modules and not a multiple of them, or batches cannot be shared
-            out.
+        ParallelError: there are more processes than modules and not a multiple of them.
+        ConfigError: replicas cannot share the batch out.
         PlanError: memory cannot be predicted.
     """
     layout = arrange("modules", len(trace.module_seconds), processes, trace.module_seconds)
     parts = optim.micro_batches
-    if batch_size % (layout.replicas * parts):
-        each = f", in {parts} micro-batches each" if parts > 1 else ""
-        raise ParallelError(f"a batch of {batch_size} cannot be shared out to {layout.replicas} replicas{each}")
+    require_equal_parts(batch_size, parts, layout.replicas)
     part = batch_size // layout.replicas
     traces = [simulate_step(net, optim, part, input_size, device, modules) for modules in layout.stages]
     entries = [own.entry for own in traces[1:]]

@@ -298,7 +298,7 @@ class _Planner:
         if local and self.processes:
             try:
                 parallel = share_out(net, trace, *step, self.processes, self.link)
-            except ParallelError:
+            except (ParallelError, ConfigError):
                 if self.must_fit:
                     raise
         units = [module.units for module in net.local_modules]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from localprop import advice
 from localprop.checkpoint import newest_checkpoint
-from localprop.config import TrainConfig
+from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
 from localprop.experiment import (
     Experiment,
@@ -96,10 +96,7 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     config = experiment.config
     net = experiment.localize()
     layout = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, _seconds(experiment, net, job))
-    sizes = config.optim.batch_size, config.optim.micro_batches
-    if sizes[0] % (layout.replicas * sizes[1]):
-        parts = f", in {sizes[1]} --micro-batches each" if sizes[1] > 1 else ""
-        raise ConfigError(f"--batch-size {sizes[0]} cannot be shared out to {layout.replicas} replicas{parts}")
+    require_equal_parts(config.optim.batch_size, config.optim.micro_batches, layout.replicas)
     stage = PipelineStage(job, layout, net, config.run.trace)
     reports = stage.reports
     console = Console(quiet=not reports)  # what all processes would say, one does
@@ -119,7 +116,7 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
             notes += trainer.resume()
         if job.rank == 0:
             describe_ranks(names, folder)
-        _announce(console, experiment, net, folder, f"{job.size} processes, {experiment.device.type}")
+        _announce(console, experiment, net, folder, f"{layout}, {experiment.device.type}")
         _train(trainer, experiment, console if reports else Console(force_interactive=False), notes if reports else [])
         _say(stage.write_trace(names, trainer.folder, experiment.title))
     except Interrupted as stop:
@@ -199,8 +196,9 @@ def _restarted(config: TrainConfig, job: Job) -> Path | None:
 
 
 def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
-    side = experiment.data.img_size
-    console.out(f"{experiment.title} at {side}x{side}: {len(net.local_modules)} modules, {place}", highlight=False)
+    side, count = experiment.data.img_size, len(net.local_modules)
+    modules = f"{count} module{'s' * (count > 1)}"
+    console.out(f"{experiment.title} at {side}x{side}: {modules}, {place}", highlight=False)
     console.out(f"run folder: {folder}", highlight=False)
 
 

@@ -240,32 +240,37 @@ def _summary(
         in_use = [used - away[turn] for used, turn in zip(in_use, turns, strict=True)]
     moment = max(range(len(in_use)), key=in_use.__getitem__)
     turn = turns[moment]
-    first = ends[turn - 1] if turn else 0
-    # When this module's backward began: what was there before and is freed after was kept for it.
-    backward = next((i for i in range(first, len(events)) if events[i].backward), len(events))
-    kinds = dict.fromkeys(PARTS, 0)
+    uses = _uses(tracker, moment, ends[turn - 1] if turn else 0)
+    uses["optimizer"] -= away[turn] if away else 0
+    # The middle micro-batch comes again and again before the last.
+    middle, again = marks[count - 1], max(parts - 2, 0)
+    starts = [i * middle.seconds for i in range(again + 1)]
+    timeline = [(event.seconds, used) for event, used in zip(events, in_use, strict=True)]
+    done = [*(mark.seconds for mark in marks[:-1]), tracker.seconds]
+    spans = [end - start for start, end in pairwise([0.0, *done])]
+    return StepTrace(
+        peak=in_use[moment],
+        parts=uses,
+        module=modules[turn % count],
+        flops=tracker.flops + again * middle.flops,
+        seconds=tracker.seconds + again * middle.seconds,
+        timeline=[(start + time, used) for start in starts[:-1] for time, used in timeline[: middle.event]]
+        + [(starts[-1] + time, used) for time, used in timeline],
+        module_ends=[start + end for start in starts[:-1] for end in done[:count]] + [starts[-1] + end for end in done],
+        module_seconds=[sum(spans[k::count]) + again * spans[k] for k in range(count)],
+        entry=entry,
+    )
+
+
+def _uses(tracker: Tracker, moment: int, begin: int) -> dict[str, int]:
+    """The bytes in use at an event, by `PARTS`; `begin` is the event at which the module's turn began."""
+    events = tracker.events
+    # When its backward began: what was there before and is freed after was kept for it.
+    backward = next((i for i in range(begin, len(events)) if events[i].backward), len(events))
+    uses = dict.fromkeys(PARTS, 0)
     for allocation in tracker.allocations:
         stop = len(events) if allocation.stop is None else allocation.stop
         if allocation.start <= moment < stop:
             kept = allocation.start < backward <= stop
-            kinds[allocation.kind or ("activations" if kept else "temporaries")] += allocation.size
-    kinds["optimizer"] -= away[turn] if away else 0
-    # The middle micro-batch comes again and again before the last.
-    border, again = marks[count - 1], max(parts - 2, 0)
-    times, ends_at = [event.seconds for event in events], [*(mark.seconds for mark in marks[:-1]), tracker.seconds]
-    starts = [i * border.seconds for i in range(again)]
-    timeline = list(zip(times, in_use, strict=True))
-    spans = [end - start for start, end in pairwise([0.0, *ends_at])]
-    return StepTrace(
-        peak=in_use[moment],
-        parts=kinds,
-        module=modules[turn % count],
-        flops=tracker.flops + again * border.flops,
-        seconds=tracker.seconds + again * border.seconds,
-        timeline=[(start + time, used) for start in starts for time, used in timeline[: border.event]]
-        + [(again * border.seconds + time, used) for time, used in timeline],
-        module_ends=[start + end for start in starts for end in ends_at[:count]]
-        + [again * border.seconds + end for end in ends_at],
-        module_seconds=[sum(spans[k::count]) + again * spans[k] for k in range(count)],
-        entry=entry,
-    )
+            uses[allocation.kind or ("activations" if kept else "temporaries")] += allocation.size
+    return uses

@@ -36,7 +36,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([kmgt])i?b?|b)?\s*", text, re.IGNORECASE)
     if not match or not float(match[1]):
-        raise ConfigError(f"{text!r} is no amount of memory; write 8GiB or 500MiB")
+        raise ConfigError(f"{text!r} is no number of bytes; write 8GiB or 500MiB")
     return int(float(match[1]) * 1024 ** (" kmgt".index(match[2].lower()) if match[2] else 0))
 
 

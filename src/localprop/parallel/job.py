@@ -1,6 +1,7 @@
 """The processes that train together: how they find each other, talk beside the pipeline, and end."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -113,7 +114,9 @@ def join(device: str | None) -> Job:
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     cuda = device == "cuda" or (device is None and count > 0)
     if cuda and local >= count:
-        raise ParallelError(f"process {local + 1} on this machine has no GPU, there are {count}; or add --device cpu")
+        raise ParallelError(
+            f"process {local + 1} on this machine has no GPU, there are {count}; start fewer, or add --device cpu"
+        )
     if device not in (None, "cpu", "cuda"):
         raise ParallelError(f"--device {device} is one device; with --parallel say cpu or cuda: each process takes one")
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -132,4 +135,6 @@ def join(device: str | None) -> Job:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # gloo begins with the place in its own code, and goes on with guesses.
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". This is typically")[0][:200]

@@ -10,27 +10,30 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ParallelError
+from localprop.plugins import load_plugin
 
 RANKS = "LOCALPROP_RANKS"
 """Names a file in the environment of processes that `launch` started, into which they write what each one trains."""
 
 
-def launch(processes: int, argv: Sequence[str], modules: int | None = None) -> int:
-    """Runs `localprop train` with these flags in several processes on this machine, and waits for them.
+def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
+    """Runs `localprop train` in several processes on this machine, and waits for them.
 
     SIGTERM and SIGINT go on to the processes, which then save a checkpoint.
 
     Args:
+        config: the settings; what cannot be is said before processes start, as far as these alone tell.
         processes: their number.
-        argv: the flags.
-        modules: number of modules that they share, where it is known: what cannot be is said before they start.
+        argv: the flags that give these settings.
 
     Returns:
         The exit code: that of a process that failed with a line of its own, 128 + the number of the signal that ended
         the run, or 0.
 
     Raises:
+        ConfigError: a method, or a batch that the processes cannot share out.
         ParallelError: so many processes cannot share the modules; or one was killed: the line says which, what it
             trained and by what.
     """
@@ -41,15 +44,12 @@ def launch(processes: int, argv: Sequence[str], modules: int | None = None) -> i
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from localprop.layout import arrange
-
-    if modules:
-        arrange("modules", modules, processes)
+    _check(config, processes)
     logging.disable(logging.CRITICAL)  # the agent tells at length what the processes have said already
     with tempfile.TemporaryDirectory() as folder:
         ranks = Path(folder, "ranks.json")
         os.environ[RANKS] = str(ranks)
-        config = LaunchConfig(
+        launched = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=processes,
@@ -60,7 +60,7 @@ def launch(processes: int, argv: Sequence[str], modules: int | None = None) -> i
             max_restarts=0,
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "localprop", "train", *argv)
+            elastic_launch(launched, sys.executable)("-m", "localprop", "train", *argv)
         except SignalException as stop:
             return 128 + int(stop.sigval)
         except ChildFailedError as error:
@@ -74,6 +74,20 @@ def launch(processes: int, argv: Sequence[str], modules: int | None = None) -> i
             logging.disable(logging.NOTSET)
             del os.environ[RANKS]
     return 0
+
+
+def _check(config: TrainConfig, processes: int) -> None:
+    from localprop.layout import arrange
+    from localprop.methods import check_method
+
+    local, optim = config.local, config.optim
+    if local.budget is not None:  # which chooses the number of modules
+        return
+    load_plugin(config.backbone.plugin)
+    cut = None if local.cuts is None else len(local.cuts) + 1
+    count = check_method(local.method, cut or local.modules, dict(local.method_kwargs or {}))
+    layout = arrange(config.run.parallel or "modules", count, processes)
+    require_equal_parts(optim.batch_size, optim.micro_batches, layout.replicas)
 
 
 def describe_ranks(ranks: Sequence[str], folder: Path) -> None:

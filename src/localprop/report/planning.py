@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from localprop.checkpoint import written_aside
+from localprop.layout import numbers
 from localprop.pipelines import Processes
 from localprop.plan import Plan, PlanRow
 from localprop.report.formats import format_bytes
@@ -50,14 +51,14 @@ def processes_table(plan: Plan) -> RenderableType:
     """A line per setting that fits several processes, and one for 1F1B: layout, memory, bottleneck and throughput."""
     table = Table(box=None, padding=(0, 1, 0, 1), pad_edge=False)
     table.add_column("setting", no_wrap=True)
-    table.add_column("modules", overflow="ellipsis", no_wrap=True)
+    table.add_column("modules", overflow="fold")  # the only one that gives way
     for name in ("peak", "in", "busiest", "waits", "faster", "1F1B = 1"):
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, own: Processes, faster: float | None, against: float | None) -> None:
         table.add_row(
             name,
-            " | ".join(_numbers(modules) for modules in own.ranks) + (f" x{own.replicas}" if own.replicas > 1 else ""),
+            " | ".join(map(numbers, own.ranks)) + (f" x{own.replicas}" if own.replicas > 1 else ""),
             f"{own.peaks[own.largest] / 2**20:.0f}",
             str(own.largest),
             own.timing.bottleneck,
@@ -77,11 +78,6 @@ def processes_table(plan: Plan) -> RenderableType:
         "process and against 1F1B"
     )
     return Group(Text(text, style="dim"), table)
-
-
-def _numbers(modules: range) -> str:
-    first, last = modules[0] + 1, modules[-1] + 1
-    return str(first) if first == last else f"{first}-{last}"
 
 
 def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:

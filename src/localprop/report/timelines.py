@@ -1,6 +1,8 @@
 """timeline.png: what each process of a parallel run did in a few steps, one lane for each."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,9 @@ def module_colors(modules: int) -> list[Color]:
 def draw_timeline(path: Path, timeline: Timeline, title: str) -> None:
     """Draws about ten steps in the middle of the steady ones as a PNG 1400 pixels wide, one lane per process.
 
-    In a process's lane are the modules that it trains, with the step's number, and when it waits, sends and loads;
-    grey lines lead from what is sent to where it is used. Beside it is the part of its time that it waited, over all
-    the steady steps.
+    In a process's lane are the modules that it trains, with the step's number (of micro-batches, once for all), and
+    when it waits, sends and loads; grey lines lead from what is sent to where it is used. Beside it is the part of its
+    time that it waited, over all the steady steps.
 
     Args:
         path: the picture, replaced if it is there.
@@ -80,29 +82,48 @@ def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], zero: float, colors
         tall = _HEIGHT + 0.16 * (span.kind == "send")
         edge = {"edgecolor": color, "linewidth": 1.2} if span.kind == "send" else {"linewidth": 0}
         axes.barh(rank, long, tall, left, color=color, **edge)
-        middle = left + long / 2
-        if span.kind == "compute" and long > _NUMBERED * width and 0 < middle < width:
-            dark = sum(colors[span.module or 0][:3]) < 1.7
-            text: dict[str, Any] = {
-                "ha": "center",
-                "va": "center",
-                "fontsize": 7.5,
-                "color": "white" if dark else "0.15",
-            }
-            axes.text(middle, rank, str(span.step + 1), **text)
+    for step, module, middle in _numbered(spans, zero, width):
+        dark = sum(colors[module][:3]) < 1.7
+        text: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7.5, "color": "white" if dark else "0.15"}
+        axes.text(middle, rank, str(step + 1), **text)
+
+
+def _numbered(spans: Sequence[Span], zero: float, width: float) -> Iterator[tuple[int, int, float]]:
+    """(step, module, place in milliseconds) of each number: one where a module computes a step, if that is wide enough.
+
+    Where its micro-batches alternate with other modules', that is each of them.
+    """
+    computed = sorted((span for span in spans if span.kind == "compute"), key=lambda span: span.begin)
+    for (step, module), own in groupby(computed, key=lambda span: (span.step, span.module or 0)):
+        stretch = list(own)
+        begin, end = (1000 * (moment - zero) for moment in (stretch[0].begin, stretch[-1].end))
+        widest = max(stretch, key=lambda span: span.seconds)
+        middle = 1000 * (widest.begin + widest.seconds / 2 - zero)
+        if end - begin > _NUMBERED * width and 0 < middle < width:
+            yield step, module, middle
 
 
 def _lead_on(axes: Axes, rank: int, spans: Sequence[Span], lanes: Sequence[Lane], zero: float) -> None:
     """Lines from what this process sends to where the next one begins to train on it."""
+    if rank + 1 == len(lanes):
+        return
+    computed = [span for span in lanes[rank + 1].spans if span.kind == "compute"]
+    first = min((span.module or 0 for span in computed), default=0)
+    # Of a step's micro-batches, the n-th that is sent is the n-th that the next process's first module trains on.
+    used = dict(_counted(span for span in computed if span.module == first))
+    for place, span in _counted(span for span in lanes[rank].spans if span.kind == "send"):
+        if span in spans and place in used:
+            x = [1000 * (span.end - zero), 1000 * (used[place].begin - zero)]
+            y = [rank + _HEIGHT / 2, rank + 1 - _HEIGHT / 2]
+            axes.plot(x, y, color="0.6", linewidth=0.7, clip_on=True)
+
+
+def _counted(spans: Iterable[Span]) -> Iterator[tuple[tuple[int, int], Span]]:
+    """Each span with its place: the step, and which of the step's it is."""
+    seen: Counter[int] = Counter()
     for span in spans:
-        if span.kind == "send" and rank + 1 < len(lanes):
-            used = [
-                other.begin for other in lanes[rank + 1].spans if (other.kind, other.step) == ("compute", span.step)
-            ]
-            if used:
-                x = [1000 * (span.end - zero), 1000 * (min(used) - zero)]
-                y = [rank + _HEIGHT / 2, rank + 1 - _HEIGHT / 2]
-                axes.plot(x, y, color="0.6", linewidth=0.7, clip_on=True)
+        yield (span.step, seen[span.step]), span
+        seen[span.step] += 1
 
 
 def _label(axes: Axes, timeline: Timeline, steady: range) -> None:
