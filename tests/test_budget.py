@@ -139,7 +139,7 @@ def test_a_peak_above_what_can_be_had_is_told_before_training(tmp_path, monkeypa
 
 
 def test_another_error_keeps_its_traceback(tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(TrainingState, "train_step", fail)

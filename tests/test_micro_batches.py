@@ -1,5 +1,6 @@
 """Batches that are divided: the same step, less memory, and predicted as it is."""
 
+import json
 import weakref
 from itertools import chain
 
@@ -121,6 +122,16 @@ def test_the_trainer_measures_what_is_predicted(tmp_path):
         assert row.step == 5
         peaks[parts] = row.peak_memory
     assert peaks[4] < peaks[2] < peaks[1]
+
+
+def test_the_trainer_counts_gradients_that_wait(tmp_path):
+    wide = ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=96", "depths=(1,1)", "num_heads=(1,2)"]
+    flags = [*wide, *TINY[6:], "--batch-size", "128", "--micro-batches", "32", "--output", str(tmp_path)]
+    assert main(["train", *flags, "--experiment", "run"]) == 0
+    (row,) = read_results(tmp_path / "run" / "results.csv")
+    parameters = json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]
+    assert 4 * parameters > 0.1 * row.peak_memory  # so many bytes are the gradients
+    assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.001)
 
 
 def test_a_plan_divides_the_batch_where_nothing_else_fits():

@@ -128,13 +128,6 @@ class TrainingState:
             # Gone before the next module's gradients come.
             optimizer.zero_grad(set_to_none=True)
 
-    def renew_gradients(self) -> None:
-        """Puts copies in the place of gradients that earlier micro-batches have left."""
-        for k in self.modules:
-            for parameter in self.net.local_modules[k].parameters():
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.clone()
-
     @property
     def evaluated(self) -> nn.Module:
         """The backbone whose accuracy counts: the moving average where there is one."""

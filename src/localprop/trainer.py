@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -189,20 +189,15 @@ class Trainer:
         position, optim = self.position, self.config.optim
         every = self.config.run.checkpoint_steps
         sizes = optim.batch_size, optim.micro_batches
-        losses: list[Tensor] = []
         self.net.train()
         self._start_clock()
-        for carry in self.stage.train_batches(self.data, position.epoch, *sizes, self.device, position.batch):
-            self._step(carry, part=len(losses))
-            self.stage.send(carry, self._signal)
-            losses.append(torch.stack([loss.float() for loss in carry.losses]))
-            if len(losses) < optim.micro_batches:
-                continue
+        batches = self.stage.train_batches(self.data, position.epoch, *sizes, self.device, position.batch)
+        for first in batches:
+            losses, carry = self._step(chain([first], islice(batches, optim.micro_batches - 1)))
             position.batch += 1
             self._note_skipped(progress)
             if self.stage.reports:
-                self._record(torch.stack(losses).mean(0).tolist(), progress)
-            losses.clear()
+                self._record(losses.tolist(), progress)
             if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
                 self._save()
             self._stop_if_asked(carry)
@@ -215,36 +210,47 @@ class Trainer:
             self.curve.write(self.folder / LOSSES)
         progress.step(position.epoch + 1, position.batch, losses, self.peak or self.predicted or 0)
 
-    def _step(self, carry: Carry, part: int) -> None:
-        """One training step, or one micro-batch of it; measured where that costs nothing, and once where it does.
+    def _step(self, parts: Iterator[Carry]) -> tuple[Tensor, Carry]:
+        """One training step; measured where that costs nothing, and once where it does.
+
+        Args:
+            parts: its micro-batches, as they come.
+
+        Returns:
+            (K,) mean losses, of the modules that are known here, and the last micro-batch.
 
         Raises:
             MemoryError: there is not enough.
         """
-        # Replicas drop other things than each other, and so do micro-batches.
-        place = (self.state.step, self.stage.replica, part)
-        seed = derive_seed(self.config.run.seed, "step", *place[: 3 if part else 2 if self.stage.replica else 1])
-        last = part + 1 == self.config.optim.micro_batches
-        self._steps += part == 0
+        self._steps += 1
+        cuda, losses = self.device.type == "cuda", []
+        measures = cuda or self._steps == 2
+        held = chain(*self.state.tensors().values())
         try:
-            if self.device.type != "cuda" and self._steps != 2:
-                with self._autocast():
-                    self.state.train_step(carry, seed, last)
-                return
-            held = chain(*self.state.tensors().values(), self.stage.held)
-            with measured(held, self.device) as measurement, self._autocast():
-                own = carry
-                if self.device.type == "cpu":
-                    # What ends inside has to begin inside, to be seen.
-                    own = carry.clone()
-                    self.state.renew_gradients()
-                self.state.train_step(own, seed, last)
-            vars(carry).update(vars(own))
-            self.peak = self.position.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
+            with measured(held, self.device) if measures else nullcontext() as measurement:
+                for part, carry in enumerate(parts):
+                    if measurement and not cuda and part == 0:
+                        # What ends inside has to begin inside, to be seen.
+                        vars(carry).update(vars(carry.clone()))
+                        self.stage.held[:] = [tensor.clone() for tensor in self.stage.held]
+                    self._train(carry, part)
+                    self.stage.send(carry, self._signal)
+                    losses.append(torch.stack([loss.float() for loss in carry.losses]))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise MemoryError(str(error).strip().splitlines()[0]) from error
             raise
+        if measurement:
+            self.peak = self.position.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
+        return torch.stack(losses).mean(0), carry
+
+    def _train(self, carry: Carry, part: int) -> None:
+        """Trains on a micro-batch."""
+        # Replicas drop other things than each other, and so do micro-batches; the first as if there were no others.
+        place = (self.state.step, self.stage.replica, part)
+        seed = derive_seed(self.config.run.seed, "step", *place[: 3 if part else 2 if self.stage.replica else 1])
+        with self._autocast():
+            self.state.train_step(carry, seed, last=part + 1 == self.config.optim.micro_batches)
 
     def _finish_epoch(self, progress: Progress) -> None:
         position = self.position
