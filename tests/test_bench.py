@@ -16,8 +16,8 @@ import pytest
 from localprop.bench import Runner, load_suite, shipped_suites
 from localprop.bench.record import read_record, write_record
 from localprop.cli import main
-from localprop.config import to_flags
 from localprop.errors import BenchError
+from localprop.flat import to_flags
 from localprop.provenance import provenance
 from localprop.report import read_losses, read_results
 

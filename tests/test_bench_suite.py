@@ -8,10 +8,11 @@ import pytest
 from localprop.bench import load_suite, shipped_suites
 from localprop.bench.collect import differing
 from localprop.bench.record import read_record
-from localprop.config import TrainConfig, from_flat, to_flat
+from localprop.config import TrainConfig
 from localprop.data.sources import NAMED
 from localprop.decoders import DECODERS
 from localprop.errors import BenchError, ConfigError
+from localprop.flat import from_flat, to_flat
 from localprop.heads import HEADS
 from localprop.methods import check_method
 

@@ -18,16 +18,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from checkpoint_states import bits, flip, names, save, state_at
 from localprop import checkpoint as module
-from localprop.checkpoint import (
-    load_checkpoint,
-    newest_checkpoint,
-    publish,
-    save_checkpoint,
-    save_weights,
-    write_parts,
-    write_text,
-)
+from localprop.checkpoint import load_checkpoint, newest_checkpoint, publish, save_checkpoint, save_weights, write_parts
 from localprop.errors import CheckpointError
+from localprop.files import write_text
 
 DTYPES = "float64 float32 float16 bfloat16 bool int64 int32 int16 int8 uint8"
 NASTY = {

@@ -15,14 +15,9 @@ from safetensors import SafetensorError
 
 from checkpoint_states import bits, flip, names, save, state_at
 from localprop import checkpoint as module
-from localprop.checkpoint import (
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    save_weights,
-    write_text,
-)
+from localprop.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
 from localprop.errors import CheckpointError
+from localprop.files import write_text
 
 
 def truncate(file: Path) -> None:
@@ -227,20 +222,21 @@ def test_a_folder_without_permission(tmp_path):
         save(tmp_path / "closed", 1)
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_everything_is_synced_before_it_counts(tmp_path, monkeypatch):
     """Each file and the folder before the rename, the parent after it."""
     calls = []
-    sync, rename = module._sync, Path.rename
+    fsync, rename = os.fsync, Path.rename
 
-    def noted_sync(path):
-        calls.append(("sync", path.name))
-        sync(path)
+    def noted_fsync(descriptor):
+        calls.append(("sync", Path(f"/proc/self/fd/{descriptor}").resolve().name))
+        fsync(descriptor)
 
     def noted_rename(self, target):
         calls.append(("rename", target.name))
         return rename(self, target)
 
-    monkeypatch.setattr(module, "_sync", noted_sync)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "rename", noted_rename)
     folder = tmp_path / "checkpoints"
     save(folder, 3)

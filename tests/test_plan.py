@@ -14,16 +14,9 @@ import torch
 
 from localprop import localize, plan
 from localprop.cli import _parse, main
-from localprop.config import (
-    LocalConfig,
-    ModelConfig,
-    OptimConfig,
-    PlanConfig,
-    TrainConfig,
-    parse_bytes,
-    to_flags,
-)
+from localprop.config import LocalConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig, parse_bytes
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
+from localprop.flat import to_flags
 from localprop.simulation import PARTS, simulate_step
 from tiny import SIZE, build
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from localprop.chain import chain
-from localprop.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig, to_flags, to_flat
+from localprop.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig
 from localprop.errors import OutOfMemory, PlanError
 from localprop.experiment import Experiment, create_backbone
+from localprop.flat import to_flags, to_flat
 from localprop.memory import available, most_taken, total_bytes
 from localprop.network import LocalNetwork
 from localprop.pipelines import Processes

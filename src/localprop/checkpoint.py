@@ -10,41 +10,31 @@ A checkpoint is a folder of parts, so that every process of a parallel run can w
 The same state gives the same bytes, whichever process wrote them.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from localprop.errors import CheckpointError
+from localprop.files import all_or_nothing, sync, write_synced, written_aside
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
 FORMAT = 2
 # "step-00001234.old" exists only while a checkpoint of the same step takes its place.
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
-# safetensors has the error number in its text alone: "(os error 28)", or "Os { code: 28, ..." before 0.5.
-_OS_ERROR = re.compile(r"(?:os error|code:) (\d+)")
 _UNTOUCHED = "; earlier checkpoints are untouched, go on with --resume"
-_REMEDIES = {
-    errno.ENOSPC: "free some disk space",
-    errno.EDQUOT: "free some disk space of yours, your quota is used up",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EPERM: "choose a folder that you may write to",
-    errno.EROFS: "choose a folder that can be written to",
-}
 
 
 @dataclass(frozen=True)
@@ -98,14 +88,14 @@ def write_parts(folder: Path, step: int, parts: dict[str, Any]) -> dict[str, str
     """
     temporary = _temporary(folder, step)
     checksums = {}
-    with _all_or_nothing(_final(folder, step), temporary, _UNTOUCHED):
+    with all_or_nothing(_final(folder, step), temporary, _UNTOUCHED):
         temporary.mkdir(parents=True, exist_ok=True)
         for name, state in parts.items():
             path = temporary / f"{name}.safetensors"
             tensors: dict[str, Tensor] = {}
             structure = _split(state, name, tensors)
             _write_tensors(path, tensors, {"structure": json.dumps(structure)})
-            _sync(path)
+            sync(path)
             checksums[path.name] = _sha256(path)
     return checksums
 
@@ -130,7 +120,7 @@ def publish(folder: Path, step: int, checksums: dict[str, str], meta: dict[str, 
         CheckpointError: as `save_checkpoint`.
     """
     final, temporary = _final(folder, step), _temporary(folder, step)
-    with _all_or_nothing(final, temporary, _UNTOUCHED):
+    with all_or_nothing(final, temporary, _UNTOUCHED):
         for file in temporary.iterdir():
             if file.name not in checksums:  # left by an interrupted save
                 file.unlink()
@@ -140,16 +130,16 @@ def publish(folder: Path, step: int, checksums: dict[str, str], meta: dict[str, 
             "parts": sorted(checksums),
             "meta": _split(meta, "meta", None),
         }
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
         sums = {**checksums, MANIFEST: _sha256(temporary / MANIFEST)}
-        _write_synced(temporary / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-        _sync(temporary)
+        write_synced(temporary / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+        sync(temporary)
         if final.exists():
             old = final.with_suffix(".old")
             shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     _prune(folder, final, keep)
     return final
 
@@ -211,16 +201,6 @@ def save_weights(path: Path, state_dict: dict[str, Tensor], metadata: dict[str, 
     """
     with written_aside(path) as temporary:
         _write_tensors(temporary, state_dict, metadata or {})
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file, whole or not at all.
-
-    Raises:
-        CheckpointError: the disk is full, may not be written or fails.
-    """
-    with written_aside(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def _final(folder: Path, step: int) -> Path:
@@ -361,19 +341,6 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
-def _write_synced(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -390,34 +357,3 @@ def _verify(path: Path, sums: dict[str, str]) -> None:
     else:
         return
     raise CheckpointError(f"{place} is damaged, {flaw}; resume from another checkpoint")
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Yields a path in a hidden folder beside `path`; the file written there is synced and replaces it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _all_or_nothing(path, temporary):
-        temporary.mkdir(parents=True, exist_ok=True)
-        yield temporary / path.name
-        _sync(temporary / path.name)
-        os.replace(temporary / path.name, path)
-        _sync(path.parent)
-        shutil.rmtree(temporary)
-
-
-@contextlib.contextmanager
-def _all_or_nothing(target: Path, temporary: Path, then: str = "") -> Iterator[None]:
-    """Removes `temporary` if what is done inside fails, and says in one line why `target` is not written."""
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            code = error.errno
-        elif isinstance(error, SafetensorError) and (found := _OS_ERROR.search(str(error))):
-            code = int(found[1])
-        else:
-            raise
-        cause = os.strerror(code) if code else str(error)
-        remedy = _REMEDIES.get(code or 0, "check the disk and the path")
-        raise CheckpointError(f"cannot write {target}: {cause}; {remedy}{then}") from None

@@ -14,15 +14,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from localprop.config import (
-    BenchConfig,
-    ModelConfig,
-    PlanConfig,
-    TrainConfig,
-    from_flat,
-    to_flat,
-)
+from localprop.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
 from localprop.errors import BenchError, ConfigError, LocalpropError, suggestion
+from localprop.flat import from_flat, to_flat
 from localprop.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, parse_duration, read_yaml
 
 USAGE = """\
@@ -139,7 +133,7 @@ def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> i
 
 def _plan(argv: Sequence[str]) -> int:
     from localprop.advice import plan_lines, plan_model, plan_report
-    from localprop.checkpoint import write_text
+    from localprop.files import write_text
     from localprop.report import draw_plan, plan_table, processes_table
 
     argv, files = _take_config_files(argv)

@@ -3,14 +3,13 @@
 A flag of the command line, a key of a YAML file and a field here are the same word. Field docstrings are the help.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from localprop.errors import ConfigError, suggestion
+from localprop.errors import ConfigError
 from localprop.values import (
     OptionalBool,
     OptionalFloat,
@@ -21,8 +20,6 @@ from localprop.values import (
     Pairs,
     parse_bytes,
     parse_duration,
-    read_pairs,
-    typed,
 )
 
 # The backbone where none is named: timm's Swin-Tiny, made small enough for images of 16 to 96 pixels.
@@ -349,61 +346,3 @@ def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) 
             f"--batch-size {batch_size} does not divide equally into {' of '.join(words)}; take --batch-size "
             f"{-(-batch_size // parts) * parts}"
         )
-
-
-def to_flat(config: Any) -> dict[str, Any]:
-    """The settings as one flat dict of YAML-friendly values, keyed by flag names with underscores."""
-
-    def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-
-    result: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        result |= to_flat(value) if dataclasses.is_dataclass(value) else {f.name: plain(value)}
-    return result
-
-
-def to_flags(config: TrainConfig) -> list[str]:
-    """The flags of `localprop train` that give these settings; defaults are left out."""
-    default, words = to_flat(TrainConfig()), []
-    for name, value in to_flat(config).items():
-        if value == default[name]:
-            continue
-        if isinstance(value, bool) and isinstance(default[name], bool):
-            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-            continue
-        words.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, dict):
-            for key, item in value.items():
-                word = f"{key}={item}"
-                words.append(word if isinstance(item, str) and read_pairs([word])[key] == item else f"{key}={item!r}")
-        else:
-            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
-    return words
-
-
-def from_flat(settings: dict[str, Any], source: str, base: Any = None) -> Any:
-    """Builds a config from flat `settings`, over `base` (default: the defaults of training).
-
-    Raises:
-        ConfigError: an unknown key or an impossible value; the line names `source`.
-    """
-    base = base or TrainConfig()
-    settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
-    known = to_flat(base)
-    for key in settings:
-        if key not in known:
-            raise ConfigError(f"{source}: unknown setting {key!r}; {suggestion(key, known)}")
-    return _with(base, settings, source)
-
-
-def _with(base: Any, settings: dict[str, Any], source: str) -> Any:
-    values = {}
-    for f in dataclasses.fields(base):
-        value = getattr(base, f.name)
-        if dataclasses.is_dataclass(value):
-            values[f.name] = _with(value, settings, source)
-        elif f.name in settings:
-            values[f.name] = typed(f.name, settings[f.name], f.type, source)
-    return dataclasses.replace(base, **values)

@@ -11,9 +11,9 @@ from timm.models import save_for_hf
 from torch import nn
 
 from localprop.checkpoint import newest_checkpoint
-from localprop.config import from_flat
 from localprop.errors import CheckpointError, ConfigError, DataError
 from localprop.experiment import create_backbone, prepare, read_config, read_description
+from localprop.flat import from_flat
 from localprop.metrics import evaluate
 from localprop.state import whole_weights
 from localprop.trainer import CHECKPOINTS, WEIGHTS

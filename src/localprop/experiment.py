@@ -12,11 +12,12 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from localprop.checkpoint import write_text
 from localprop.compiling import compile_network, require_compiler
-from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig, from_flat, to_flat
+from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig
 from localprop.data import Data, load_data
 from localprop.errors import CheckpointError, ConfigError, suggestion
+from localprop.files import write_text
+from localprop.flat import from_flat, to_flat
 from localprop.localize import localize
 from localprop.network import LocalNetwork
 from localprop.optimizers import LOW_BIT

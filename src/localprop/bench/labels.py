@@ -4,7 +4,8 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from localprop.config import TrainConfig, to_flat
+from localprop.config import TrainConfig
+from localprop.flat import to_flat
 
 DEFAULTS = to_flat(TrainConfig())
 _KINDS = ("decoder", "head", "partition")  # their values are words that need a noun: "conv decoder"

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from localprop.bench.groups import BASELINE, Task, pareto_front
 from localprop.bench.placing import label_ends, label_points, text_size
 from localprop.bench.settings import Setting
-from localprop.checkpoint import written_aside
+from localprop.files import written_aside
 
 MOST_PANELS = 4
 _COLORS = {

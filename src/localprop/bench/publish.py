@@ -15,8 +15,8 @@ from localprop.bench.published import OPEN, OPPOSITE, REPRODUCED, memory_compari
 from localprop.bench.record import Record, read_records
 from localprop.bench.report import how_measured, task_sections
 from localprop.bench.tables import results_table, table
-from localprop.checkpoint import write_text
 from localprop.errors import BenchError
+from localprop.files import write_text
 from localprop.values import read_yaml
 
 START, END = "<!-- results -->", "<!-- /results -->"

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from localprop.checkpoint import write_text
-from localprop.config import TrainConfig, to_flat
+from localprop.config import TrainConfig
 from localprop.errors import BenchError
+from localprop.files import write_text
+from localprop.flat import to_flat
 
 FORMAT = 1
 # Where a run happens and how often it is saved: places of one machine, which decide no result.

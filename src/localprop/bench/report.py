@@ -9,8 +9,9 @@ from localprop.bench.groups import BASELINE, Task, tasks_of
 from localprop.bench.pictures import MOST_PANELS, PICTURES
 from localprop.bench.record import Record, common_settings, read_records
 from localprop.bench.tables import module_table, setting_table
-from localprop.checkpoint import write_text
-from localprop.config import TrainConfig, from_flat, to_flags, to_flat
+from localprop.config import TrainConfig
+from localprop.files import write_text
+from localprop.flat import from_flat, to_flags, to_flat
 from localprop.report import format_duration
 
 _NOT_MACHINE = ("commit", "dirty", "date", "versions", "resumed_with")

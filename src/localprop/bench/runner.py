@@ -17,9 +17,9 @@ from typing import Any, Literal
 from localprop.bench.collect import collect, differing, settings_in
 from localprop.bench.record import read_record, write_record
 from localprop.bench.suite import Suite, SuiteRun
-from localprop.config import from_flat, to_flags, to_flat
 from localprop.data import named_settings
 from localprop.errors import BenchError, LocalpropError
+from localprop.flat import from_flat, to_flags, to_flat
 from localprop.trainer import CHECKPOINTS
 
 _POLL_SECONDS = 0.2

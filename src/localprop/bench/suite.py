@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from localprop.config import TrainConfig, from_flat, to_flat
+from localprop.config import TrainConfig
 from localprop.decoders import DECODERS
 from localprop.errors import BenchError, suggestion
+from localprop.flat import from_flat, to_flat
 from localprop.heads import HEADS
 from localprop.methods import check_method
 from localprop.values import read_yaml

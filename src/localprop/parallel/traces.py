@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from localprop.checkpoint import write_text
+from localprop.files import write_text
 from localprop.layout import Layout
 from localprop.parallel.job import Job
 from localprop.report import draw_timeline

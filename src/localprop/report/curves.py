@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from localprop.checkpoint import written_aside
+from localprop.files import written_aside
 from localprop.report.formats import format_accuracy, format_loss
 from localprop.report.results import EpochRow
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localprop.checkpoint import written_aside
 from localprop.errors import CheckpointError
+from localprop.files import written_aside
 
 MOMENTS = 100
 COLUMNS = ("step", "seconds_per_step", "processor_seconds_per_step")  # before a column for each module

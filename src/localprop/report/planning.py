@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from localprop.checkpoint import written_aside
+from localprop.files import written_aside
 from localprop.layout import numbers
 from localprop.pipelines import Processes
 from localprop.plan import Plan, PlanRow

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from localprop.checkpoint import written_aside
 from localprop.errors import CheckpointError
+from localprop.files import written_aside
 
 COLUMNS_BEFORE = ("epoch", "step", "lr")
 COLUMNS_AFTER = ("test_top5", "test_loss", "images_per_second", "predicted_memory", "peak_memory", "seconds")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from localprop.checkpoint import written_aside
+from localprop.files import written_aside
 from localprop.timeline import KINDS, WAITING, Lane, Span, Timeline
 
 STEPS = 10

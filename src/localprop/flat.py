@@ -1,0 +1,67 @@
+"""Settings as a flat mapping, for YAML and results, and as flags; and back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from localprop.config import TrainConfig
+from localprop.errors import ConfigError, suggestion
+from localprop.values import read_pairs, typed
+
+
+def to_flat(config: Any) -> dict[str, Any]:
+    """The settings as one flat dict of YAML-friendly values, keyed by flag names with underscores."""
+
+    def plain(value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    result: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        result |= to_flat(value) if dataclasses.is_dataclass(value) else {f.name: plain(value)}
+    return result
+
+
+def to_flags(config: TrainConfig) -> list[str]:
+    """The flags of `localprop train` that give these settings; defaults are left out."""
+    default, words = to_flat(TrainConfig()), []
+    for name, value in to_flat(config).items():
+        if value == default[name]:
+            continue
+        if isinstance(value, bool) and isinstance(default[name], bool):
+            words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, dict):
+            for key, item in value.items():
+                word = f"{key}={item}"
+                words.append(word if isinstance(item, str) and read_pairs([word])[key] == item else f"{key}={item!r}")
+        else:
+            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return words
+
+
+def from_flat(settings: dict[str, Any], source: str, base: Any = None) -> Any:
+    """Builds a config from flat `settings`, over `base` (default: the defaults of training).
+
+    Raises:
+        ConfigError: an unknown key or an impossible value; the line names `source`.
+    """
+    base = base or TrainConfig()
+    settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
+    known = to_flat(base)
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"{source}: unknown setting {key!r}; {suggestion(key, known)}")
+    return _with(base, settings, source)
+
+
+def _with(base: Any, settings: dict[str, Any], source: str) -> Any:
+    values = {}
+    for f in dataclasses.fields(base):
+        value = getattr(base, f.name)
+        if dataclasses.is_dataclass(value):
+            values[f.name] = _with(value, settings, source)
+        elif f.name in settings:
+            values[f.name] = typed(f.name, settings[f.name], f.type, source)
+    return dataclasses.replace(base, **values)
