@@ -128,6 +128,16 @@ class TrainingState:
             # Gone before the next module's gradients come.
             optimizer.zero_grad(set_to_none=True)
 
+    def renew_gradients(self) -> list[Tensor]:
+        """Puts copies in the place of gradients that earlier micro-batches have left; gives these."""
+        earlier = []
+        for k in self.modules:
+            for parameter in self.net.local_modules[k].parameters():
+                if parameter.grad is not None:
+                    earlier.append(parameter.grad)
+                    parameter.grad = parameter.grad.clone()
+        return earlier
+
     @property
     def evaluated(self) -> nn.Module:
         """The backbone whose accuracy counts: the moving average where there is one."""

@@ -223,34 +223,42 @@ class Trainer:
             MemoryError: there is not enough.
         """
         self._steps += 1
-        cuda, losses = self.device.type == "cuda", []
-        measures = cuda or self._steps == 2
-        held = chain(*self.state.tensors().values())
+        losses = []
         try:
-            with measured(held, self.device) if measures else nullcontext() as measurement:
-                for part, carry in enumerate(parts):
-                    if measurement and not cuda and part == 0:
-                        # What ends inside has to begin inside, to be seen.
-                        vars(carry).update(vars(carry.clone()))
-                        self.stage.held[:] = [tensor.clone() for tensor in self.stage.held]
-                    self._train(carry, part)
-                    self.stage.send(carry, self._signal)
-                    losses.append(torch.stack([loss.float() for loss in carry.losses]))
+            for part, carry in enumerate(parts):
+                self._train(carry, part)
+                self.stage.send(carry, self._signal)
+                losses.append(torch.stack([loss.float() for loss in carry.losses]))
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise MemoryError(str(error).strip().splitlines()[0]) from error
             raise
-        if measurement:
-            self.peak = self.position.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
         return torch.stack(losses).mean(0), carry
 
     def _train(self, carry: Carry, part: int) -> None:
         """Trains on a micro-batch."""
+        count = self.config.optim.micro_batches
         # Replicas drop other things than each other, and so do micro-batches; the first as if there were no others.
         place = (self.state.step, self.stage.replica, part)
         seed = derive_seed(self.config.run.seed, "step", *place[: 3 if part else 2 if self.stage.replica else 1])
-        with self._autocast():
-            self.state.train_step(carry, seed, last=part + 1 == self.config.optim.micro_batches)
+        # The most is in use either in a micro-batch that finds all gradients and leaves them, or in the last.
+        measures = self.device.type == "cuda" or (self._steps == 2 and part >= count - 2)
+        with self._measured(carry) if measures else nullcontext(carry) as own, self._autocast():
+            self.state.train_step(own, seed, last=part + 1 == count)
+
+    @contextmanager
+    def _measured(self, carry: Carry) -> Iterator[Carry]:
+        """Measures the training on a micro-batch inside; gives the one to train on, of which `carry` has the end."""
+        held = chain(*self.state.tensors().values(), self.stage.held)
+        own, earlier = carry, []
+        with measured(held, self.device) as measurement:
+            if self.device.type != "cuda":
+                # To be seen, what ends inside has to begin inside; and what began before may not end inside.
+                own, earlier = carry.clone(), self.state.renew_gradients()
+            yield own
+        vars(carry).update(vars(own))
+        del earlier
+        self.peak = self.position.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
 
     def _finish_epoch(self, progress: Progress) -> None:
         position = self.position
