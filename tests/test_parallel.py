@@ -169,6 +169,8 @@ def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, 
     ranks = forker.train(tmp_path, modules, *flags(tmp_path, modules, *more))
     assert ranks.wait() == [0] * modules, ranks.log.read_text()
     assert_same_run(tmp_path, alone(modules, *more))
+    for row in read_results(tmp_path / "run" / "results.csv"):  # of the process that takes most, what is in flight too
+        assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.01)
     shown = (tmp_path / "log.out").read_text()
     assert all(shown.count(text) == 1 for text in ("run folder", "epoch 1/2", "epoch 2/2", "test accuracy"))
 
@@ -238,7 +240,8 @@ def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alo
     before = time.monotonic()
     assert ranks.wait() == [1, -signal.SIGKILL, 1]
     assert time.monotonic() - before < 30
-    line = r"localprop: rank [02] ends: [\w ]+ is gone \([^/\n]*\); it was killed.*\n"  # no path of gloo's code
+    # No path of gloo's code.
+    line = r"localprop: rank [02] ends: [\w ]+ is gone \([^/\n]*\); it was killed[^/\n]*; go on with --resume \S+/run\n"
     assert re.fullmatch(line, ranks.log.read_text())
     again = forker.train(tmp_path, 3, *settings, attempt=1)
     assert again.wait() == [0, 0, 0], again.log.read_text()
@@ -289,6 +292,22 @@ def test_a_batch_that_replicas_cannot_share_starts_no_processes(flags, wanted, n
     line = capsys.readouterr().err
     assert f"--batch-size 32 does not divide equally into {wanted}" in line
     assert line.count("\n") == 1
+
+
+def test_a_run_folder_that_exists_starts_no_processes(tmp_path, no_processes, capsys):
+    (tmp_path / "run").mkdir()
+    own = ["--output", str(tmp_path), "--experiment", "run", "--modules", "2"]
+    assert main(["train", *own, "--parallel", "modules", "--nproc", "2"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.endswith(f"/run exists already; choose another --experiment, or go on with --resume {tmp_path}/run\n")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
+def test_a_gpu_for_each_process_is_looked_for_before_they_start(no_processes, capsys):
+    assert main(["train", "--modules", "2", "--device", "cuda", "--parallel", "modules", "--nproc", "2"]) == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"localprop: process 2 on this machine has no GPU, there are [01]; start fewer, .*\n", line)
 
 
 @pytest.mark.parametrize("shared", [["--modules", "2"], ["--cuts", "layers.0"], []])

@@ -191,6 +191,12 @@ class RunConfig:
     """Record when each process of --parallel computes, waits and sends, in the last steps: trace.json and
     timeline.png."""
 
+    def require_new_folder(self) -> None:
+        """Raises a ConfigError where the run folder has been named and exists already."""
+        folder = self.output / self.experiment if self.experiment else None
+        if folder and folder.exists():
+            raise ConfigError(f"{folder} exists already; choose another --experiment, or go on with --resume {folder}")
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -179,20 +179,17 @@ def create_run_folder(config: TrainConfig) -> Path:
     Raises:
         ConfigError: the folder exists already, or cannot be made.
     """
-    named = config.run.experiment is not None
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     data = Path(config.data.data.removeprefix("folder:")).name
     base = config.run.experiment or f"{stamp}-{data}-{config.local.method}"
+    config.run.require_new_folder()
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
         folder = config.run.output / (base + suffix)
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            if named:
-                raise ConfigError(
-                    f"{folder} exists already; choose another --experiment, or go on with --resume {folder}"
-                ) from None
+            config.run.require_new_folder()  # which another run may have made just now
         except OSError as error:
             raise ConfigError(f"cannot make the run folder {folder}: {error.strerror}; choose --output") from None
     raise ConfigError(f"{folder} and a hundred more exist already; choose another --experiment")

@@ -1,6 +1,7 @@
 """What each of several processes takes: local modules shared out to them, or end-to-end training by 1F1B."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -84,9 +85,7 @@ def share_out(
         StageTime(own.seconds, output=parts * size, gradients=_trained(net, modules))
         for own, size, modules in zip(traces, [*entries, 0], layout.stages, strict=True)
     ]
-    # Besides the step, a process holds (micro-)batches that it has received ahead, and those that it has sent and
-    # nobody has taken yet.
-    waiting = [IN_FLIGHT * (came + left) for came, left in pairwise([0, *entries, 0])]
+    waiting = in_flight([own.entry for own in traces])
     return Processes(
         ranks=list(layout.stages),
         units=[[unit for k in modules for unit in net.local_modules[k].units] for modules in layout.stages],
@@ -95,6 +94,15 @@ def share_out(
         micro_batches=parts,
         replicas=layout.replicas,
     )
+
+
+def in_flight(entries: Sequence[int]) -> list[int]:
+    """Bytes that each stage holds besides its step: (micro-)batches received ahead, and sent and not known to be taken.
+
+    Args:
+        entries: of each stage, the bytes of a micro-batch as it comes there; see `StepTrace.entry`.
+    """
+    return [IN_FLIGHT * (came + left) for came, left in pairwise([0, *entries[1:], 0])]
 
 
 def _trained(net: LocalNetwork, modules: range) -> int:

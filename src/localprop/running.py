@@ -25,7 +25,8 @@ from localprop.layout import Layout, arrange
 from localprop.network import LocalNetwork
 from localprop.parallel import Job, Lost, PipelineStage, in_job, join
 from localprop.parallel.launch import RANKS, describe_ranks
-from localprop.report import Progress, final_table, next_steps
+from localprop.pipelines import in_flight
+from localprop.report import Progress, final_table, format_bytes, next_steps
 from localprop.simulation import simulate_step
 from localprop.state import TrainingState
 from localprop.trainer import CHECKPOINTS, WEIGHTS, Interrupted, Trainer
@@ -101,7 +102,11 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     reports = stage.reports
     console = Console(quiet=not reports)  # what all processes would say, one does
     names = [_describe(net, layout, rank) for rank in range(job.size)]
+    predicted: int | None = None
+    folder = resumed
     try:
+        predicted, warning = _predict(experiment, net, layout, job)
+        notes += warning
         if not stage.needs_images:
             experiment.data.release()
         hooks = (stage.average, stage.doing)
@@ -109,13 +114,13 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         folder = resumed or _restarted(config, job)
         fresh = folder is None
         folder = job.gather(create_run_folder(config) if fresh and reports else folder)[layout.reporter]
-        trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, stage=stage)
+        trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted, stage)
         if reports:
             write_description(folder, experiment, net, job.name) if fresh else note_resumption(folder)
-        if resumed or (not fresh and newest_checkpoint(folder / CHECKPOINTS, only=())[0]):
+        if resumed or (not fresh and _resumable(folder)):
             notes += trainer.resume()
         if job.rank == 0:
-            describe_ranks(names, folder)
+            describe_ranks(names, folder, folder / CHECKPOINTS)
         _announce(console, experiment, net, folder, f"{layout}, {experiment.device.type}")
         _train(trainer, experiment, console if reports else Console(force_interactive=False), notes if reports else [])
         _say(stage.write_trace(names, trainer.folder, experiment.title))
@@ -126,18 +131,23 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         job.wait_for_all()
         return stop.exit_code
     except MemoryError as error:
+        expected = f"{format_bytes(predicted)} predicted; " if predicted else ""
         raise OutOfMemory(
-            f"rank {job.rank} ({names[job.rank]}): out of memory on {job.device} ({error}); take more modules and "
-            "processes, or more --micro-batches"
+            f"rank {job.rank} ({names[job.rank]}): out of memory on {job.device} ({expected}{error}); take more "
+            "modules and processes, or more --micro-batches"
         ) from None
     except NonFiniteLossError as error:  # which names the module
         raise ParallelError(f"rank {job.rank}: {error}") from error
     except LocalpropError as error:
         if isinstance(error, Lost):
-            raise
+            raise Lost(f"{error}; go on with --resume {folder}" if _resumable(folder) else str(error)) from error
         raise ParallelError(f"rank {job.rank} ({names[job.rank]}): {error}") from error
     job.leave()
     return 0
+
+
+def _resumable(folder: Path | None) -> bool:
+    return folder is not None and newest_checkpoint(folder / CHECKPOINTS, only=())[0] is not None
 
 
 def _say(line: str | None) -> None:
@@ -153,8 +163,7 @@ def _tell(error: LocalpropError, job: Job) -> int:
     """
     lost = isinstance(error, Lost)
     if not (lost and RANKS in os.environ) and job.first_to_fail():
-        missed = f"rank {job.rank} ends: {error}; it was killed, or its machine is gone"
-        print(f"localprop: {missed if lost else error}", file=sys.stderr)
+        print(f"localprop: {f'rank {job.rank} ends: {error}' if lost else error}", file=sys.stderr)
     return 1 if lost else 2
 
 
@@ -181,6 +190,28 @@ def _seconds(experiment: Experiment, net: LocalNetwork, job: Job) -> list[float]
     except PlanError:
         return None
     return trace.module_seconds
+
+
+def _predict(experiment: Experiment, net: LocalNetwork, layout: Layout, job: Job) -> tuple[int | None, list[str]]:
+    """The largest predicted peak of a process in bytes, None where it cannot be known; and lines for the user."""
+    optim, (stage, _) = experiment.config.optim, layout.place(job.rank)
+    step = (optim, optim.batch_size // layout.replicas, experiment.input_size, experiment.device.type)
+    own: tuple[int, int] | str
+    try:
+        trace = simulate_step(net, *step, layout.stages[stage])
+        own = trace.peak, trace.entry
+    except PlanError as error:
+        own = str(error)
+    known = job.gather(own)[: len(layout.stages)]  # replicas take the same
+    problems = [line for line in known if isinstance(line, str)]
+    if problems:
+        return None, problems[:1]
+    held = in_flight([entry for _, entry in known])
+    peaks = [peak + more for (peak, _), more in zip(known, held, strict=True)]
+    rank = peaks.index(max(peaks))
+    return peaks[rank], [
+        f"peak memory of a step: {format_bytes(peaks[rank])} at most in a process, rank {rank} (predicted)"
+    ]
 
 
 def _restarted(config: TrainConfig, job: Job) -> Path | None:
@@ -215,7 +246,9 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
         rows = trainer.run(progress)
     if trainer.stage.reports:
         console.print(final_table(rows, [_span(net, range(k, k + 1)) for k in range(count)], evaluated_on))
-        steps = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
+        where = config.run
+        flags = ["--parallel", str(where.parallel), "--nproc", str(where.nproc)] if where.nproc else []
+        steps = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs, flags)
         console.out(steps, highlight=False)
 
 

@@ -24,12 +24,14 @@ class Stage:
 
     Attributes:
         held: the batch whose micro-batches are being trained on, where there are several.
+        settled: the first step that takes the same memory as all later ones: by then optimizers have their state.
         replica: which of several processes this is that train the same modules, each on a part of every batch.
         reports: whether this is the process that knows all losses, and so writes results and shows progress.
     """
 
     replica = 0
     reports = True
+    settled = 2
 
     def __init__(self, modules: range) -> None:
         self.modules = modules
@@ -59,6 +61,10 @@ class Stage:
 
         Where this process reports, the batch has the losses to report then.
         """
+
+    def in_flight(self) -> list[Tensor]:
+        """What has been received ahead, or been sent and is not known to be taken."""
+        return []
 
     def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
         """Records what is done inside, one of `timeline.KINDS`, where this process is to."""

@@ -72,8 +72,8 @@ class Trainer:
         stage: which modules are trained in this process, and how it goes on with the others; default: all.
 
     Attributes:
-        peak: measured peak memory of a step in bytes. It is that of the second step since the start, when optimizers
-            have their state; on CUDA, of all steps so far. None before. A resumed run knows what was measured before.
+        peak: measured peak memory of a step in bytes. On CUDA that is of all steps so far; else of one, when as much is
+            in use as in all later ones (`Stage.settled`). None before. A resumed run knows what was measured before.
     """
 
     def __init__(
@@ -242,14 +242,14 @@ class Trainer:
         place = (self.state.step, self.stage.replica, part)
         seed = derive_seed(self.config.run.seed, "step", *place[: 3 if part else 2 if self.stage.replica else 1])
         # The most is in use either in a micro-batch that finds all gradients and leaves them, or in the last.
-        measures = self.device.type == "cuda" or (self._steps == 2 and part >= count - 2)
+        measures = self.device.type == "cuda" or (self._steps == self.stage.settled and part >= count - 2)
         with self._measured(carry) if measures else nullcontext(carry) as own, self._autocast():
             self.state.train_step(own, seed, last=part + 1 == count)
 
     @contextmanager
     def _measured(self, carry: Carry) -> Iterator[Carry]:
         """Measures the training on a micro-batch inside; gives the one to train on, of which `carry` has the end."""
-        held = chain(*self.state.tensors().values(), self.stage.held)
+        held = chain(*self.state.tensors().values(), self.stage.held, self.stage.in_flight())
         own, earlier = carry, []
         with measured(held, self.device) as measurement:
             if self.device.type != "cuda":

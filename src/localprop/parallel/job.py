@@ -53,7 +53,7 @@ class Job:
         try:
             yield
         except RuntimeError as error:
-            raise Lost(f"{to} is gone ({_first_line(error)})") from error
+            raise Lost(f"{to} is gone ({_first_line(error)}); it was killed, or its machine is gone") from error
 
     def gather(self, value: Any) -> list[Any]:
         """The `value` of every process, by rank; any object that pickles."""
@@ -102,6 +102,23 @@ class Job:
         dist.destroy_process_group()
 
 
+def takes_gpu(device: str | None, local: int) -> bool:
+    """Whether a process has a GPU of its own; `device` as of `join`, `local` its number on this machine, from 0.
+
+    Raises:
+        ParallelError: it should, and there are not so many; or `device` is another.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise ParallelError(f"--device {device} is one device; with --parallel say cpu or cuda: each process takes one")
+    count = torch.cuda.device_count()
+    cuda = device == "cuda" or (device is None and count > 0)
+    if cuda and local >= count:
+        raise ParallelError(
+            f"process {local + 1} on this machine has no GPU, there are {count}; start fewer, or add --device cpu"
+        )
+    return cuda
+
+
 def join(device: str | None) -> Job:
     """Meets the other processes.
 
@@ -111,14 +128,8 @@ def join(device: str | None) -> Job:
     Raises:
         ParallelError: there are more processes on this machine than GPUs, or they do not find each other.
     """
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    cuda = device == "cuda" or (device is None and count > 0)
-    if cuda and local >= count:
-        raise ParallelError(
-            f"process {local + 1} on this machine has no GPU, there are {count}; start fewer, or add --device cpu"
-        )
-    if device not in (None, "cpu", "cuda"):
-        raise ParallelError(f"--device {device} is one device; with --parallel say cpu or cuda: each process takes one")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = takes_gpu(device, local)
     place = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(place)

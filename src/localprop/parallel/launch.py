@@ -33,9 +33,9 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
         the run, or 0.
 
     Raises:
-        ConfigError: a method, or a batch that the processes cannot share out.
-        ParallelError: so many processes cannot share the modules; or one was killed: the line says which, what it
-            trained and by what.
+        ConfigError: a method, a batch that the processes cannot share out, or a run folder that exists.
+        ParallelError: so many processes cannot share the modules, or have no GPU each; or one was killed: the line says
+            which, what it trained and by what.
     """
     # Before torch is imported, here and there: its warnings of sockets mean nothing to a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -45,6 +45,7 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _check(config, processes)
+    print(f"starting {processes} process{'es' * (processes > 1)}", flush=True)
     logging.disable(logging.CRITICAL)  # the agent tells at length what the processes have said already
     with tempfile.TemporaryDirectory() as folder:
         ranks = Path(folder, "ranks.json")
@@ -79,7 +80,11 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
 def _check(config: TrainConfig, processes: int) -> None:
     from localprop.layout import arrange
     from localprop.methods import check_method
+    from localprop.parallel.job import takes_gpu
 
+    takes_gpu(config.run.device, processes - 1)
+    if config.run.resume is None:
+        config.run.require_new_folder()
     local, optim = config.local, config.optim
     if local.budget is not None:  # which chooses the number of modules
         return
@@ -90,17 +95,28 @@ def _check(config: TrainConfig, processes: int) -> None:
     require_equal_parts(optim.batch_size, optim.micro_batches, layout.replicas)
 
 
-def describe_ranks(ranks: Sequence[str], folder: Path) -> None:
-    """Leaves word for `launch`, where that started this process: what each rank trains, and the run folder."""
+def describe_ranks(ranks: Sequence[str], folder: Path, checkpoints: Path) -> None:
+    """Leaves word for `launch`, where that started this process.
+
+    Args:
+        ranks: what each one trains.
+        folder: the run folder.
+        checkpoints: where in it checkpoints are written.
+    """
     if RANKS in os.environ:
-        Path(os.environ[RANKS]).write_text(json.dumps({"ranks": list(ranks), "folder": str(folder)}))
+        known = {"ranks": list(ranks), "folder": str(folder), "checkpoints": str(checkpoints)}
+        Path(os.environ[RANKS]).write_text(json.dumps(known))
 
 
 def _obituary(rank: int, number: int, ranks: Path) -> str:
+    from localprop.checkpoint import newest_checkpoint
+
     name = signal.Signals(number).name
     cause = f"{name} (by hand, or because memory ran out)" if number == signal.SIGKILL else name
     try:
         known = json.loads(ranks.read_text())
     except (OSError, ValueError):
         return f"rank {rank} was killed by {cause} before training began"
-    return f"rank {rank} ({known['ranks'][rank]}) was killed by {cause}; go on with --resume {known['folder']}"
+    checkpoint, _ = newest_checkpoint(Path(known["checkpoints"]), only=())
+    then = f"go on with --resume {known['folder']}" if checkpoint else "there is no checkpoint yet, start again"
+    return f"rank {rank} ({known['ranks'][rank]}) was killed by {cause}; {then}"

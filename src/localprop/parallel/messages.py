@@ -125,6 +125,10 @@ class Sender:
         self._form: Form | None = None
         self._pending: deque[tuple[list[Any], list[Tensor]]] = deque()
 
+    def in_flight(self) -> list[Tensor]:
+        """What has been sent and is not known to be taken."""
+        return [tensor for _, tensors in self._pending for tensor in tensors]
+
     def wait_for_room(self) -> None:
         """Returns when one more may be sent."""
         with self._job.talking(f"rank {self._rank}"):
@@ -153,6 +157,11 @@ class Receiver:
 
     def __init__(self, job: Job, rank: int) -> None:
         self._job, self._rank = job, rank
+        self._posted: deque[tuple[list[Any], list[Tensor]]] = deque()
+
+    def in_flight(self) -> list[Tensor]:
+        """What comes ahead."""
+        return [tensor for _, tensors in self._posted for tensor in tensors]
 
     def one(self) -> Carry:
         """The next batch, which comes with its form."""
@@ -164,11 +173,10 @@ class Receiver:
         if not count:
             return
         form = self._form()
-        posted: deque[tuple[list[Any], list[Tensor]]] = deque()
         for left in range(count, 0, -1):
-            while len(posted) < min(left, IN_FLIGHT + 1):
-                posted.append(self._post(form))
-            yield self._take(form, posted.popleft())
+            while len(self._posted) < min(left, IN_FLIGHT + 1):
+                self._posted.append(self._post(form))
+            yield self._take(form, self._posted.popleft())
 
     def _form(self) -> Form:
         received: list[Any] = [None]

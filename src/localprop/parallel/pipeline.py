@@ -12,7 +12,7 @@ from torch import Tensor
 from localprop.carry import Carry
 from localprop.checkpoint import publish, write_parts
 from localprop.data import Data
-from localprop.layout import Layout
+from localprop.layout import IN_FLIGHT, Layout
 from localprop.network import LocalNetwork
 from localprop.parallel.job import Job
 from localprop.parallel.messages import Receiver, Sender
@@ -30,7 +30,8 @@ class PipelineStage(Stage):
 
     The last one knows all losses, and reports. The first one decides when to stop: its word travels with the batches,
     so that every process stops behind the same one. Replicas are pipelines side by side, each for a part of every
-    batch; the first of them evaluates and writes checkpoints.
+    batch; the first of them evaluates and writes checkpoints. Memory is settled when as many batches are in flight as
+    may be.
 
     Args:
         job: the processes.
@@ -38,6 +39,8 @@ class PipelineStage(Stage):
         net: the network.
         trace: whether to record what is done when.
     """
+
+    settled = 2 + IN_FLIGHT
 
     def __init__(self, job: Job, layout: Layout, net: LocalNetwork, trace: bool = False) -> None:
         stage, self.replica = layout.place(job.rank)
@@ -79,6 +82,10 @@ class PipelineStage(Stage):
                 with self.doing("load"):
                     carry.images = next(loaded).images
             yield carry
+
+    def in_flight(self) -> list[Tensor]:
+        """See `Stage.in_flight`."""
+        return [tensor for end in (self._receiver, self._sender) if end for tensor in end.in_flight()]
 
     def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
         """See `Stage.doing`."""

@@ -54,7 +54,9 @@ def _memory(rows: Sequence[EpochRow]) -> str:
     return ", ".join(words) or "-"
 
 
-def next_steps(run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any]) -> str:
+def next_steps(
+    run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any], flags: Sequence[str] = ()
+) -> str:
     """What to do with a finished run, as lines to copy; print them unwrapped with `console.out`.
 
     Args:
@@ -62,6 +64,7 @@ def next_steps(run_folder: Path, weights: Path, model_name: str, model_kwargs: M
         weights: the backbone's weights, in safetensors.
         model_name: name of the timm model.
         model_kwargs: everything else that timm.create_model needs for the same network, such as num_classes.
+        flags: more, with which the next run should start.
     """
     arguments = [repr(model_name), *(f"{key}={value!r}" for key, value in model_kwargs.items())]
     call = f"model = timm.create_model({', '.join(arguments)})"
@@ -82,5 +85,5 @@ model.load_state_dict(load_file({str(weights)!r}))
 
 Train on your own images (PATH has train/ and test/, with a folder per class):
 
-localprop train --data folder:PATH --model {shlex.quote(model_name)}
+localprop train --data folder:PATH {shlex.join(["--model", model_name, *flags])}
 """
