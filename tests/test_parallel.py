@@ -204,6 +204,29 @@ def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, part
         assert torch.allclose(several[name], value, rtol=1e-5, atol=1e-7), name
     (a,), (b,) = (read_results(folder / "run" / "results.csv") for folder in runs.values())
     assert b.train_losses == pytest.approx(a.train_losses, rel=1e-5)
+    assert b.peak_memory == pytest.approx(b.predicted_memory, rel=0.01)
+
+
+AVERAGE = """
+import torch
+from localprop.parallel import join, replicas
+replicas._BUCKET = 40  # bytes: several buckets
+job = join("cpu")
+group = replicas.Replicas(job, [0, 1])
+kinds = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float32, torch.float32]
+every = [[torch.full((3, k + 1), float(10 * k + 2 * rank)).to(kinds[k]) for k in range(7)] for rank in range(2)]
+own = every[job.rank]
+own[4] = own[4].t().contiguous().t()
+group.average(own)
+for k, tensor in enumerate(own):
+    assert tensor.eq(10 * k + 1).all(), (k, tensor)
+job.wait_for_all()
+"""
+
+
+def test_tensors_of_any_type_are_averaged_in_buckets(forker, tmp_path):
+    ranks = forker.start(tmp_path / "log", 2, code=AVERAGE)
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
 
 
 def wait_for_step(output, step):

@@ -1,5 +1,6 @@
 """Processes that train the same modules, each on its part of every batch."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from localprop.parallel.job import Job
 
 _BUCKET = 25 << 20
-"""Bytes that travel at once: while some do, the next are put together."""
+"""Bytes that travel at once: while some do, the next are put together. So much is taken twice, beside gradients."""
 
 
 class Replicas:
@@ -32,17 +33,22 @@ class Replicas:
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by the mean over the replicas, in place."""
-        under_way = []
+        under_way: deque[tuple[dist.Work | None, Tensor, list[Tensor]]] = deque()
         with self._job.talking("a replica"):
             for bucket in _buckets(tensors):
+                if len(under_way) == 2:
+                    self._finish(*under_way.popleft())
                 flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
                 under_way.append((dist.all_reduce(flat, group=self._group, async_op=True), flat, bucket))
-            for work, flat, bucket in under_way:
-                assert work is not None  # this process is one of the group
-                work.wait()
-                parts = flat.div_(self._count).split([tensor.numel() for tensor in bucket])
-                for tensor, part in zip(bucket, parts, strict=True):
-                    tensor.copy_(part.view_as(tensor))
+            while under_way:
+                self._finish(*under_way.popleft())
+
+    def _finish(self, work: dist.Work | None, flat: Tensor, bucket: list[Tensor]) -> None:
+        assert work is not None  # this process is one of the group
+        work.wait()
+        parts = flat.div_(self._count).split([tensor.numel() for tensor in bucket])
+        for tensor, part in zip(bucket, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def highest(self, number: int) -> int:
         """The largest of the replicas' numbers."""
