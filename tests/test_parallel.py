@@ -17,11 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from localprop.cli import main
 from localprop.config import OptimConfig
 from localprop.errors import ParallelError
 from localprop.layout import IN_FLIGHT, arrange
+from localprop.parallel import Job
+from localprop.parallel.launch import leave_word
 from localprop.parallel.messages import TensorForm
 from localprop.report import read_losses, read_results
 from localprop.state import TrainingState
@@ -269,6 +272,48 @@ def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alo
     again = forker.train(tmp_path, 3, *settings, attempt=1)
     assert again.wait() == [0, 0, 0], again.log.read_text()
     assert_same_run(tmp_path, alone(3, *LONG))
+
+
+def test_a_job_started_again_leaves_other_runs_alone(forker, tmp_path):
+    """torchrun calls many jobs "none": what another of that name did is not to be gone on with."""
+    settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path)]
+    assert forker.train(tmp_path, 2, *settings).wait() == [0, 0]
+    (other,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    before = (other / "model.safetensors").read_bytes()
+    assert forker.train(tmp_path, 2, *settings, "--seed", "7", attempt=1).wait() == [0, 0]
+    assert (other / "model.safetensors").read_bytes() == before
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+
+
+def test_a_job_started_again_takes_the_empty_folder_that_was_left(forker, tmp_path):
+    (tmp_path / "run").mkdir()
+    settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path), "--experiment", "run"]
+    ranks = forker.train(tmp_path, 2, *settings)
+    assert sorted(ranks.wait()) == [1, 2]
+    assert "/run exists already" in ranks.log.read_text()
+    assert forker.train(tmp_path, 2, *settings, attempt=1).wait() == [0, 0]
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_memory_that_runs_out_among_messages_is_not_a_lost_process():
+    job = object.__new__(Job)
+    with pytest.raises(torch.OutOfMemoryError), job.talking():
+        raise torch.OutOfMemoryError("out of memory")
+    with pytest.raises(ParallelError, match="rank 3 is gone"), job.talking("rank 3"):
+        raise RuntimeError("connection closed")
+
+
+def test_processes_that_lose_each_other_and_are_not_killed_end_with_a_line(monkeypatch, capsys):
+    def lose(*_):
+        def processes(*_):
+            assert leave_word("rank 1 ends: rank 0 is gone")
+            raise ChildFailedError("a job", {rank: ProcessFailure(rank, rank, 1, "") for rank in range(2)})
+
+        return processes
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lose)
+    assert main(["train", "--modules", "2", "--parallel", "modules", "--nproc", "2"]) == 2
+    assert capsys.readouterr().err == "localprop: rank 1 ends: rank 0 is gone\n"
 
 
 def test_a_loss_that_is_not_finite_ends_all_with_one_line(forker, tmp_path):

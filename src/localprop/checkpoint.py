@@ -190,6 +190,11 @@ def newest_checkpoint(
     return None, passed_over
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is any checkpoint in `folder`, valid or not: without reading them."""
+    return bool(_newest_first(folder))
+
+
 def save_weights(path: Path, state_dict: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Saves a plain state dict that timm reads, as one safetensors file, whole or not at all.
 

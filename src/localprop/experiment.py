@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from localprop.compiling import compile_network, require_compiler
 from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig
 from localprop.data import Data, load_data
-from localprop.errors import CheckpointError, ConfigError, suggestion
+from localprop.errors import CheckpointError, ConfigError, LocalpropError, suggestion
 from localprop.files import write_text
 from localprop.flat import from_flat, to_flat
 from localprop.localize import localize
@@ -197,10 +197,7 @@ def create_run_folder(config: TrainConfig) -> Path:
 
 def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, job: str | None = None) -> None:
     """Writes config.yaml, everything needed to run it again, and run.json, what came of it; `job` names torchrun's."""
-    settings = to_flat(experiment.config)
-    for name in ("resume", "parallel", "nproc", "trace"):  # where it runs, not what it is: it may go on otherwise
-        del settings[name]
-    write_text(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+    write_text(folder / CONFIG, _settings(experiment.config))
     data = experiment.data
     description = {
         "model": experiment.config.backbone.model,
@@ -225,6 +222,30 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
     if job:
         description["job"] = job
     write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
+
+
+def _settings(config: TrainConfig) -> str:
+    settings = to_flat(config)
+    for name in ("resume", "parallel", "nproc", "trace"):  # where it runs, not what it is: it may go on otherwise
+        del settings[name]
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def left_by(job: str, config: TrainConfig) -> Path | None:
+    """The run folder that an earlier attempt of a job began; None if there is none.
+
+    Names of jobs are torchrun's, and often no more than "none": a run is that job's if its settings are the same, too.
+    A folder that has been named, and is empty, is removed: the attempt got no further.
+    """
+    try:
+        named = config.run.experiment
+        folder = config.run.output / named if named else newest_run(config.run.output)
+        if named and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        same = read_description(folder).get("job") == job and (folder / CONFIG).read_text() == _settings(config)
+        return folder if same else None
+    except (LocalpropError, OSError):
+        return None
 
 
 def note_resumption(folder: Path) -> None:

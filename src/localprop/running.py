@@ -9,22 +9,21 @@ from pathlib import Path
 from rich.console import Console
 
 from localprop import advice
-from localprop.checkpoint import newest_checkpoint
+from localprop.checkpoint import has_checkpoint
 from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
 from localprop.experiment import (
     Experiment,
     create_run_folder,
-    newest_run,
+    left_by,
     note_resumption,
     prepare,
-    read_description,
     write_description,
 )
 from localprop.layout import Layout, arrange
 from localprop.network import LocalNetwork
 from localprop.parallel import Job, Lost, PipelineStage, in_job, join
-from localprop.parallel.launch import RANKS, describe_ranks
+from localprop.parallel.launch import describe_ranks, leave_word
 from localprop.pipelines import in_flight
 from localprop.report import Progress, final_table, format_bytes, next_steps
 from localprop.simulation import simulate_step
@@ -111,13 +110,11 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
             experiment.data.release()
         hooks = (stage.average, stage.doing)
         state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules, *hooks)
-        folder = resumed or _restarted(config, job)
-        fresh = folder is None
-        folder = job.gather(create_run_folder(config) if fresh and reports else folder)[layout.reporter]
+        folder, fresh, goes_on = job.gather(_folder(config, resumed, job) if reports else None)[layout.reporter]
         trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted, stage)
         if reports:
             write_description(folder, experiment, net, job.name) if fresh else note_resumption(folder)
-        if resumed or (not fresh and _resumable(folder)):
+        if goes_on:
             notes += trainer.resume()
         if job.rank == 0:
             describe_ranks(names, folder, folder / CHECKPOINTS)
@@ -131,7 +128,7 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         job.wait_for_all()
         return stop.exit_code
     except MemoryError as error:
-        expected = f"{format_bytes(predicted)} predicted; " if predicted else ""
+        expected = f"at most {format_bytes(predicted)} predicted; " if predicted else ""
         raise OutOfMemory(
             f"rank {job.rank} ({names[job.rank]}): out of memory on {job.device} ({expected}{error}); take more "
             "modules and processes, or more --micro-batches"
@@ -140,14 +137,11 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         raise ParallelError(f"rank {job.rank}: {error}") from error
     except LocalpropError as error:
         if isinstance(error, Lost):
-            raise Lost(f"{error}; go on with --resume {folder}" if _resumable(folder) else str(error)) from error
+            saved = folder is not None and has_checkpoint(folder / CHECKPOINTS)
+            raise Lost(f"{error}; go on with --resume {folder}" if saved else str(error)) from error
         raise ParallelError(f"rank {job.rank} ({names[job.rank]}): {error}") from error
     job.leave()
     return 0
-
-
-def _resumable(folder: Path | None) -> bool:
-    return folder is not None and newest_checkpoint(folder / CHECKPOINTS, only=())[0] is not None
 
 
 def _say(line: str | None) -> None:
@@ -158,12 +152,14 @@ def _say(line: str | None) -> None:
 def _tell(error: LocalpropError, job: Job) -> int:
     """Says why this process fails, if it is the first that does; gives its exit code.
 
-    The others only see that it is gone. One that was killed says nothing: then the first that misses it does, unless
-    there is a `launch` that knows more.
+    The others only see that it is gone. One that was killed says nothing: then the first that misses it does, or leaves
+    that to a `launch`, which may know more.
     """
     lost = isinstance(error, Lost)
-    if not (lost and RANKS in os.environ) and job.first_to_fail():
-        print(f"localprop: {f'rank {job.rank} ends: {error}' if lost else error}", file=sys.stderr)
+    if job.first_to_fail():
+        line = f"rank {job.rank} ends: {error}" if lost else str(error)
+        if not (lost and leave_word(line)):
+            print(f"localprop: {line}", file=sys.stderr)
     return 1 if lost else 2
 
 
@@ -214,16 +210,12 @@ def _predict(experiment: Experiment, net: LocalNetwork, layout: Layout, job: Job
     ]
 
 
-def _restarted(config: TrainConfig, job: Job) -> Path | None:
-    """The run folder that an earlier attempt of this job left, when torchrun has started it again."""
-    if not job.attempt:
-        return None
-    try:
-        named = config.run.experiment
-        folder = config.run.output / named if named else newest_run(config.run.output)
-        return folder if read_description(folder).get("job") == job.name else None
-    except LocalpropError:
-        return None
+def _folder(config: TrainConfig, resumed: Path | None, job: Job) -> tuple[Path, bool, bool]:
+    """The run folder, whether it is a new one, and whether to go on from a checkpoint."""
+    folder = resumed or (left_by(job.name, config) if job.attempt else None)
+    if folder is None:
+        return create_run_folder(config), True, False
+    return folder, False, resumed is not None or has_checkpoint(folder / CHECKPOINTS)
 
 
 def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
@@ -246,9 +238,7 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
         rows = trainer.run(progress)
     if trainer.stage.reports:
         console.print(final_table(rows, [_span(net, range(k, k + 1)) for k in range(count)], evaluated_on))
-        where = config.run
-        flags = ["--parallel", str(where.parallel), "--nproc", str(where.nproc)] if where.nproc else []
-        steps = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs, flags)
+        steps = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
         console.out(steps, highlight=False)
 
 

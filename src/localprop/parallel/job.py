@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from localprop.errors import ParallelError
+from localprop.memory import is_out_of_memory
 
 # Of a process that hangs without being gone; a slow epoch between two messages must fit in.
 _PATIENCE = timedelta(hours=2)
@@ -53,6 +54,8 @@ class Job:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise Lost(f"{to} is gone ({_first_line(error)}); it was killed, or its machine is gone") from error
 
     def gather(self, value: Any) -> list[Any]:

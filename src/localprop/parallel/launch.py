@@ -35,7 +35,7 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
     Raises:
         ConfigError: a method, a batch that the processes cannot share out, or a run folder that exists.
         ParallelError: so many processes cannot share the modules, or have no GPU each; or one was killed: the line says
-            which, what it trained and by what.
+            which, what it trained and by what; or they have lost each other.
     """
     # Before torch is imported, here and there: its warnings of sockets mean nothing to a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -70,6 +70,8 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
             killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
             if killed and max(codes.values()) < 2:
                 raise ParallelError(_obituary(killed[0], -codes[killed[0]], ranks)) from None
+            if _last_word(ranks).exists():
+                raise ParallelError(_last_word(ranks).read_text()) from None
             return max([code for code in codes.values() if code > 0], default=128 + signal.SIGTERM)
         finally:
             logging.disable(logging.NOTSET)
@@ -108,8 +110,19 @@ def describe_ranks(ranks: Sequence[str], folder: Path, checkpoints: Path) -> Non
         Path(os.environ[RANKS]).write_text(json.dumps(known))
 
 
+def leave_word(line: str) -> bool:
+    """Leaves it to `launch`, where that started this process, to say why the job has failed; whether it did."""
+    if RANKS in os.environ:
+        _last_word(Path(os.environ[RANKS])).write_text(line)
+    return RANKS in os.environ
+
+
+def _last_word(ranks: Path) -> Path:
+    return ranks.with_name("last word")
+
+
 def _obituary(rank: int, number: int, ranks: Path) -> str:
-    from localprop.checkpoint import newest_checkpoint
+    from localprop.checkpoint import has_checkpoint
 
     name = signal.Signals(number).name
     cause = f"{name} (by hand, or because memory ran out)" if number == signal.SIGKILL else name
@@ -117,6 +130,6 @@ def _obituary(rank: int, number: int, ranks: Path) -> str:
         known = json.loads(ranks.read_text())
     except (OSError, ValueError):
         return f"rank {rank} was killed by {cause} before training began"
-    checkpoint, _ = newest_checkpoint(Path(known["checkpoints"]), only=())
-    then = f"go on with --resume {known['folder']}" if checkpoint else "there is no checkpoint yet, start again"
+    folder, goes_on = known["folder"], has_checkpoint(Path(known["checkpoints"]))
+    then = f"go on with --resume {folder}" if goes_on else f"there is no checkpoint yet: remove {folder}, start again"
     return f"rank {rank} ({known['ranks'][rank]}) was killed by {cause}; {then}"

@@ -54,9 +54,7 @@ def _memory(rows: Sequence[EpochRow]) -> str:
     return ", ".join(words) or "-"
 
 
-def next_steps(
-    run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any], flags: Sequence[str] = ()
-) -> str:
+def next_steps(run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any]) -> str:
     """What to do with a finished run, as lines to copy; print them unwrapped with `console.out`.
 
     Args:
@@ -64,7 +62,6 @@ def next_steps(
         weights: the backbone's weights, in safetensors.
         model_name: name of the timm model.
         model_kwargs: everything else that timm.create_model needs for the same network, such as num_classes.
-        flags: more, with which the next run should start.
     """
     arguments = [repr(model_name), *(f"{key}={value!r}" for key, value in model_kwargs.items())]
     call = f"model = timm.create_model({', '.join(arguments)})"
@@ -85,5 +82,5 @@ model.load_state_dict(load_file({str(weights)!r}))
 
 Train on your own images (PATH has train/ and test/, with a folder per class):
 
-localprop train --data folder:PATH {shlex.join(["--model", model_name, *flags])}
+localprop train --data folder:PATH --model {shlex.quote(model_name)}
 """
