@@ -212,17 +212,18 @@ def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, part
 
 AVERAGE = """
 import torch
-from localprop.parallel import join, replicas
-replicas._BUCKET = 40  # bytes: several buckets
+from localprop import averaging
+from localprop.parallel import join
+from localprop.parallel.replicas import Replicas
+averaging.BUCKET = 40  # bytes: several buckets, and some tensors alone
 job = join("cpu")
-group = replicas.Replicas(job, [0, 1])
 kinds = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float32, torch.float32]
-every = [[torch.full((3, k + 1), float(10 * k + 2 * rank)).to(kinds[k]) for k in range(7)] for rank in range(2)]
-own = every[job.rank]
-own[4] = own[4].t().contiguous().t()
-group.average(own)
-for k, tensor in enumerate(own):
-    assert tensor.eq(10 * k + 1).all(), (k, tensor)
+means = [torch.arange(3.0 * (k % 4 + 1)).view(3, -1).add(k).to(kinds[k]) for k in range(7)]
+own = [mean + (1 if job.rank else -1) for mean in means]
+own[5], own[6] = own[5].t().contiguous().t(), own[6].t().contiguous().t()
+Replicas(job, [0, 1]).average(own)
+for k, (tensor, mean) in enumerate(zip(own, means)):
+    assert tensor.equal(mean), (k, tensor)
 job.wait_for_all()
 """
 

@@ -89,7 +89,7 @@ def test_processes_hold_the_batches_in_flight():
 
 
 def test_replicas_share_the_batch_and_reduce_gradients():
-    net = split("mlp", 2, "greedy")
+    net = split("swin", 2, "greedy")
     trace = simulate_step(net, OptimConfig(), BATCH, SIZE)
     one, two = (share_out(net, trace, OptimConfig(), BATCH, SIZE, "cpu", n, Link()) for n in (2, 4))
     assert (one.replicas, two.replicas) == (1, 2)

@@ -79,7 +79,9 @@ def share_out(
     parts = optim.micro_batches
     require_equal_parts(batch_size, parts, layout.replicas)
     part = batch_size // layout.replicas
-    traces = [simulate_step(net, optim, part, input_size, device, modules) for modules in layout.stages]
+    traces = [
+        simulate_step(net, optim, part, input_size, device, modules, layout.replicas) for modules in layout.stages
+    ]
     entries = [own.entry for own in traces[1:]]
     stages = [
         StageTime(own.seconds, output=parts * size, gradients=_trained(net, modules))

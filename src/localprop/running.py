@@ -194,7 +194,7 @@ def _predict(experiment: Experiment, net: LocalNetwork, layout: Layout, job: Job
     step = (optim, optim.batch_size // layout.replicas, experiment.input_size, experiment.device.type)
     own: tuple[int, int] | str
     try:
-        trace = simulate_step(net, *step, layout.stages[stage])
+        trace = simulate_step(net, *step, layout.stages[stage], layout.replicas)
         own = trace.peak, trace.entry
     except PlanError as error:
         own = str(error)

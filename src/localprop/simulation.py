@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from localprop.attention import kernels_of
+from localprop.averaging import average
 from localprop.carry import Carry
 from localprop.config import OptimConfig
 from localprop.errors import LocalpropError, PlanError
@@ -71,16 +73,18 @@ def simulate_step(
     input_size: tuple[int, int, int],
     device: str = "cpu",
     modules: range | None = None,
+    replicas: int = 1,
 ) -> StepTrace:
     """Runs a training step of a copy of `net` on fake tensors.
 
     Args:
         net: the network; it is not changed, and may be on any device.
         config: optimizer, precision, moving average.
-        batch_size: images per step.
+        batch_size: images per step, of this replica.
         input_size: (channels, height, width) of an image.
         device: "cpu" or "cuda": whose kernels and speed to assume.
         modules: those that the process trains, which holds no others; default: all.
+        replicas: processes that average the gradients of these modules.
 
     Raises:
         PlanError: the network's code does something that cannot be done without values.
@@ -88,6 +92,8 @@ def simulate_step(
     marks: list[_Mark] = []
     parts = config.micro_batches
     with fake_training(net, config, batch_size // parts, input_size, device, modules) as (state, tracker, arrive):
+        if replicas > 1:
+            state.average = partial(average, count=replicas, start=lambda flat: lambda: None)
         if parts > 2:  # the middle ones find gradients of the first, and leave them to the last
             tracker.label(_gradients(state), "gradients")
         with _watched(state, tracker, marks):

@@ -1,17 +1,14 @@
 """Processes that train the same modules, each on its part of every batch."""
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from localprop.averaging import average
 from localprop.parallel.job import Job
-
-_BUCKET = 25 << 20
-"""Bytes that travel at once: while some do, the next are put together. So much is taken twice, beside gradients."""
 
 
 class Replicas:
@@ -33,22 +30,13 @@ class Replicas:
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replaces each tensor by the mean over the replicas, in place."""
-        under_way: deque[tuple[dist.Work | None, Tensor, list[Tensor]]] = deque()
         with self._job.talking("a replica"):
-            for bucket in _buckets(tensors):
-                if len(under_way) == 2:
-                    self._finish(*under_way.popleft())
-                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-                under_way.append((dist.all_reduce(flat, group=self._group, async_op=True), flat, bucket))
-            while under_way:
-                self._finish(*under_way.popleft())
+            average(tensors, self._count, self._start)
 
-    def _finish(self, work: dist.Work | None, flat: Tensor, bucket: list[Tensor]) -> None:
+    def _start(self, flat: Tensor) -> Callable[[], Any]:
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
         assert work is not None  # this process is one of the group
-        work.wait()
-        parts = flat.div_(self._count).split([tensor.numel() for tensor in bucket])
-        for tensor, part in zip(bucket, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        return work.wait
 
     def highest(self, number: int) -> int:
         """The largest of the replicas' numbers."""
@@ -62,15 +50,3 @@ class Replicas:
         own = [tensor.chunk(self._count)[self.index].clone() for tensor in batch]
         batch.clear()
         return own
-
-
-def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    for _, alike in groupby(sorted(tensors, key=lambda t: str(t.dtype)), key=lambda t: t.dtype):
-        bucket: list[Tensor] = []
-        for tensor in alike:
-            bucket.append(tensor)
-            if sum(own.nbytes for own in bucket) >= _BUCKET:
-                yield bucket
-                bucket = []
-        if bucket:
-            yield bucket
