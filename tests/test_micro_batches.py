@@ -1,5 +1,6 @@
 """Batches that are divided: the same step, less memory, and predicted as it is."""
 
+import gc
 import json
 import weakref
 from itertools import chain
@@ -122,6 +123,19 @@ def test_the_trainer_measures_what_is_predicted(tmp_path):
         assert row.step == 5
         peaks[parts] = row.peak_memory
     assert peaks[4] < peaks[2] < peaks[1]
+
+
+def test_one_batch_is_there_at_a_time(tmp_path, monkeypatch):
+    step, alive = TrainingState.train_step, []
+
+    def train_step(*args, **kwargs):
+        alive.append(sum(type(thing) is Carry for thing in gc.get_objects()))
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(TrainingState, "train_step", train_step)
+    assert main(["train", *TINY, "--micro-batches", "4", "--output", str(tmp_path), "--experiment", "run"]) == 0
+    assert len(alive) == 2 + 5 * 4  # those of the prediction come first
+    assert alive[2 + 2 * 4 :] == [1] * 12  # behind the two that are measured, with a copy
 
 
 def test_the_trainer_counts_gradients_that_wait(tmp_path):

@@ -26,7 +26,7 @@ from localprop.layout import IN_FLIGHT, arrange
 from localprop.parallel import Job
 from localprop.parallel.launch import leave_word
 from localprop.parallel.messages import TensorForm
-from localprop.report import read_losses, read_results
+from localprop.report import format_bytes, read_losses, read_results
 from localprop.state import TrainingState
 from tiny import split
 
@@ -208,6 +208,40 @@ def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, part
     (a,), (b,) = (read_results(folder / "run" / "results.csv") for folder in runs.values())
     assert b.train_losses == pytest.approx(a.train_losses, rel=1e-5)
     assert b.peak_memory == pytest.approx(b.predicted_memory, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", ["128", "256"])  # images at a time: 11 and 5 steps an epoch
+def test_what_is_on_its_way_is_measured_where_most_memory_is_in_a_process_that_receives(forker, tmp_path, steps):
+    settings = flags(tmp_path, 3, "--epochs", "1", "--batch-size", steps, "--method", "greedy", "--cuts", "patch_embed")
+    ranks = forker.train(tmp_path, 2, *settings)
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    (row,) = read_results(tmp_path / "run" / "results.csv")
+    assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.005)
+    assert "rank 1 (predicted)" in (tmp_path / "log.out").read_text()
+
+
+def test_what_averaging_takes_is_predicted(forker, tmp_path):
+    wide = ["--model", "test_vit", "--model-kwargs", "depth=1", "patch_size=8", "embed_dim=384", "num_heads=4"]
+    settings = [*wide, "--modules", "1", "--method", "end-to-end", "--opt", "sgd", "--batch-size", "64", "--device"]
+    settings += ["cpu", "--epochs", "1", "--output", str(tmp_path), "--experiment", "run"]
+    ranks = forker.train(tmp_path, 2, *settings, kind="data")
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    (row,) = read_results(tmp_path / "run" / "results.csv")
+    assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.005)
+    weights = sum(tensor.nbytes for tensor in load_file(tmp_path / "run" / "model.safetensors").values())
+    assert row.peak_memory > 3.9 * weights  # with momenta, gradients and their copy
+
+
+def test_a_run_that_goes_on_elsewhere_forgets_what_was_measured(forker, tmp_path):
+    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, *LONG))
+    wait_for_step(tmp_path, 10)
+    ranks.kill(0, signal.SIGTERM)
+    assert ranks.wait() == [143, 143]
+    assert forker.train(tmp_path, 1, "--resume", str(tmp_path / "run")).wait() == [0]
+    first, *_, last = read_results(tmp_path / "run" / "results.csv")
+    assert last.peak_memory == pytest.approx(last.predicted_memory, rel=0.01)
+    assert last.peak_memory < 0.98 * first.peak_memory
+    assert f"peak memory    {format_bytes(last.peak_memory)} measured" in (tmp_path / "log.out").read_text()
 
 
 AVERAGE = """

@@ -24,14 +24,15 @@ class Stage:
 
     Attributes:
         held: the batch whose micro-batches are being trained on, where there are several.
-        settled: the first step that takes the same memory as all later ones: by then optimizers have their state.
+        name: of the layout, for messages.
         replica: which of several processes this is that train the same modules, each on a part of every batch.
+        replicas: how many they are.
         reports: whether this is the process that knows all losses, and so writes results and shows progress.
     """
 
-    replica = 0
+    name = "1 process"
+    replica, replicas = 0, 1
     reports = True
-    settled = 2
 
     def __init__(self, modules: range) -> None:
         self.modules = modules
@@ -66,6 +67,11 @@ class Stage:
         """What has been received ahead, or been sent and is not known to be taken."""
         return []
 
+    @property
+    def full(self) -> bool:
+        """Whether as much is in flight as may be."""
+        return True
+
     def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
         """Records what is done inside, one of `timeline.KINDS`, where this process is to."""
         return nullcontext()
@@ -73,8 +79,10 @@ class Stage:
     def average(self, gradients: list[Tensor]) -> None:
         """Replaces a module's gradients by their mean over the replicas, in place."""
 
-    def stopping(self, carry: Carry, signal: int) -> int:
-        """The number of the signal after which every process stops behind this batch; 0 to go on."""
+    def stopping(self, stop: int, signal: int) -> int:
+        """The number of the signal after which every process stops behind this batch, whose `Carry.stop` is given; 0 to
+        go on.
+        """
         return signal
 
     def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:

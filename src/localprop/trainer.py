@@ -56,6 +56,8 @@ class Position:
     """Sum of each module's losses over those batches."""
     peak: int | None = None
     """Measured peak memory of a step in bytes."""
+    layout: str = ""
+    """Of the processes that measured it."""
 
 
 class Trainer:
@@ -72,8 +74,9 @@ class Trainer:
         stage: which modules are trained in this process, and how it goes on with the others; default: all.
 
     Attributes:
-        peak: measured peak memory of a step in bytes. On CUDA that is of all steps so far; else of one, when as much is
-            in use as in all later ones (`Stage.settled`). None before. A resumed run knows what was measured before.
+        peak: measured peak memory of a step in bytes. On CUDA that is of all steps so far; else of the second, when
+            optimizers have their state, and of the first in which as much is in flight between processes as may be.
+            None before. A run that is resumed in the same layout knows what was measured before.
     """
 
     def __init__(
@@ -91,11 +94,12 @@ class Trainer:
         self.predicted = predicted
         self.peak: int | None = None
         self._steps = 0  # since the start of this process
+        self._settled = False  # whether the most has been measured
         self.net = state.net
         self.stage = stage or Stage(state.modules)
         self.title = title
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
-        self.position = Position(loss_sums=[0.0] * len(self.net.local_modules))
+        self.position = Position(loss_sums=[0.0] * len(self.net.local_modules), layout=self.stage.name)
         self.rows: list[EpochRow] = []
         self.curve = LossCurve(self.steps_per_epoch * config.optim.epochs, len(self.net.local_modules))
         self._signal = 0
@@ -118,6 +122,8 @@ class Trainer:
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
         self.state.load(checkpoint.parts, checkpoint.step)
         self.position = Position(**checkpoint.meta["position"])
+        if self.position.layout != self.stage.name:
+            self.position.layout, self.position.peak = self.stage.name, None
         self.peak = self.position.peak
         self.curve.load(checkpoint.meta.get("curve", {}))
         results = self.folder / RESULTS
@@ -131,9 +137,10 @@ class Trainer:
 
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint of the step under way has been saved.
+            MemoryError: there is not enough.
             NonFiniteLossError, DataError, CheckpointError: see there. Checkpoints written before stay.
         """
-        with self._signals():
+        with self._signals(), _out_of_memory_told():
             if self.position.epoch and self.position.batch == 0:
                 if not self.rows or self.rows[-1].epoch < self.position.epoch:
                     self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
@@ -158,7 +165,7 @@ class Trainer:
         averaged = self.state.ema.module.eval() if self.state.ema else None
         tally = Tally()
         self.net.eval()
-        at_once = self.config.optim.batch_size // self.config.optim.micro_batches
+        at_once = self.config.optim.batch_size // self.config.optim.micro_batches // self.stage.replicas
         batches = self.stage.test_batches(self.data, at_once, self.device, 1 if averaged is None else 2)
         # Compiled code would be compiled again for evaluation, and once more for its last, smaller batch.
         with torch.compiler.set_stance("force_eager") if self.config.run.compile else nullcontext(), torch.no_grad():
@@ -170,7 +177,7 @@ class Trainer:
                     final = carries[-1]
                     hits = [*carries[0].hits[:-1], count_hits(final.features, final.labels)]
                     tally.add(hits, final.features, final.labels)
-                self._stop_if_asked(carries[-1])
+                self._stop_if_asked(carries[-1].stop)
         self.net.train()
         return tally.scores() if self.stage.reports else None
 
@@ -192,15 +199,15 @@ class Trainer:
         self.net.train()
         self._start_clock()
         batches = self.stage.train_batches(self.data, position.epoch, *sizes, self.device, position.batch)
-        for first in batches:
-            losses, carry = self._step(chain([first], islice(batches, optim.micro_batches - 1)))
+        for _ in range(position.batch, self.steps_per_epoch):
+            losses, stop = self._step(islice(batches, optim.micro_batches))
             position.batch += 1
             self._note_skipped(progress)
             if self.stage.reports:
                 self._record(losses.tolist(), progress)
             if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
                 self._save()
-            self._stop_if_asked(carry)
+            self._stop_if_asked(stop)
 
     def _record(self, losses: list[float], progress: Progress) -> None:
         """Takes down the losses of a step that has been done."""
@@ -210,30 +217,22 @@ class Trainer:
             self.curve.write(self.folder / LOSSES)
         progress.step(position.epoch + 1, position.batch, losses, self.peak or self.predicted or 0)
 
-    def _step(self, parts: Iterator[Carry]) -> tuple[Tensor, Carry]:
-        """One training step; measured where that costs nothing, and once where it does.
+    def _step(self, parts: Iterator[Carry]) -> tuple[Tensor, int]:
+        """One training step.
 
         Args:
             parts: its micro-batches, as they come.
 
         Returns:
-            (K,) mean losses, of the modules that are known here, and the last micro-batch.
-
-        Raises:
-            MemoryError: there is not enough.
+            (K,) mean losses, of the modules that are known here, and the last micro-batch's `Carry.stop`.
         """
         self._steps += 1
         losses = []
-        try:
-            for part, carry in enumerate(parts):
-                self._train(carry, part)
-                self.stage.send(carry, self._signal)
-                losses.append(torch.stack([loss.float() for loss in carry.losses]))
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise MemoryError(str(error).strip().splitlines()[0]) from error
-            raise
-        return torch.stack(losses).mean(0), carry
+        for part, carry in enumerate(parts):
+            self._train(carry, part)
+            self.stage.send(carry, self._signal)
+            losses.append(torch.stack([loss.float() for loss in carry.losses]))
+        return torch.stack(losses).mean(0), carry.stop
 
     def _train(self, carry: Carry, part: int) -> None:
         """Trains on a micro-batch."""
@@ -241,10 +240,18 @@ class Trainer:
         # Replicas drop other things than each other, and so do micro-batches; the first as if there were no others.
         place = (self.state.step, self.stage.replica, part)
         seed = derive_seed(self.config.run.seed, "step", *place[: 3 if part else 2 if self.stage.replica else 1])
-        # The most is in use either in a micro-batch that finds all gradients and leaves them, or in the last.
-        measures = self.device.type == "cuda" or (self._steps == self.stage.settled and part >= count - 2)
-        with self._measured(carry) if measures else nullcontext(carry) as own, self._autocast():
+        with self._measured(carry) if self._measures(part) else nullcontext(carry) as own, self._autocast():
             self.state.train_step(own, seed, last=part + 1 == count)
+
+    def _measures(self, part: int) -> bool:
+        """Whether memory is measured in a micro-batch: where that costs nothing always, else as seldom as will do."""
+        if self.device.type == "cuda":
+            return True
+        # The most is in use either in a micro-batch that finds all gradients and leaves them, or in the last.
+        if self._settled or self._steps < 2 or part < self.config.optim.micro_batches - 2:
+            return False
+        self._settled = self.stage.full and part + 1 == self.config.optim.micro_batches
+        return self.stage.full or self._steps == 2
 
     @contextmanager
     def _measured(self, carry: Carry) -> Iterator[Carry]:
@@ -332,8 +339,8 @@ class Trainer:
             progress.note(f"skipped an unreadable training image: {path}")
         self._skipped_noted = len(self.data.skipped)
 
-    def _stop_if_asked(self, carry: Carry) -> None:
-        if number := self.stage.stopping(carry, self._signal):
+    def _stop_if_asked(self, stop: int) -> None:
+        if number := self.stage.stopping(stop, self._signal):
             raise Interrupted(number, self._save())
 
     @contextmanager
@@ -352,3 +359,14 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _out_of_memory_told() -> Iterator[None]:
+    """Turns what allocators raise into a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(str(error).strip().splitlines()[0]) from error
+        raise

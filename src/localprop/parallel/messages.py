@@ -123,11 +123,17 @@ class Sender:
     def __init__(self, job: Job, rank: int) -> None:
         self._job, self._rank = job, rank
         self._form: Form | None = None
+        self._alike = 0  # batches of this form
         self._pending: deque[tuple[list[Any], list[Tensor]]] = deque()
 
     def in_flight(self) -> list[Tensor]:
         """What has been sent and is not known to be taken."""
         return [tensor for _, tensors in self._pending for tensor in tensors]
+
+    @property
+    def full(self) -> bool:
+        """Whether that is as much as may be, all of the present form."""
+        return self._alike >= IN_FLIGHT
 
     def wait_for_room(self) -> None:
         """Returns when one more may be sent."""
@@ -147,7 +153,7 @@ class Sender:
                 dist.send_object_list([form], self._rank, device=torch.device("cpu"))
             elif form != self._form:
                 raise AssertionError("batches of an epoch differ in form")
-            self._form = form
+            self._form, self._alike = form, 1 if announced else self._alike + 1
             # Kept until they are taken: nobody else may hold them.
             self._pending.append(([dist.isend(tensor, self._rank) for tensor in tensors], tensors))
 
@@ -162,6 +168,11 @@ class Receiver:
     def in_flight(self) -> list[Tensor]:
         """What comes ahead."""
         return [tensor for _, tensors in self._posted for tensor in tensors]
+
+    @property
+    def full(self) -> bool:
+        """Whether that is as much as may be."""
+        return len(self._posted) == IN_FLIGHT
 
     def one(self) -> Carry:
         """The next batch, which comes with its form."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from localprop.carry import Carry
 from localprop.checkpoint import publish, write_parts
 from localprop.data import Data
-from localprop.layout import IN_FLIGHT, Layout
+from localprop.layout import Layout
 from localprop.network import LocalNetwork
 from localprop.parallel.job import Job
 from localprop.parallel.messages import Receiver, Sender
@@ -30,8 +30,7 @@ class PipelineStage(Stage):
 
     The last one knows all losses, and reports. The first one decides when to stop: its word travels with the batches,
     so that every process stops behind the same one. Replicas are pipelines side by side, each for a part of every
-    batch; the first of them evaluates and writes checkpoints. Memory is settled when as many batches are in flight as
-    may be.
+    batch; the first of them evaluates and writes checkpoints.
 
     Args:
         job: the processes.
@@ -40,12 +39,11 @@ class PipelineStage(Stage):
         trace: whether to record what is done when.
     """
 
-    settled = 2 + IN_FLIGHT
-
     def __init__(self, job: Job, layout: Layout, net: LocalNetwork, trace: bool = False) -> None:
         stage, self.replica = layout.place(job.rank)
         super().__init__(layout.stages[stage])
         self._job, self._layout = job, layout
+        self.name, self.replicas = str(layout), layout.replicas
         self._recorder = recorder_for(job) if trace else None
         self.reports = job.rank == layout.reporter
         self._last = stage == len(layout.stages) - 1
@@ -86,6 +84,11 @@ class PipelineStage(Stage):
     def in_flight(self) -> list[Tensor]:
         """See `Stage.in_flight`."""
         return [tensor for end in (self._receiver, self._sender) if end for tensor in end.in_flight()]
+
+    @property
+    def full(self) -> bool:
+        """See `Stage.full`."""
+        return all(end.full for end in (self._receiver, self._sender) if end)
 
     def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
         """See `Stage.doing`."""
@@ -151,9 +154,9 @@ class PipelineStage(Stage):
             with self.doing("replicas"):
                 self._replicas.average(gradients)
 
-    def stopping(self, carry: Carry, signal: int) -> int:
+    def stopping(self, stop: int, signal: int) -> int:
         """See `Stage.stopping`."""
-        return carry.stop
+        return stop
 
     def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
         """See `Stage.save`. All processes come here behind the same step, with nothing in flight."""

@@ -47,9 +47,8 @@ def final_table(rows: Sequence[EpochRow], module_names: Sequence[str], evaluated
 
 
 def _memory(rows: Sequence[EpochRow]) -> str:
-    measured = [row.peak_memory for row in rows if row.peak_memory]
-    predicted = rows[-1].predicted_memory
-    words = [f"{format_bytes(max(measured))} measured"] if measured else []
+    measured, predicted = rows[-1].peak_memory, rows[-1].predicted_memory  # of all epochs in the last one's layout
+    words = [f"{format_bytes(measured)} measured"] if measured else []
     words += [f"{format_bytes(predicted)} predicted"] if predicted else []
     return ", ".join(words) or "-"
 
