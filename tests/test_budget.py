@@ -14,7 +14,6 @@ from localprop.config import TrainConfig
 from localprop.report import Progress, read_results
 from localprop.state import TrainingState
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 MIB = 2**20
 SMALL = ["--model", "test_vit", "--model-kwargs", "patch_size=4", "depth=2", "embed_dim=32", "num_heads=2"]
 SMALL += ["--method", "greedy", "--batch-size", "128", "--epochs", "1", "--device", "cpu", "--experiment", "run"]

@@ -17,7 +17,6 @@ from localprop.chain import Chain, chain
 from localprop.errors import ChainError
 from tiny import units_of
 
-torch.set_num_threads(1)
 IMAGE = (3, 64, 64)
 RATES = {"num_classes": 5, "drop_rate": 0.1, "drop_path_rate": 0.1}
 

@@ -18,11 +18,6 @@ from tiny import CLASSES, SIZE, batch
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def training(compiled, device=CPU):
     torch.manual_seed(0)
     model = timm.create_model(

@@ -18,11 +18,6 @@ BATCH = 16
 IMAGES = BATCH * math.prod(SIZE) * 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def composed(net, name, circumstances):
     """For each module: its input's bytes, and its peak beside it, as composed of its parts' costs."""
     units, found, given = units_of(name), [], IMAGES

@@ -16,11 +16,6 @@ from localprop.methods.feature_reconstruction import FeatureReconstruction
 from tiny import SIZE, batch, build, module_peaks, split, traced_once, units_of
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def units(net):
     return [module.units for module in net.local_modules]
 

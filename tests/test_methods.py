@@ -33,11 +33,6 @@ LAYOUTS = {
 OUTPUT = Layout("NHWC", 24, 4, 4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def make_loss(method, index=1, count=4, input=LAYOUTS["NHWC"][0], mean=(0.5,) * 3, std=(0.25,) * 3, **options):
     torch.manual_seed(0)
     spec = ModuleSpec(

@@ -25,7 +25,6 @@ from localprop.simulation import PARTS, simulate_step
 from localprop.state import TrainingState
 from tiny import SIZE, batch, build, split
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 BATCH = 24
 TINY = [

@@ -16,11 +16,6 @@ from tiny import MODELS, SIZE, batch, build, split, traced_once, units_of
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def gradients(net):
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 

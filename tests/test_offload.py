@@ -20,11 +20,6 @@ CONFIG = OptimConfig(epochs=4, lr=1e-2, sched="cosine", warmup_epochs=0, clip_gr
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def training(opt="adamw", offload=False, device="cpu", least=0, name="vit", **changes):
     device = torch.device(device)
     state = TrainingState(split(name).to(device), replace(CONFIG, opt=opt, **changes), 10, device)

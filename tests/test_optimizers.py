@@ -22,11 +22,6 @@ CPU = torch.device("cpu")
 CONFIG = OptimConfig(epochs=4, lr=1e-2, sched="cosine", warmup_epochs=0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def torchao():
     return pytest.importorskip("torchao.optim", reason="needs torchao: pip install 'localprop[lowbit]'")

@@ -31,11 +31,6 @@ BATCH = 16
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def real_peak(net, config, modules):
     """The measured peak of the second step of a process that trains some modules."""
     images, labels = batch(BATCH)

@@ -23,11 +23,6 @@ from tiny import SIZE, build
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def vit(depth):
     return timm.create_model("test_vit", img_size=32, patch_size=4, depth=depth, embed_dim=32, num_heads=2)
 

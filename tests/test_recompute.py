@@ -15,11 +15,6 @@ from localprop.recompute import recomputing
 from tiny import SIZE, batch, build, split, traced_once
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def gradients(model, images, labels, *, recompute, amp):
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp), recomputing(recompute):

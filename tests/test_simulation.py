@@ -28,11 +28,6 @@ BATCH = 16
 EVERYTHING = {"amp": True, "model_ema": True, "clip_grad": 1.0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def network(name, method, modules=3, **options):
     if method != "end-to-end":
         return split(name, modules, method, **options)

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from localprop.chain import chain
 from localprop.errors import ChainError
 
-torch.set_num_threads(1)
 SIZE = (3, 16, 16)
 
 

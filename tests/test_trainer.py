@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from localprop.cli import main
 from localprop.report import Progress, read_losses, read_results
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # a fork of a process with OpenMP threads may hang
 SMALL = [
     *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
     *["--min-depth", "0", "--modules", "3", "--batch-size", "256", "--epochs", "3", "--device", "cpu"],

@@ -15,11 +15,6 @@ aten = torch.ops.aten
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def told(func, args):
     with FakeTensorMode() as mode:
         return workspace(func, tree_map_only(torch.Tensor, mode.from_tensor, args))
