@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from localprop.checkpoint import newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError
-from localprop.memory import is_out_of_memory, measured
+from localprop.gauge import Gauge
+from localprop.memory import is_out_of_memory
 from localprop.metrics import Scores, Tally, count_hits
 from localprop.report import EpochRow, LossCurve, Progress, draw_curves, read_results, write_results
 from localprop.seeding import derive_seed
@@ -74,9 +75,7 @@ class Trainer:
         stage: which modules are trained in this process, and how it goes on with the others; default: all.
 
     Attributes:
-        peak: measured peak memory of a step in bytes. On CUDA that is of all steps so far; else of the second, when
-            optimizers have their state, and of the first in which as much is in flight between processes as may be.
-            None before. A run that is resumed in the same layout knows what was measured before.
+        gauge: measures memory. A run that is resumed in the same layout knows what was measured before.
     """
 
     def __init__(
@@ -92,11 +91,9 @@ class Trainer:
     ) -> None:
         self.state, self.data, self.config, self.folder, self.device = state, data, config, folder, device
         self.predicted = predicted
-        self.peak: int | None = None
-        self._steps = 0  # since the start of this process
-        self._settled = False  # whether the most has been measured
         self.net = state.net
         self.stage = stage or Stage(state.modules)
+        self.gauge = Gauge(state, self.stage, device, config.optim.micro_batches, data)
         self.title = title
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
         self.position = Position(loss_sums=[0.0] * len(self.net.local_modules), layout=self.stage.name)
@@ -124,7 +121,7 @@ class Trainer:
         self.position = Position(**checkpoint.meta["position"])
         if self.position.layout != self.stage.name:
             self.position.layout, self.position.peak = self.stage.name, None
-        self.peak = self.position.peak
+        self.gauge.peak = self.position.peak
         self.curve.load(checkpoint.meta.get("curve", {}))
         results = self.folder / RESULTS
         if results.exists():
@@ -215,7 +212,7 @@ class Trainer:
         position.loss_sums = [total + loss for total, loss in zip(position.loss_sums, losses, strict=True)]
         if self.curve.add(self.state.step, losses, *self._advance_clock(training=True)):
             self.curve.write(self.folder / LOSSES)
-        progress.step(position.epoch + 1, position.batch, losses, self.peak or self.predicted or 0)
+        progress.step(position.epoch + 1, position.batch, losses, self.gauge.peak or self.predicted or 0)
 
     def _step(self, parts: Iterator[Carry]) -> tuple[Tensor, int]:
         """One training step.
@@ -226,7 +223,6 @@ class Trainer:
         Returns:
             (K,) mean losses, of the modules that are known here, and the last micro-batch's `Carry.stop`.
         """
-        self._steps += 1
         losses = []
         for part, carry in enumerate(parts):
             self._train(carry, part)
@@ -240,32 +236,8 @@ class Trainer:
         # Replicas drop other things than each other, and so do micro-batches; the first as if there were no others.
         place = (self.state.step, self.stage.replica, part)
         seed = derive_seed(self.config.run.seed, "step", *place[: 3 if part else 2 if self.stage.replica else 1])
-        with self._measured(carry) if self._measures(part) else nullcontext(carry) as own, self._autocast():
+        with self.gauge.on(carry, part) as own, self._autocast():
             self.state.train_step(own, seed, last=part + 1 == count)
-
-    def _measures(self, part: int) -> bool:
-        """Whether memory is measured in a micro-batch: where that costs nothing always, else as seldom as will do."""
-        if self.device.type == "cuda":
-            return True
-        # The most is in use either in a micro-batch that finds all gradients and leaves them, or in the last.
-        if self._settled or self._steps < 2 or part < self.config.optim.micro_batches - 2:
-            return False
-        self._settled = self.stage.full and part + 1 == self.config.optim.micro_batches
-        return self.stage.full or self._steps == 2
-
-    @contextmanager
-    def _measured(self, carry: Carry) -> Iterator[Carry]:
-        """Measures the training on a micro-batch inside; gives the one to train on, of which `carry` has the end."""
-        held = chain(*self.state.tensors().values(), self.stage.held, self.stage.in_flight())
-        own, earlier = carry, []
-        with measured(held, self.device) as measurement:
-            if self.device.type != "cuda":
-                # To be seen, what ends inside has to begin inside; and what began before may not end inside.
-                own, earlier = carry.clone(), self.state.renew_gradients()
-            yield own
-        vars(carry).update(vars(own))
-        del earlier
-        self.peak = self.position.peak = max(self.peak or 0, measurement.peak - self.data.held_bytes)
 
     def _finish_epoch(self, progress: Progress) -> None:
         position = self.position
@@ -273,7 +245,7 @@ class Trainer:
             position.epoch, position.batch = position.epoch + 1, 0
             self._save()  # before the evaluation, which may fail
         self._start_clock()
-        self.peak = position.peak = self.stage.highest(self.peak)
+        self.gauge.peak = self.stage.highest(self.gauge.peak)
         due = position.epoch % self.config.run.val_interval == 0 or position.epoch == self.config.optim.epochs
         scores = self.evaluate() if due else None
         self._advance_clock(training=False)
@@ -295,7 +267,7 @@ class Trainer:
             test_loss=scores.loss if scores else None,
             images_per_second=images / position.epoch_seconds,
             predicted_memory=self.predicted,
-            peak_memory=self.peak,
+            peak_memory=self.gauge.peak,
             seconds=position.seconds,
         )
         self.rows.append(row)
@@ -310,6 +282,7 @@ class Trainer:
         self.position.epoch_seconds = 0.0
 
     def _save(self) -> Path:
+        self.position.peak = self.gauge.peak
         meta = {"position": vars(self.position), "curve": self.curve.state()}
         run = self.config.run
         folder = self.folder / CHECKPOINTS
