@@ -38,7 +38,8 @@ def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, *
         setting.method,
         split_blocks=setting.split_blocks,
         grad_checkpointing=setting.grad_checkpointing,
-        batch_size=row.batch_size // row.micro_batches,
+        batch_size=row.batch_size,
+        micro_batches=row.micro_batches,
         amp_dtype=torch.bfloat16 if amp else None,
         **(options if local else {}),
     )

@@ -9,10 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from localprop import localize
+from localprop.chain import chain
+from localprop.config import OptimConfig
 from localprop.decoders.conv import ConvDecoder
 from localprop.errors import ChainError, ConfigError
 from localprop.heads.mlp import MlpHead
 from localprop.methods.feature_reconstruction import FeatureReconstruction
+from localprop.simulation import simulate_step
 from tiny import SIZE, batch, build, module_peaks, split, traced_once, units_of
 
 
@@ -93,6 +96,27 @@ def test_the_batch_size_weighs_activations_against_gradients():
     )
     first = [units(localize(model, 2, "greedy", input_size=SIZE, batch_size=size))[0] for size in (1, 1024)]
     assert len(first[0]) > len(first[1]) == 1
+
+
+def test_in_micro_batches_the_balanced_cut_takes_least():
+    """All gradients wait there, wherever the cut is; what a single image takes would weigh them against each other."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(32, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten()),
+        *(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 5)),
+    )
+    config = OptimConfig(micro_batches=8)
+    names = [unit.name for unit in chain(model, SIZE)][:-1]
+    peaks = {
+        name: simulate_step(localize(model, 2, "greedy", cuts=[name], input_size=SIZE), config, 8, SIZE).peak
+        for name in names
+    }
+    best, other = (
+        units(localize(model, 2, "greedy", input_size=SIZE, min_depth=0, **sizes))[0][-1]
+        for sizes in ({"batch_size": 8, "micro_batches": 8}, {"batch_size": 1})
+    )
+    assert peaks[best] == min(peaks.values())
+    assert peaks[other] > 1.02 * peaks[best]
 
 
 def test_balancing_leaves_the_model_and_the_random_state_alone():

@@ -205,7 +205,7 @@ def test_training_in_parts_reports_and_averages_as_undivided_training_does(tmp_p
         return test_batches(self, batch_size, device)
 
     def cut(*args, **options):
-        sizes["cut for"].append(options["batch_size"])
+        sizes["cut for"].append((options["batch_size"], options["micro_batches"]))
         return localized(*args, **options)
 
     monkeypatch.setattr(Data, "test_batches", evaluated)
@@ -221,7 +221,7 @@ def test_training_in_parts_reports_and_averages_as_undivided_training_does(tmp_p
     weights = [load_file(tmp_path / name / "model.safetensors") for name in "14"]
     for name, value in weights[0].items():
         assert torch.allclose(weights[1][name], value, rtol=1e-4, atol=1e-6), name
-    assert sizes == {"evaluated": [256, 64], "cut for": [256, 64]}
+    assert sizes == {"evaluated": [256, 64], "cut for": [(256, 1), (256, 4)]}
 
 
 def test_every_part_draws_for_itself_and_the_first_as_an_undivided_batch(tmp_path, monkeypatch):

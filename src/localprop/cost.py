@@ -28,6 +28,8 @@ class Circumstances:
         grad_checkpointing: whether units are checkpointed.
         device: "cpu" or "cuda": whose kernels and speed to assume.
         input_gradient: whether a unit's input needs a gradient; that of a module's first unit does not.
+        gradients_wait: whether weights have gradients already, to which new ones are added, as in micro-batches. Then
+            they take the same wherever a model is cut, and are left out.
     """
 
     batch_size: int = 32
@@ -36,6 +38,7 @@ class Circumstances:
     grad_checkpointing: bool = False
     device: str = "cpu"
     input_gradient: bool = True
+    gradients_wait: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,10 @@ def _measure(
     with mode, torch.enable_grad():
         leaf = source.detach().requires_grad_(circumstances.input_gradient)
         with tracker:
-            tracker.label([*parameters, leaf], "given")
+            waiting = [torch.empty_like(p) for p in parameters] if circumstances.gradients_wait else []
+            for parameter, gradient in zip(parameters, waiting, strict=False):
+                parameter.grad = gradient
+            tracker.label([*parameters, *waiting, leaf], "given")
             # A copy, not a leaf, of which autograd itself holds no reference: it lives on only if the part keeps it.
             entry = leaf.clone()
             input_kept = tracker.allocation(entry)
@@ -221,7 +227,7 @@ def _measure(
         output=size,
         keeps_input=keeps_input,
         keeps_output=keeps_output,
-        gradients=sum(p.numel() * p.element_size() for p in parameters),
+        gradients=0 if circumstances.gradients_wait else sum(p.numel() * p.element_size() for p in parameters),
         seconds=tracker.seconds,
     )
     return cost, after

@@ -42,6 +42,7 @@ def localize(
     input_size: tuple[int, int, int] | None = None,
     num_classes: int | None = None,
     batch_size: int = 32,
+    micro_batches: int = 1,
     amp_dtype: torch.dtype | None = None,
     device: str | None = None,
     criterion: Criterion = F.cross_entropy,
@@ -71,6 +72,7 @@ def localize(
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         num_classes: number of labels, checked against the model's logits; default: their number.
         batch_size: batch size for which the partition is made.
+        micro_batches: equal parts of a batch, of which only one has activations at a time, for which it is made.
         amp_dtype: type of mixed precision for which the partition is made; default: none.
         device: "cpu" or "cuda", for which the partition is made; default: where the model is.
         criterion: loss of predicted labels, from (logits, labels).
@@ -118,7 +120,14 @@ def localize(
     recompute = count > 1 if recompute is None else recompute
     where = device or next((p.device.type for p in model.parameters()), "cpu")
     where = where if where in MACHINES else "cpu"
-    circumstances = Circumstances(batch_size, amp_dtype, recompute, grad_checkpointing, where)
+    circumstances = Circumstances(
+        -(-batch_size // micro_batches),
+        amp_dtype,
+        recompute,
+        grad_checkpointing,
+        where,
+        gradients_wait=micro_batches > 1,
+    )
     division = _Division(costs, method, options, spec, circumstances)
     if cuts is not None:
         ends = [*(units.position(name) for name in cuts), len(units)]
