@@ -3,6 +3,8 @@
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,50 +100,64 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     layout = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, _seconds(experiment, net, job))
     require_equal_parts(config.optim.batch_size, config.optim.micro_batches, layout.replicas)
     stage = PipelineStage(job, layout, net, config.run.trace)
-    reports = stage.reports
-    console = Console(quiet=not reports)  # what all processes would say, one does
     names = [_describe(net, layout, rank) for rank in range(job.size)]
-    predicted: int | None = None
-    folder = resumed
-    try:
-        predicted, warning = _predict(experiment, net, layout, job)
-        notes += warning
-        if not stage.needs_images:
-            experiment.data.release()
-        hooks = (stage.average, stage.doing)
-        state = TrainingState(net, config.optim, _steps(experiment), experiment.device, stage.modules, *hooks)
-        folder, fresh, goes_on = job.gather(_folder(config, resumed, job) if reports else None)[layout.reporter]
-        trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted, stage)
-        if reports:
-            write_description(folder, experiment, net, job.name) if fresh else note_resumption(folder)
-        if goes_on:
-            notes += trainer.resume()
+    with _blamed(job, names):
+        trainer, more = _set_up(experiment, net, layout, stage, resumed, job)
         if job.rank == 0:
-            describe_ranks(names, folder, folder / CHECKPOINTS)
-        _announce(console, experiment, net, folder, f"{layout}, {experiment.device.type}")
-        _train(trainer, experiment, console if reports else Console(force_interactive=False), notes if reports else [])
-        _say(stage.write_trace(names, trainer.folder, experiment.title))
+            describe_ranks(names, trainer.folder, trainer.folder / CHECKPOINTS)
+    # What all processes would say, one does; an image that cannot be read is told of by who reads it.
+    console, notes = (Console(), notes + more) if stage.reports else (Console(force_interactive=False), [])
+    if stage.reports:
+        _announce(console, experiment, net, trainer.folder, f"{layout}, {experiment.device.type}")
+    try:
+        with _blamed(job, names, trainer):
+            _train(trainer, experiment, console, notes)
+            _say(stage.write_trace(names, trainer.folder, experiment.title))
     except Interrupted as stop:
         _say(stage.write_trace(names, trainer.folder, experiment.title))
-        if reports:
-            print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
+        if stage.reports:
+            print(f"localprop: {stop}\ngo on with: localprop train --resume {trainer.folder}", file=sys.stderr)
         job.wait_for_all()
         return stop.exit_code
+    job.leave()
+    return 0
+
+
+def _set_up(
+    experiment: Experiment, net: LocalNetwork, layout: Layout, stage: PipelineStage, resumed: Path | None, job: Job
+) -> tuple[Trainer, list[str]]:
+    """What trains in this process, at the place where the run goes on; and lines for the user."""
+    config, device = experiment.config, experiment.device
+    predicted, notes = _predict(experiment, net, layout, job)
+    if not stage.needs_images:
+        experiment.data.release()
+    state = TrainingState(net, config.optim, _steps(experiment), device, stage.modules, stage.average, stage.doing)
+    folder, fresh, goes_on = job.gather(_folder(config, resumed, job) if stage.reports else None)[layout.reporter]
+    trainer = Trainer(state, experiment.data, config, folder, device, experiment.title, predicted, stage)
+    if stage.reports:
+        write_description(folder, experiment, net, job.name) if fresh else note_resumption(folder)
+    return trainer, notes + (trainer.resume() if goes_on else [])
+
+
+@contextmanager
+def _blamed(job: Job, names: list[str], trainer: Trainer | None = None) -> Iterator[None]:
+    """Puts into an error in which process it came, and what that trains; once there is a trainer, how to go on."""
+    who = f"rank {job.rank} ({names[job.rank]})"
+    try:
+        yield
     except MemoryError as error:
-        expected = f"at most {format_bytes(predicted)} predicted; " if predicted else ""
+        expected = f"at most {format_bytes(trainer.predicted)} predicted; " if trainer and trainer.predicted else ""
         raise OutOfMemory(
-            f"rank {job.rank} ({names[job.rank]}): out of memory on {job.device} ({expected}{error}); take more "
-            "modules and processes, or more --micro-batches"
+            f"{who}: out of memory on {job.device} ({expected}{error}); take more modules and processes, or more "
+            "--micro-batches"
         ) from None
     except NonFiniteLossError as error:  # which names the module
         raise ParallelError(f"rank {job.rank}: {error}") from error
+    except Lost as error:
+        saved = trainer is not None and has_checkpoint(trainer.folder / CHECKPOINTS)
+        raise Lost(f"{error}; go on with --resume {trainer.folder}" if trainer and saved else str(error)) from error
     except LocalpropError as error:
-        if isinstance(error, Lost):
-            saved = folder is not None and has_checkpoint(folder / CHECKPOINTS)
-            raise Lost(f"{error}; go on with --resume {folder}" if saved else str(error)) from error
-        raise ParallelError(f"rank {job.rank} ({names[job.rank]}): {error}") from error
-    job.leave()
-    return 0
+        raise ParallelError(f"{who}: {error}") from error
 
 
 def _say(line: str | None) -> None:
