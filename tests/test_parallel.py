@@ -378,6 +378,17 @@ def test_the_launcher_says_who_was_killed_and_leaves_nothing(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
+    command = [sys.executable, "-m", "localprop", "train", *flags(tmp_path, 2, "--epochs", "1")]
+    command += ["--parallel", "modules", "--nproc", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "starting 2 processes\n"
+    process.stdout.close()
+    assert process.wait(timeout=SECONDS) == 141
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
 @pytest.fixture
 def no_processes(monkeypatch):
     monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: pytest.fail("it started processes"))

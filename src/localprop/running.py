@@ -1,10 +1,11 @@
 """A run: from its settings to the table at its end, alone or as one of several processes."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,13 +54,17 @@ def run(config: TrainConfig, resumed: Path | None) -> int:
         code = _run_together(config, resumed, job)
     except LocalpropError as error:
         code = _tell(error, job)
+    except (BrokenPipeError, SystemExit):  # whom it is piped to has read enough: rich makes an exit of that
+        job.first_to_fail()
+        code = 128 + signal.SIGPIPE
     except Exception:
         if job.first_to_fail():
             traceback.print_exc()
     if code:
         # At once: what is still in flight would be waited for, and the other side may be gone.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     return code
 
