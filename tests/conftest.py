@@ -1,5 +1,37 @@
-"""Every test computes in one thread: roundings are the same on every machine then, and a fork loses no threads."""
+"""What tests of several files share.
 
+Every test computes in one thread: roundings are the same on every machine then, and a fork loses no threads.
+"""
+
+import subprocess
+import sys
+
+import pytest
 import torch
 
+from ranks import FORKER, Forker, flags
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def forker():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKER], **pipes) as process:
+        yield Forker(process)
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def alone(forker, tmp_path_factory):
+    """Gives the output folder of a finished run in one process, by its flags."""
+    done = {}
+
+    def get(modules, *more):
+        if (modules, more) not in done:
+            output = tmp_path_factory.mktemp("alone")
+            assert forker.train(output, 1, *flags(output, modules, *more)).wait() == [0]
+            done[modules, more] = output
+        return done[modules, more]
+
+    return get

@@ -13,6 +13,7 @@ from localprop.cli import _parse, main
 from localprop.config import TrainConfig
 from localprop.report import Progress, read_results
 from localprop.state import TrainingState
+from localprop.trainer import Trainer
 
 MIB = 2**20
 SMALL = ["--model", "test_vit", "--model-kwargs", "patch_size=4", "depth=2", "embed_dim=32", "num_heads=2"]
@@ -118,6 +119,18 @@ def test_out_of_memory_is_one_line_with_a_command_that_fits(tmp_path, monkeypatc
     assert main(["train", *words, "--experiment", "again"]) == 0
     (row,) = read_results(tmp_path / "again" / "results.csv")
     assert row.peak_memory < 6.5 * MIB
+
+
+def test_out_of_memory_in_an_evaluation_is_one_line_too(tmp_path, monkeypatch, capsys):
+    def evaluate(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    assert train(tmp_path, "--modules", "2") == 2
+    line = capsys.readouterr().err
+    assert "out of memory on cpu" in line
+    assert "when 20.00 MiB more could not be had" in line
+    assert line.count("\n") == 1
 
 
 def test_out_of_memory_where_nothing_fits_says_so(tmp_path, monkeypatch, capsys):

@@ -1,169 +1,22 @@
-"""Modules in several processes: real ones, on scikit-learn's digits, against the same run in one process.
+"""Modules in several processes: real ones, on scikit-learn's digits, against the same run in one process."""
 
-A helper process imports torch once and forks the ranks, as `torchrun` would start them; one test starts them for real.
-"""
-
-import contextlib
-import json
 import os
-import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from localprop.cli import main
 from localprop.config import OptimConfig
 from localprop.errors import ParallelError
 from localprop.layout import IN_FLIGHT, arrange
-from localprop.parallel import Job
-from localprop.parallel.launch import leave_word
 from localprop.parallel.messages import TensorForm
-from localprop.report import format_bytes, read_losses, read_results
+from localprop.report import format_bytes, read_results
 from localprop.state import TrainingState
+from ranks import CALM, LONG, MODULES, assert_same_run, flags, wait_for_step
 from tiny import split
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-SMALL = [
-    *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
-    *["--min-depth", "0", "--batch-size", "256", "--device", "cpu"],
-]
-# Everything that could make the runs differ: dropped paths, moved and mixed images, clipping, a moving average.
-LIVELY = [
-    *["--drop-path", "0.2", "--crop-pad", "1", "--hflip", "0.5", "--mixup", "0.2"],
-    *["--clip-grad", "1", "--model-ema", "--model-ema-decay", "0.9"],
-]
-LONG = ["--epochs", "6"]
-MODULES = {2: ["layers.0"], 3: ["patch_embed", "layers.0"], 4: ["patch_embed", "layers.0", "layers.1"]}
-SECONDS = 300  # on a machine that has other things to do
-
-FORKER = """
-import json, os, sys, time, traceback, torch
-import localprop.cli, localprop.running
-torch.set_num_threads(1)
-for line in sys.stdin:
-    task = json.loads(line)
-    if "wait" in task:
-        end = time.monotonic() + task["seconds"]
-        while not (found := os.waitpid(task["wait"], os.WNOHANG))[0] and time.monotonic() < end:
-            time.sleep(0.01)
-        print(os.waitstatus_to_exitcode(found[1]) if found[0] else "running", flush=True)
-        continue
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            os.environ.update(task["env"])
-            os.dup2(os.open(task["log"] + ".out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-            os.dup2(os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-            code = localprop.cli.main(task["argv"]) if "argv" in task else exec(task["code"], {}) or 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(code)
-    print(child, flush=True)
-"""
-
-
-class Ranks:
-    """The processes of one job."""
-
-    def __init__(self, forker, log, store, children):
-        self.forker, self.log, self.store, self.children = forker, log, store, children
-
-    def wait(self):
-        """Exit codes, by rank; nothing may hang."""
-        codes = []
-        try:
-            for child in self.children:
-                codes.append(self.forker.ask(wait=child, seconds=SECONDS))
-        finally:
-            for rank in range(len(codes), len(self.children)):  # after a failure: those not waited for yet
-                self.kill(rank, signal.SIGKILL)
-        return codes
-
-    def kill(self, rank, number):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.children[rank], number)
-
-
-class Forker:
-    def __init__(self, process):
-        self.process = process
-
-    def ask(self, **task):
-        print(json.dumps(task), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline().strip()
-        assert answer != "running", "a process hangs"
-        return int(answer)
-
-    def start(self, log, count, attempt=0, **task):
-        """Starts ranks as torchrun does; with one, without."""
-        # torchrun's agent holds the store, too: it must outlive the ranks.
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if count > 1 else None
-        children = []
-        for rank in range(count):
-            env = {"OMP_NUM_THREADS": "1"}
-            if store:
-                env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
-                env |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-                env |= {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_RUN_ID": "a job"}
-            children.append(self.ask(env={k: str(v) for k, v in env.items()}, log=str(log), **task))
-        return Ranks(self, log, store, children)
-
-    def train(self, output, count, *flags, attempt=0, kind="modules"):
-        parallel = ["--parallel", kind] if count > 1 else []
-        argv = ["train", *flags, *parallel]
-        return self.start(output / "log", count, attempt, argv=argv)
-
-
-@pytest.fixture(scope="module")
-def forker():
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", FORKER], **pipes) as process:
-        yield Forker(process)
-        process.stdin.close()
-
-
-def flags(output, modules, *more):
-    return [*SMALL, *LIVELY, "--cuts", *MODULES[modules], "--output", str(output), "--experiment", "run", *more]
-
-
-@pytest.fixture(scope="module")
-def alone(forker, tmp_path_factory):
-    """Gives the output folder of a finished run in one process, by its flags."""
-    done = {}
-
-    def get(modules, *more):
-        if (modules, more) not in done:
-            output = tmp_path_factory.mktemp("alone")
-            assert forker.train(output, 1, *flags(output, modules, *more)).wait() == [0]
-            done[modules, more] = output
-        return done[modules, more]
-
-    return get
-
-
-def assert_same_run(output, other):
-    """Weights, losses, accuracies and the newest checkpoint are the same, bit for bit."""
-    a, b = (load_file(o / "run" / "model.safetensors") for o in (output, other))
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-    for x, y in zip(*(read_results(o / "run" / "results.csv") for o in (output, other)), strict=True):
-        for name in ("epoch", "step", "lr", "train_losses", "test_accuracies", "test_top5", "test_loss"):
-            assert getattr(x, name) == getattr(y, name), name
-    curves = [read_losses(o / "run" / "losses.csv") for o in (output, other)]
-    assert [(row[0], *row[3:]) for row in curves[0]] == [(row[0], *row[3:]) for row in curves[1]]
-    newest = [max((o / "run" / "checkpoints").glob("step-*")) for o in (output, other)]
-    parts = [{path.name: path.read_bytes() for path in folder.glob("*.safetensors")} for folder in newest]
-    assert parts[0] == parts[1]
 
 
 @pytest.mark.parametrize(("modules", "parts"), [(2, 1), (3, 1), (4, 1), (2, 4)])
@@ -187,10 +40,6 @@ def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_the
 
 # No dropped paths, which replicas draw for themselves (timm's Swin has some unless told); and steps of the gradient's
 # size, or else roundings of a gradient near zero would show.
-CALM = [
-    *[*SMALL[:6], "drop_path_rate=0.0", *SMALL[6:], "--crop-pad", "1", "--mixup", "0.2"],
-    *["--clip-grad", "1", "--opt", "sgd", "--lr", "0.05", "--epochs", "1"],
-]
 
 
 @pytest.mark.parametrize(("kind", "count", "parts"), [("modules", 4, 1), ("modules", 4, 2), ("data", 2, 1)])
@@ -267,13 +116,6 @@ def test_tensors_of_any_type_are_averaged_in_buckets(forker, tmp_path):
     assert ranks.wait() == [0, 0], ranks.log.read_text()
 
 
-def wait_for_step(output, step):
-    end = time.monotonic() + SECONDS
-    while not any(int(p.name[5:]) >= step for p in (output / "run" / "checkpoints").glob("step-*[0-9]")):
-        assert time.monotonic() < end, "no checkpoint came"
-        time.sleep(0.005)
-
-
 def test_stopped_by_a_signal_and_resumed_in_other_layouts_gives_the_same_bits(forker, alone, tmp_path):
     wanted = alone(3, *LONG)
     resume = ["--resume", str(tmp_path / "run")]
@@ -291,149 +133,6 @@ def test_stopped_by_a_signal_and_resumed_in_other_layouts_gives_the_same_bits(fo
     ranks = forker.train(tmp_path, 3, *resume)
     assert ranks.wait() == [0, 0, 0], ranks.log.read_text()
     assert_same_run(tmp_path, wanted)
-
-
-def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alone, tmp_path):
-    settings = flags(tmp_path, 3, *LONG)
-    ranks = forker.train(tmp_path, 3, *settings)
-    wait_for_step(tmp_path, 5)
-    ranks.kill(1, signal.SIGKILL)
-    before = time.monotonic()
-    assert ranks.wait() == [1, -signal.SIGKILL, 1]
-    assert time.monotonic() - before < 30
-    # No path of gloo's code.
-    line = r"localprop: rank [02] ends: [\w ]+ is gone \([^/\n]*\); it was killed[^/\n]*; go on with --resume \S+/run\n"
-    assert re.fullmatch(line, ranks.log.read_text())
-    again = forker.train(tmp_path, 3, *settings, attempt=1)
-    assert again.wait() == [0, 0, 0], again.log.read_text()
-    assert_same_run(tmp_path, alone(3, *LONG))
-
-
-def test_a_job_started_again_leaves_other_runs_alone(forker, tmp_path):
-    """torchrun calls many jobs "none": what another of that name did is not to be gone on with."""
-    settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path)]
-    assert forker.train(tmp_path, 2, *settings).wait() == [0, 0]
-    (other,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    before = (other / "model.safetensors").read_bytes()
-    assert forker.train(tmp_path, 2, *settings, "--seed", "7", attempt=1).wait() == [0, 0]
-    assert (other / "model.safetensors").read_bytes() == before
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
-
-
-def test_a_job_started_again_takes_the_empty_folder_that_was_left(forker, tmp_path):
-    (tmp_path / "run").mkdir()
-    settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path), "--experiment", "run"]
-    ranks = forker.train(tmp_path, 2, *settings)
-    assert sorted(ranks.wait()) == [1, 2]
-    assert "/run exists already" in ranks.log.read_text()
-    assert forker.train(tmp_path, 2, *settings, attempt=1).wait() == [0, 0]
-    assert (tmp_path / "run" / "model.safetensors").exists()
-
-
-def test_memory_that_runs_out_among_messages_is_not_a_lost_process():
-    job = object.__new__(Job)
-    with pytest.raises(torch.OutOfMemoryError), job.talking():
-        raise torch.OutOfMemoryError("out of memory")
-    with pytest.raises(ParallelError, match="rank 3 is gone"), job.talking("rank 3"):
-        raise RuntimeError("connection closed")
-
-
-def test_processes_that_lose_each_other_and_are_not_killed_end_with_a_line(monkeypatch, capsys):
-    def lose(*_):
-        def processes(*_):
-            assert leave_word("rank 1 ends: rank 0 is gone")
-            raise ChildFailedError("a job", {rank: ProcessFailure(rank, rank, 1, "") for rank in range(2)})
-
-        return processes
-
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lose)
-    assert main(["train", "--modules", "2", "--parallel", "modules", "--nproc", "2"]) == 2
-    assert capsys.readouterr().err == "localprop: rank 1 ends: rank 0 is gone\n"
-
-
-def test_a_loss_that_is_not_finite_ends_all_with_one_line(forker, tmp_path):
-    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, "--epochs", "2", "--lr", "1e30", "--sched", "none"))
-    assert sorted(ranks.wait()) == [1, 2]
-    assert re.fullmatch(
-        r"localprop: rank 0: the loss of module 1 of 2 \(.*\) is nan at step 2.*\n", ranks.log.read_text()
-    )
-
-
-def test_the_launcher_says_who_was_killed_and_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "localprop", "train", *flags(tmp_path, 2, "--epochs", "400")]
-    process = subprocess.Popen(
-        [*command, "--parallel", "modules", "--nproc", "2"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for_step(tmp_path, 5)
-    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    assert len(children) == 2
-    os.kill(children[1], signal.SIGKILL)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 2
-    line = r"localprop: rank 1 \(module 2 of 2: layers\.1 \.\.\. head\) was killed by SIGKILL .* --resume \S+/run\n"
-    assert re.fullmatch(line, error)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
-
-
-def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
-    command = [sys.executable, "-m", "localprop", "train", *flags(tmp_path, 2, "--epochs", "1")]
-    command += ["--parallel", "modules", "--nproc", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "starting 2 processes\n"
-    process.stdout.close()
-    assert process.wait(timeout=SECONDS) == 141
-    assert process.stderr.read() == ""
-    process.stderr.close()
-
-
-@pytest.fixture
-def no_processes(monkeypatch):
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: pytest.fail("it started processes"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "wanted"),
-    [
-        (["--modules", "2", "--parallel", "modules"], "3 replicas; take --batch-size 33"),
-        (["--micro-batches", "2", "--parallel", "data"], "6 replicas of 2 micro-batches; take --batch-size 36"),
-    ],
-)
-def test_a_batch_that_replicas_cannot_share_starts_no_processes(flags, wanted, no_processes, capsys):
-    assert main(["train", *flags, "--batch-size", "32", "--nproc", "6"]) == 2
-    line = capsys.readouterr().err
-    assert f"--batch-size 32 does not divide equally into {wanted}" in line
-    assert line.count("\n") == 1
-
-
-def test_a_run_folder_that_exists_starts_no_processes(tmp_path, no_processes, capsys):
-    (tmp_path / "run").mkdir()
-    own = ["--output", str(tmp_path), "--experiment", "run", "--modules", "2"]
-    assert main(["train", *own, "--parallel", "modules", "--nproc", "2"]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert line.endswith(f"/run exists already; choose another --experiment, or go on with --resume {tmp_path}/run\n")
-
-
-@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
-def test_a_gpu_for_each_process_is_looked_for_before_they_start(no_processes, capsys):
-    assert main(["train", "--modules", "2", "--device", "cuda", "--parallel", "modules", "--nproc", "2"]) == 2
-    line = capsys.readouterr().err
-    assert re.fullmatch(r"localprop: process 2 on this machine has no GPU, there are [01]; start fewer, .*\n", line)
-
-
-@pytest.mark.parametrize("shared", [["--modules", "2"], ["--cuts", "layers.0"], []])
-def test_processes_that_cannot_share_the_modules_are_not_started(shared, no_processes, capsys):
-    count = 3 if shared else 5
-    assert main(["train", *shared, "--parallel", "modules", "--nproc", str(count)]) == 2
-    line = capsys.readouterr().err
-    most = count - 1
-    assert (
-        f"{count} processes cannot share {most} modules; take at most {most}, or a multiple such as {2 * most}" in line
-    )
-    assert line.count("\n") == 1
 
 
 HAND_ON = """

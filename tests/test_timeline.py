@@ -11,9 +11,7 @@ from matplotlib.image import imread
 from localprop.cli import main
 from localprop.report import draw_timeline, read_results
 from localprop.timeline import RECORDED, Lane, Recorder, Span, Timeline
-from test_parallel import alone, assert_same_run, flags, forker  # noqa: F401
-
-# ruff: noqa: F811
+from ranks import assert_same_run, flags
 
 IMAGES = 256
 

@@ -1,0 +1,164 @@
+"""Processes that fail, are killed or cannot be: one line each, nothing left, and how it goes on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from localprop.cli import main
+from localprop.errors import ParallelError
+from localprop.parallel import Job
+from localprop.parallel.launch import leave_word
+from ranks import CALM, LONG, MODULES, SECONDS, assert_same_run, flags, wait_for_step
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alone, tmp_path):
+    settings = flags(tmp_path, 3, *LONG)
+    ranks = forker.train(tmp_path, 3, *settings)
+    wait_for_step(tmp_path, 5)
+    ranks.kill(1, signal.SIGKILL)
+    before = time.monotonic()
+    assert ranks.wait() == [1, -signal.SIGKILL, 1]
+    assert time.monotonic() - before < 30
+    # No path of gloo's code.
+    line = r"localprop: rank [02] ends: [\w ]+ is gone \([^/\n]*\); it was killed[^/\n]*; go on with --resume \S+/run\n"
+    assert re.fullmatch(line, ranks.log.read_text())
+    again = forker.train(tmp_path, 3, *settings, attempt=1)
+    assert again.wait() == [0, 0, 0], again.log.read_text()
+    assert_same_run(tmp_path, alone(3, *LONG))
+
+
+def test_a_job_started_again_leaves_other_runs_alone(forker, tmp_path):
+    """torchrun calls many jobs "none": what another of that name did is not to be gone on with."""
+    settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path)]
+    assert forker.train(tmp_path, 2, *settings).wait() == [0, 0]
+    (other,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    before = (other / "model.safetensors").read_bytes()
+    assert forker.train(tmp_path, 2, *settings, "--seed", "7", attempt=1).wait() == [0, 0]
+    assert (other / "model.safetensors").read_bytes() == before
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+
+
+def test_a_job_started_again_takes_the_empty_folder_that_was_left(forker, tmp_path):
+    (tmp_path / "run").mkdir()
+    settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path), "--experiment", "run"]
+    ranks = forker.train(tmp_path, 2, *settings)
+    assert sorted(ranks.wait()) == [1, 2]
+    assert "/run exists already" in ranks.log.read_text()
+    assert forker.train(tmp_path, 2, *settings, attempt=1).wait() == [0, 0]
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_memory_that_runs_out_among_messages_is_not_a_lost_process():
+    job = object.__new__(Job)
+    with pytest.raises(torch.OutOfMemoryError), job.talking():
+        raise torch.OutOfMemoryError("out of memory")
+    with pytest.raises(ParallelError, match="rank 3 is gone"), job.talking("rank 3"):
+        raise RuntimeError("connection closed")
+
+
+def test_processes_that_lose_each_other_and_are_not_killed_end_with_a_line(monkeypatch, capsys):
+    def lose(*_):
+        def processes(*_):
+            assert leave_word("rank 1 ends: rank 0 is gone")
+            raise ChildFailedError("a job", {rank: ProcessFailure(rank, rank, 1, "") for rank in range(2)})
+
+        return processes
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lose)
+    assert main(["train", "--modules", "2", "--parallel", "modules", "--nproc", "2"]) == 2
+    assert capsys.readouterr().err == "localprop: rank 1 ends: rank 0 is gone\n"
+
+
+def test_a_loss_that_is_not_finite_ends_all_with_one_line(forker, tmp_path):
+    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, "--epochs", "2", "--lr", "1e30", "--sched", "none"))
+    assert sorted(ranks.wait()) == [1, 2]
+    assert re.fullmatch(
+        r"localprop: rank 0: the loss of module 1 of 2 \(.*\) is nan at step 2.*\n", ranks.log.read_text()
+    )
+
+
+def test_the_launcher_says_who_was_killed_and_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "localprop", "train", *flags(tmp_path, 2, "--epochs", "400")]
+    process = subprocess.Popen(
+        [*command, "--parallel", "modules", "--nproc", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(tmp_path, 5)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 2
+    line = r"localprop: rank 1 \(module 2 of 2: layers\.1 \.\.\. head\) was killed by SIGKILL .* --resume \S+/run\n"
+    assert re.fullmatch(line, error)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
+    command = [sys.executable, "-m", "localprop", "train", *flags(tmp_path, 2, "--epochs", "1")]
+    command += ["--parallel", "modules", "--nproc", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "starting 2 processes\n"
+    process.stdout.close()
+    assert process.wait(timeout=SECONDS) == 141
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: pytest.fail("it started processes"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--modules", "2", "--parallel", "modules"], "3 replicas; take --batch-size 33"),
+        (["--micro-batches", "2", "--parallel", "data"], "6 replicas of 2 micro-batches; take --batch-size 36"),
+    ],
+)
+def test_a_batch_that_replicas_cannot_share_starts_no_processes(flags, wanted, no_processes, capsys):
+    assert main(["train", *flags, "--batch-size", "32", "--nproc", "6"]) == 2
+    line = capsys.readouterr().err
+    assert f"--batch-size 32 does not divide equally into {wanted}" in line
+    assert line.count("\n") == 1
+
+
+def test_a_run_folder_that_exists_starts_no_processes(tmp_path, no_processes, capsys):
+    (tmp_path / "run").mkdir()
+    own = ["--output", str(tmp_path), "--experiment", "run", "--modules", "2"]
+    assert main(["train", *own, "--parallel", "modules", "--nproc", "2"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.endswith(f"/run exists already; choose another --experiment, or go on with --resume {tmp_path}/run\n")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
+def test_a_gpu_for_each_process_is_looked_for_before_they_start(no_processes, capsys):
+    assert main(["train", "--modules", "2", "--device", "cuda", "--parallel", "modules", "--nproc", "2"]) == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"localprop: process 2 on this machine has no GPU, there are [01]; start fewer, .*\n", line)
+
+
+@pytest.mark.parametrize("shared", [["--modules", "2"], ["--cuts", "layers.0"], []])
+def test_processes_that_cannot_share_the_modules_are_not_started(shared, no_processes, capsys):
+    count = 3 if shared else 5
+    assert main(["train", *shared, "--parallel", "modules", "--nproc", str(count)]) == 2
+    line = capsys.readouterr().err
+    most = count - 1
+    assert (
+        f"{count} processes cannot share {most} modules; take at most {most}, or a multiple such as {2 * most}" in line
+    )
+    assert line.count("\n") == 1
