@@ -101,7 +101,7 @@ def _train(argv: Sequence[str]) -> int:
     config: TrainConfig = _parse(TrainConfig, "train", argv, _over(TrainConfig(), files))
     if config.run.resume is None:
         return _start(config, None, flags)
-    from localprop.experiment import newest_run, read_config
+    from localprop.runfolder import newest_run, read_config
 
     folder = newest_run(config.run.output) if config.run.resume == NEWEST else Path(config.run.resume)
     own = read_config(folder)

@@ -12,9 +12,10 @@ from torch import nn
 
 from localprop.checkpoint import newest_checkpoint
 from localprop.errors import CheckpointError, ConfigError, DataError
-from localprop.experiment import create_backbone, prepare, read_config, read_description
+from localprop.experiment import create_backbone, prepare
 from localprop.flat import from_flat
 from localprop.metrics import evaluate
+from localprop.runfolder import read_config, read_description
 from localprop.state import whole_weights
 from localprop.trainer import CHECKPOINTS, WEIGHTS
 

@@ -1,32 +1,22 @@
-"""From settings to things: data, backbone, network and run folder."""
+"""From settings to things: data, backbone and network."""
 
-import datetime
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import yaml
 from torch import nn
 from torch.nn import functional as F
 
 from localprop.compiling import compile_network, require_compiler
 from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig
 from localprop.data import Data, load_data
-from localprop.errors import CheckpointError, ConfigError, LocalpropError, suggestion
-from localprop.files import write_text
-from localprop.flat import from_flat, to_flat
+from localprop.errors import ConfigError, suggestion
 from localprop.localize import localize
 from localprop.network import LocalNetwork
 from localprop.optimizers import LOW_BIT
 from localprop.plugins import load_plugin
-from localprop.provenance import provenance
-from localprop.values import read_yaml
 
-CONFIG = "config.yaml"
-RUN = "run.json"
 _SMALL_IMAGE = 96
 
 
@@ -172,130 +162,6 @@ def suggestion_of_model(name: str) -> str:
     """What a misspelt model's name may have meant."""
     hint = suggestion(name, timm.list_models())
     return hint if hint.startswith("did") else "see timm.list_models()"
-
-
-def create_run_folder(config: TrainConfig) -> Path:
-    """A new folder for a run.
-
-    Raises:
-        ConfigError: the folder exists already, or cannot be made.
-    """
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    data = Path(config.data.data.removeprefix("folder:")).name
-    base = config.run.experiment or f"{stamp}-{data}-{config.local.method}"
-    config.run.require_new_folder()
-    for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
-        folder = config.run.output / (base + suffix)
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            config.run.require_new_folder()  # which another run may have made just now
-        except OSError as error:
-            raise ConfigError(f"cannot make the run folder {folder}: {error.strerror}; choose --output") from None
-    raise ConfigError(f"{folder} and a hundred more exist already; choose another --experiment")
-
-
-def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, job: str | None = None) -> None:
-    """Writes config.yaml, everything needed to run it again, and run.json, what came of it; `job` names torchrun's."""
-    write_text(folder / CONFIG, _settings(experiment.config))
-    data = experiment.data
-    description = {
-        "model": experiment.config.backbone.model,
-        "model_kwargs": experiment.model_kwargs,
-        "input_size": [3, data.img_size, data.img_size],
-        "mean": data.mean,
-        "std": data.std,
-        "crop_pct": data.crop_pct,
-        "interpolation": "bilinear",
-        "classes": data.classes,
-        "modules": [module.units for module in net.local_modules],
-        "parameters": sum(p.numel() for p in net.backbone.parameters()),
-        "auxiliary_parameters": [sum(p.numel() for p in module.auxiliary.parameters()) for module in net.local_modules],
-        "data": data.name,
-        "evaluated_on": data.evaluated_on,
-        "train_images": data.train_size,
-        "evaluated_images": data.test_size,
-        "steps": data.steps_per_epoch(experiment.config.optim.batch_size) * experiment.config.optim.epochs,
-        "device": experiment.device.type,
-        "provenance": provenance(),
-    }
-    if job:
-        description["job"] = job
-    write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
-
-
-def _settings(config: TrainConfig) -> str:
-    settings = to_flat(config)
-    for name in ("resume", "parallel", "nproc", "trace"):  # where it runs, not what it is: it may go on otherwise
-        del settings[name]
-    return yaml.safe_dump(settings, sort_keys=False)
-
-
-def left_by(job: str, config: TrainConfig) -> Path | None:
-    """The run folder that an earlier attempt of a job began; None if there is none.
-
-    Names of jobs are torchrun's, and often no more than "none": a run is that job's if its settings are the same, too.
-    A folder that has been named, and is empty, is removed: the attempt got no further.
-    """
-    try:
-        named = config.run.experiment
-        folder = config.run.output / named if named else newest_run(config.run.output)
-        if named and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        same = read_description(folder).get("job") == job and (folder / CONFIG).read_text() == _settings(config)
-        return folder if same else None
-    except (LocalpropError, OSError):
-        return None
-
-
-def note_resumption(folder: Path) -> None:
-    """Adds to run.json with what a run goes on, if that is another commit, version or machine than before.
-
-    Raises:
-        CheckpointError: run.json is missing or damaged, or the disk fails.
-    """
-    description, now = read_description(folder), provenance()
-    known = [description["provenance"], *description.get("resumed_with", [])]
-    if all({**other, "date": now["date"], "threads": now["threads"]} != now for other in known):
-        description["resumed_with"] = [*description.get("resumed_with", []), now]
-        write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
-
-
-def read_config(folder: Path) -> TrainConfig:
-    """The settings of an old run.
-
-    Raises:
-        CheckpointError: the folder is no run folder.
-    """
-    path = folder / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
-    return from_flat(read_yaml(path), str(path))
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """What `write_description` wrote into run.json.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        return json.loads((folder / RUN).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is no run folder: its {RUN} is missing or damaged") from None
-
-
-def newest_run(output: Path) -> Path:
-    """The run folder under `output` that was written to last.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    runs = [path.parent for path in output.glob(f"*/{CONFIG}")]
-    if not runs:
-        raise CheckpointError(f"no run to resume in {output}; name one: --resume FOLDER")
-    return max(runs, key=lambda run: max(path.stat().st_mtime for path in (run, run / CONFIG, *run.glob("check*"))))
 
 
 def _device(config: TrainConfig) -> torch.device:

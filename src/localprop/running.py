@@ -15,20 +15,14 @@ from localprop import advice
 from localprop.checkpoint import has_checkpoint
 from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
-from localprop.experiment import (
-    Experiment,
-    create_run_folder,
-    left_by,
-    note_resumption,
-    prepare,
-    write_description,
-)
+from localprop.experiment import Experiment, prepare
 from localprop.layout import Layout, arrange
 from localprop.network import LocalNetwork
 from localprop.parallel import Job, Lost, PipelineStage, in_job, join
 from localprop.parallel.launch import describe_ranks, leave_word
 from localprop.pipelines import in_flight
 from localprop.report import Progress, final_table, format_bytes, next_steps
+from localprop.runfolder import create_run_folder, left_by, note_resumption, write_description
 from localprop.simulation import simulate_step
 from localprop.state import TrainingState
 from localprop.trainer import CHECKPOINTS, WEIGHTS, Interrupted, Trainer

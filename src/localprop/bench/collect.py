@@ -7,8 +7,8 @@ from typing import Any
 from localprop.bench.record import Record, settings_of
 from localprop.bench.suite import SuiteRun
 from localprop.errors import BenchError
-from localprop.experiment import read_config, read_description
 from localprop.report import EpochRow, read_losses, read_results
+from localprop.runfolder import read_config, read_description
 from localprop.trainer import LOSSES, RESULTS
 
 # What a run fills in where the suite leaves it open.

@@ -1,0 +1,66 @@
+"""A lock on a run folder: one process at a time writes into it."""
+
+import contextlib
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from localprop.errors import CheckpointError
+
+LOCK = ".lock"
+# Some file systems of clusters have no locks at all.
+_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+class FolderLock:
+    """Holds a folder for this process until it is released, or the process ends in whatever way.
+
+    The lock belongs to the process alone: one that this process forks does not hold it.
+
+    Args:
+        folder: it exists.
+
+    Attributes:
+        note: a line for the user where the file system has no locks; else "".
+
+    Raises:
+        CheckpointError: another process holds the folder, or it cannot be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.note = folder, ""
+        self._path = folder / LOCK
+        try:
+            # A link put there by somebody else is not followed.
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            cause = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            raise CheckpointError(f"cannot lock {self._path}: {cause}; choose another folder") from None
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                self.release()
+                raise CheckpointError(
+                    f"another process is writing into {folder}; wait until it ends, or start a run of another name"
+                ) from None
+            self.note = f"{folder} cannot be locked ({error.strerror}); do not start a second process on it"
+
+    def require(self) -> None:
+        """Checks that the folder is still the one that was locked.
+
+        Raises:
+            CheckpointError: it was removed, or replaced by another.
+        """
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self._path, follow_symlinks=False), os.fstat(self._file)):
+                return
+        raise CheckpointError(
+            f"{self.folder} was removed or replaced while the run was writing into it; nothing more is saved, start a "
+            "new run"
+        )
+
+    def release(self) -> None:
+        """Lets other processes use the folder."""
+        os.close(self._file)
