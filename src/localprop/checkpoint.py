@@ -13,7 +13,6 @@ The same state gives the same bytes, whichever process wrote them.
 import errno
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Collection
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from localprop.errors import CheckpointError
 from localprop.files import all_or_nothing, sync, write_synced, written_aside
+from localprop.nested import KINDS, Unknown, join, split
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
@@ -170,7 +170,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", only: Collec
     except OSError as error:
         cause = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{error.filename or path} {cause}; resume from another checkpoint") from None
-    return Checkpoint(manifest["step"], _join(manifest["meta"], {}), parts, path)
+    return Checkpoint(manifest["step"], join(manifest["meta"], {}), parts, path)
 
 
 def newest_checkpoint(
@@ -233,79 +233,10 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
 
 
 def _split(value: Any, place: str, tensors: dict[str, Tensor] | None) -> Any:
-    """Moves the tensors of a nested `value` into `tensors`, named by their place; returns the rest as JSON.
-
-    What JSON lacks becomes an object whose only key starts with "$".
-    """
-    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):  # made of others, such as a quantized one
-        names, context = value.__tensor_flatten__()
-        inner = {name: getattr(value, name) for name in names}
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        description = (kind, inner, context, value.shape, value.stride())
-        return {"$wrapper": [_split(item, place, tensors) for item in description]}
-    if isinstance(value, Tensor) and tensors is not None:
-        while place in tensors:  # {"a/b": ..., "a": {"b": ...}}, or the keys 0 and "0"
-            place += "'"
-        tensors[place] = value
-        return {"$tensor": place}
-    if isinstance(value, dict) and all(type(key) in (str, int) for key in value):
-        items = [(key, _split(item, f"{place}/{key}", tensors)) for key, item in value.items()]
-        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-        return dict(items) if plain else {"$dict": items}
-    if type(value) in (list, tuple, torch.Size):
-        entries = [_split(item, f"{place}/{index}", tensors) for index, item in enumerate(value)]
-        if isinstance(value, torch.Size):
-            return {"$size": entries}
-        return {"$tuple": entries} if isinstance(value, tuple) else entries
-    if type(value) is float and not math.isfinite(value):
-        return {"$float": repr(value)}
-    if isinstance(value, torch.dtype):  # timm's Adafactor keeps one among its settings
-        return {"$dtype": str(value).removeprefix("torch.")}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise CheckpointError(
-        f"cannot save the {type(value).__name__} at {place}; a checkpoint takes tensors (not in meta), "
-        "dicts with str or int keys, lists, tuples, None, bool, int, float, str, torch.dtype and torch.Size"
-    )
-
-
-def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `_split`."""
-    if isinstance(value, list):
-        return [_join(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    match next(iter(value.items()), None):
-        case ("$tensor", name):
-            return tensors[name]
-        case ("$wrapper", items):
-            kind, *description = (_join(item, tensors) for item in items)
-            return _wrapper_class(kind).__tensor_unflatten__(*description)
-        case ("$size", items):
-            return torch.Size(items)
-        case ("$dict", items):
-            return {key: _join(item, tensors) for key, item in items}
-        case ("$tuple", items):
-            return tuple(_join(item, tensors) for item in items)
-        case ("$float", text):
-            return float(text)
-        case ("$dtype", name):
-            return getattr(torch, name)
-    return {key: _join(item, tensors) for key, item in value.items()}
-
-
-def _wrapper_class(name: str) -> Any:
-    """The class of a tensor made of others. Nothing is imported for it: a file does not choose what code runs."""
-    classes: list[Any] = [Tensor]
-    for kind in classes:
-        if f"{kind.__module__}.{kind.__qualname__}" == name:
-            return kind
-        classes += kind.__subclasses__()
-    library = name.partition(".")[0]
-    raise CheckpointError(
-        f"the checkpoint holds a {name}, which is not loaded; install {library} in the version that the run was "
-        "started with"
-    )
+    try:
+        return split(value, place, tensors)
+    except Unknown as error:
+        raise CheckpointError(f"cannot save the {error}; a checkpoint takes tensors (not in meta), {KINDS}") from None
 
 
 def _read_part(path: Path, device: str | torch.device) -> Any:
@@ -313,7 +244,7 @@ def _read_part(path: Path, device: str | torch.device) -> Any:
         # The copy frees memory from the file, which may be removed, and aligns it as torch does: misaligned
         # tensors may take other kernels than before the interruption, with other rounding.
         tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
-        return _join(json.loads(file.metadata()["structure"]), tensors)
+        return join(json.loads(file.metadata()["structure"]), tensors)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
