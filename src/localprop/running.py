@@ -131,7 +131,9 @@ def _set_up(
     if not stage.needs_images:
         experiment.data.release()
     state = TrainingState(net, config.optim, _steps(experiment), device, stage.modules, stage.average, stage.doing)
-    folder, fresh, goes_on = job.gather(_folder(config, resumed, job) if stage.reports else None)[layout.reporter]
+    own = _folder(config, resumed, job) if stage.reports else None
+    place, fresh, goes_on = job.gather(own)[layout.reporter]
+    folder = Path(place)
     trainer = Trainer(state, experiment.data, config, folder, device, experiment.title, predicted, stage)
     if stage.reports:
         write_description(folder, experiment, net, job.name) if fresh else note_resumption(folder)
@@ -225,12 +227,12 @@ def _predict(experiment: Experiment, net: LocalNetwork, layout: Layout, job: Job
     ]
 
 
-def _folder(config: TrainConfig, resumed: Path | None, job: Job) -> tuple[Path, bool, bool]:
+def _folder(config: TrainConfig, resumed: Path | None, job: Job) -> tuple[str, bool, bool]:
     """The run folder, whether it is a new one, and whether to go on from a checkpoint."""
     folder = resumed or (left_by(job.name, config) if job.attempt else None)
     if folder is None:
-        return create_run_folder(config), True, False
-    return folder, False, resumed is not None or has_checkpoint(folder / CHECKPOINTS)
+        return str(create_run_folder(config)), True, False
+    return str(folder), False, resumed is not None or has_checkpoint(folder / CHECKPOINTS)
 
 
 def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
