@@ -1,7 +1,9 @@
 """Processes that fail, are killed or cannot be: one line each, nothing left, and how it goes on."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +58,19 @@ def test_a_job_started_again_takes_the_empty_folder_that_was_left(forker, tmp_pa
     assert "/run exists already" in ranks.log.read_text()
     assert forker.train(tmp_path, 2, *settings, attempt=1).wait() == [0, 0]
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_no_process_resumes_on_other_data(forker, tmp_path):
+    run = Path(shutil.copytree(Path(__file__).parent / "fixtures" / "run-0.1", tmp_path / "run"))
+    description = json.loads((run / "run.json").read_text())
+    identity = {"source": "digits", "classes": description["classes"], "train_images": 1437, "evaluated_images": 359}
+    (run / "run.json").write_text(json.dumps(description | {"data_identity": identity}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    ranks = forker.train(tmp_path, 2, "--resume", str(run))
+    assert set(ranks.wait()) == {2}
+    line = f"localprop: the data are not those of {run}: evaluated images: 359 then, 360 now; "
+    assert ranks.log.read_text() == f"{line}restore them, or start a new run\n"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_memory_that_runs_out_among_messages_is_not_a_lost_process():

@@ -52,4 +52,14 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """Names what `word` may have meant among the `known` words, for the end of an error's line."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {listing(known)}"
+
+
+def listing(words: Iterable[object], most: int = 5) -> str:
+    """Names things in a message: the first `most` of them, then how many more there are.
+
+    What would break the line, or is read by a terminal as a command, is written as an escape.
+    """
+    names = [str(word) for word in words]
+    shown = ", ".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

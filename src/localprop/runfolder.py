@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from localprop.config import TrainConfig
+from localprop.data import Data, require_same
 from localprop.errors import CheckpointError, ConfigError, LocalpropError
 from localprop.experiment import Experiment
 from localprop.files import write_text
@@ -59,6 +60,7 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
         "parameters": sum(p.numel() for p in net.backbone.parameters()),
         "auxiliary_parameters": [sum(p.numel() for p in module.auxiliary.parameters()) for module in net.local_modules],
         "data": data.name,
+        "data_identity": data.identity,
         "evaluated_on": data.evaluated_on,
         "train_images": data.train_size,
         "evaluated_images": data.test_size,
@@ -93,6 +95,27 @@ def left_by(job: str, config: TrainConfig) -> Path | None:
         return folder if same else None
     except (LocalpropError, OSError):
         return None
+
+
+def compare_data(folder: Path, data: Data) -> list[str]:
+    """Compares the data that are there with those that a run began with.
+
+    Returns:
+        Lines for the user: of a run of version 0.1 less is known.
+
+    Raises:
+        DataError: they differ.
+        CheckpointError: run.json is damaged.
+    """
+    if not (folder / RUN).exists():  # it ended before it began
+        return []
+    description = read_description(folder)
+    if "data_identity" in description:
+        require_same(description["data_identity"], data.identity, str(folder))
+        return []
+    known = {"classes": description.get("classes"), "train_images": description.get("train_images")}
+    require_same(known, {**data.identity, "train_images": data.train_size}, str(folder))
+    return [f"{folder} was begun by version 0.1: whether its images are still the same cannot be told, only how many"]
 
 
 def note_resumption(folder: Path) -> None:

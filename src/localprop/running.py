@@ -14,6 +14,7 @@ from rich.console import Console
 from localprop import advice
 from localprop.checkpoint import has_checkpoint
 from localprop.config import TrainConfig, require_equal_parts
+from localprop.data import Data
 from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
 from localprop.experiment import Experiment, prepare
 from localprop.layout import Layout, arrange
@@ -22,7 +23,7 @@ from localprop.parallel import Job, Lost, PipelineStage, in_job, join
 from localprop.parallel.launch import describe_ranks, leave_word
 from localprop.pipelines import in_flight
 from localprop.report import Progress, final_table, format_bytes, next_steps
-from localprop.runfolder import create_run_folder, left_by, note_resumption, write_description
+from localprop.runfolder import compare_data, create_run_folder, left_by, note_resumption, write_description
 from localprop.simulation import simulate_step
 from localprop.state import TrainingState
 from localprop.trainer import CHECKPOINTS, WEIGHTS, Interrupted, Trainer
@@ -131,9 +132,8 @@ def _set_up(
     if not stage.needs_images:
         experiment.data.release()
     state = TrainingState(net, config.optim, _steps(experiment), device, stage.modules, stage.average, stage.doing)
-    own = _folder(config, resumed, job) if stage.reports else None
-    place, fresh, goes_on = job.gather(own)[layout.reporter]
-    folder = Path(place)
+    found = _folder(config, experiment.data, resumed, job) if stage.reports else None
+    folder, fresh, goes_on = job.gather(found)[layout.reporter]
     trainer = Trainer(state, experiment.data, config, folder, device, experiment.title, predicted, stage)
     if stage.reports:
         write_description(folder, experiment, net, job.name) if fresh else note_resumption(folder)
@@ -182,11 +182,12 @@ def _tell(error: LocalpropError, job: Job) -> int:
 
 def _prepare(config: TrainConfig, resumed: Path | None, console: Console) -> tuple[Experiment, list[str]]:
     experiment = prepare(config, weights=resumed is None)
+    notes = experiment.data.notes + (compare_data(resumed, experiment.data) if resumed else [])
     if not config.local.budget or resumed:
-        return experiment, []
+        return experiment, notes
     with console.status("looking for what fits the budget ..."):
         experiment, note = advice.fit(experiment)
-    return experiment, [note]
+    return experiment, [*notes, note]
 
 
 def _steps(experiment: Experiment) -> int:
@@ -227,12 +228,14 @@ def _predict(experiment: Experiment, net: LocalNetwork, layout: Layout, job: Job
     ]
 
 
-def _folder(config: TrainConfig, resumed: Path | None, job: Job) -> tuple[str, bool, bool]:
+def _folder(config: TrainConfig, data: Data, resumed: Path | None, job: Job) -> tuple[Path, bool, bool]:
     """The run folder, whether it is a new one, and whether to go on from a checkpoint."""
     folder = resumed or (left_by(job.name, config) if job.attempt else None)
     if folder is None:
-        return str(create_run_folder(config)), True, False
-    return str(folder), False, resumed is not None or has_checkpoint(folder / CHECKPOINTS)
+        return create_run_folder(config), True, False
+    if not resumed:
+        compare_data(folder, data)
+    return folder, False, resumed is not None or has_checkpoint(folder / CHECKPOINTS)
 
 
 def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:

@@ -81,6 +81,7 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
             "evaluated_images": description["evaluated_images"],
             "img_size": description["input_size"][-1],
             "classes": len(description["classes"]),
+            "identity": description.get("data_identity"),
         },
         config=settings_in(folder, run),
         provenance=description["provenance"] | {"resumed_with": description.get("resumed_with", [])},

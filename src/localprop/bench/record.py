@@ -38,7 +38,8 @@ class Record:
             "images_per_second", "seconds" (wall clock of the run, evaluation included), "jobs" (runs at once).
         network: "modules" (names of units of each), "parameters", "auxiliary_parameters" (of each module).
         data: "name", "source" ("folder", or "named" for torchvision's files), "train_images", "evaluated_images",
-            "img_size", "classes" (their number).
+            "img_size", "classes" (their number), "identity" (tells whether the data have changed; version 0.1 did not
+            record it).
         config: every setting, but for those that name places of one machine.
         provenance: commit, dirty, versions, machine, of the run's beginning; see `localprop.provenance`; and
             "resumed_with", a list of others that it was resumed with.

@@ -10,15 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from localprop.bench.collect import collect, differing, settings_in
 from localprop.bench.record import read_record, write_record
 from localprop.bench.suite import Suite, SuiteRun
-from localprop.data import named_settings
-from localprop.errors import BenchError, LocalpropError
+from localprop.config import DataConfig
+from localprop.data import folder_identity, named_settings, require_same
+from localprop.errors import BenchError, DataError, LocalpropError
 from localprop.flat import from_flat, to_flags, to_flat
 from localprop.trainer import CHECKPOINTS
 
@@ -75,13 +76,14 @@ class Runner:
         self.list: list[Job] = []
         self.signal = 0
         self._stopping = False
+        self._identities: dict[tuple[str, float], dict[str, Any]] = {}
 
     def run(self, show: Callable[[list[Job]], None]) -> list[Job]:
         """Runs what has no result yet; calls `show` again and again, and at the end.
 
         Raises:
-            BenchError: a result or a checkpoint that is there is of other settings, the folder cannot be written to, or
-                another bench runs in it.
+            BenchError: a result or a checkpoint that is there is of other settings or data, the folder cannot be
+                written to, or another bench runs in it.
         """
         started = time.monotonic()
         with self._alone() as lock, self._signals():
@@ -108,7 +110,9 @@ class Runner:
         folder, record = self.folder / _RUNS / run.name, self.folder / f"{run.name}.json"
         job = Job(run, folder, self.folder / _LOGS / f"{run.name}.log", record)
         if record.exists():
-            found, place, state = read_record(record).config, record, "done"
+            known = read_record(record)
+            found, place, state = known.config, record, "done"
+            self._require_same_data(run.config.data, known.data.get("identity"), record)
         elif _has_checkpoint(folder):
             found, place, state = settings_in(folder, run), folder, "waiting"
         else:
@@ -117,6 +121,24 @@ class Runner:
             raise BenchError(f"{place} is of other settings ({difference}); delete it or choose another --output")
         job.state = state  # type: ignore[assignment]
         return job
+
+    def _require_same_data(self, config: DataConfig, identity: Any, record: Path) -> None:
+        """Compares the folder that a result is of with the one that is there now, if it still is.
+
+        Raises:
+            BenchError: they differ.
+        """
+        source = f"folder:{self.data[config.data]}" if config.data in self.data else config.data
+        known = identity.get("source") if isinstance(identity, dict) else identity
+        if known != "folder" or not source.startswith("folder:") or not Path(source[7:]).expanduser().is_dir():
+            return
+        key = (source, config.val_split)
+        try:
+            if key not in self._identities:
+                self._identities[key] = folder_identity(replace(config, data=source))
+            require_same(identity, self._identities[key], str(record), "delete it to run it again")
+        except DataError as error:
+            raise BenchError(str(error)) from None
 
     def _start(self, job: Job, lock: int) -> None:
         name, places = job.run.config.data.data, dict(self.places)

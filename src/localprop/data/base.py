@@ -1,8 +1,8 @@
 """What the trainer sees of a dataset."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 import torch
 from timm.data import Mixup
@@ -58,6 +58,8 @@ class Data:
         store: where pixels come from.
         config: for mixup, cutmix and label smoothing, and for what the test images are.
         seed: of order, augmentation and mixing.
+        identity: see `localprop.data.identity`; the same wherever the data lie.
+        notes: lines for the user, such as what was passed over.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Data:
     store: Store
     config: DataConfig
     seed: int
+    identity: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:

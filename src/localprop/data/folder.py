@@ -3,26 +3,21 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import is_image_file, make_dataset
 
-from localprop.errors import DataError
+from localprop.data.images import image_size, read_image
+from localprop.data.walk import File, Passed, class_names, find_images
+from localprop.errors import DataError, listing
 
 # Images up to this side are held in memory: a hundred thousand of them take a few GB at most.
 SMALL_SIDE = 96
-
-
-class File(NamedTuple):
-    """The path of an image, and its label."""
-
-    path: str
-    label: int
 
 
 class Unreadable(NamedTuple):
@@ -32,13 +27,27 @@ class Unreadable(NamedTuple):
     problem: str
 
 
-def list_folder(root: Path, with_test: bool = True) -> tuple[list[str], list[File], list[File]]:
-    """Lists classes (sorted by name), training and, `with_test`, test files of a folder; test/ goes before val/.
+@dataclass(frozen=True)
+class Listing:
+    """What a folder holds.
 
-    Hidden folders and files, which file managers and notebooks leave behind, are no classes and no images.
+    Attributes:
+        classes: names, sorted.
+        train, test: images to train on and to evaluate.
+        notes: lines for the user.
+    """
+
+    classes: list[str]
+    train: list[File]
+    test: list[File]
+    notes: list[str]
+
+
+def list_folder(root: Path, with_test: bool = True) -> Listing:
+    """Lists classes, training and, `with_test`, test images of a folder; test/ goes before val/.
 
     Raises:
-        DataError: a folder is missing or empty, or training and test classes differ.
+        DataError: a folder is missing, empty or unreadable, training and test classes differ, or as `find_images`.
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; --data folder:PATH needs PATH/train and PATH/test or PATH/val")
@@ -51,44 +60,32 @@ def list_folder(root: Path, with_test: bool = True) -> tuple[list[str], list[Fil
             f"{root} has no folder test/ or val/; put the test images into {root / 'test' / '<class>'}, "
             f"or hold training images out with --val-split"
         )
-    classes = _class_names(train)
+    classes = class_names(train)
     if len(classes) < 2:
         raise DataError(f"{train} has {len(classes)} class folders; it needs one for each of two or more classes")
     if not with_test or test is None:
-        return classes, _files(train, classes), []
-    if differing := set(classes) ^ set(_class_names(test)):
+        files, passed = _images(train, classes)
+        return Listing(classes, files, [], _notes(root, passed))
+    if differing := set(classes) ^ set(class_names(test)):
         only = [f"{name!r} is only in {train if name in classes else test}" for name in sorted(differing)]
-        raise DataError(f"the classes of {train} and {test} differ: {', '.join(only)}; give both the same folders")
-    return classes, _files(train, classes), _files(test, classes)
+        raise DataError(f"the classes of {train} and {test} differ: {listing(only)}; give both the same folders")
+    files, passed = _images(train, classes)
+    test_files, more = _images(test, classes)
+    return Listing(classes, files, test_files, _notes(root, passed + more))
 
 
-def sample_sizes(files: list[File], count: int = 64) -> set[tuple[int, int]]:
-    """The different (width, height) of up to `count` images spread over `files`, from their headers alone."""
-    sizes = set()
-    for file in files[:: -(-len(files) // count)]:
-        try:
-            with Image.open(file.path) as image:
-                sizes.add(image.size)
-        except Exception:  # the image is met again, and reported, when it is decoded
-            continue
-    return sizes
+def small_sizes(files: list[File]) -> set[tuple[int, int]] | None:
+    """The different (width, height) of all images, from their headers; None as soon as one is larger than `SMALL_SIDE`.
 
-
-def read_image(path: str) -> Image.Image:
-    """Decodes an image of any common format as RGB.
-
-    Raises:
-        DataError: it is missing, truncated, no image at all, or has more than 8 bits per channel.
+    A damaged image says nothing: it is met again, and reported, when it is decoded.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits per channel; convert it to 8")
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise DataError(f"{path} is unreadable (not an image)") from None
-    except Exception as error:  # what PIL's decoders raise for a damaged file is any of a dozen types
-        raise DataError(f"{path} is unreadable ({reason(error)})") from None
+    sizes: set[tuple[int, int]] = set()
+    for file in files:
+        size = image_size(file.path)
+        if size and max(size) > SMALL_SIDE:
+            return None
+        sizes |= {size} if size else set()
+    return sizes
 
 
 def read_images(files: list[File], side: int, on_unreadable: Callable[[Unreadable], None]) -> tuple[Tensor, Tensor]:
@@ -154,24 +151,17 @@ def refuse_image(bad: Unreadable) -> None:
     raise DataError(f"{bad.problem}, and evaluation leaves nothing out; repair or delete it")
 
 
-def reason(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _class_names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _files(folder: Path, classes: list[str]) -> list[File]:
+def _images(folder: Path, classes: list[str]) -> tuple[list[File], list[Passed]]:
     labels = {name: label for label, name in enumerate(classes)}
-    found = make_dataset(folder, labels, is_valid_file=_is_image, allow_empty=True)
-    files = [File(path, label) for path, label in found]
-    filled = {file.label for file in files}
+    found = find_images(folder, labels)
+    filled = {file.label for file in found.files}
     if empty := [str(folder / name) for name, label in labels.items() if label not in filled]:
-        raise DataError(f"no images in {', '.join(empty)}; fill the class folder or delete it")
-    return files
+        raise DataError(f"no images in {listing(empty)}; fill the class folder or delete it")
+    return found.files, found.passed
 
 
-def _is_image(path: str) -> bool:
-    return is_image_file(path) and not os.path.basename(path).startswith(".")
+def _notes(root: Path, passed: list[Passed]) -> list[str]:
+    if not passed:
+        return []
+    names = [f"{os.path.relpath(path, root)} ({why})" for path, why in passed]
+    return [f"passed over in {listing([root])}: {listing(names)}"]

@@ -1,13 +1,16 @@
 """From the user's settings to a dataset."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from localprop.config import DataConfig
 from localprop.data.base import Data, Store
-from localprop.data.folder import SMALL_SIDE, list_folder, read_images, refuse_image, sample_sizes, skip_image
+from localprop.data.folder import SMALL_SIDE, Listing, list_folder, read_images, refuse_image, skip_image, small_sizes
+from localprop.data.identity import digest, identity_of
 from localprop.data.memory import MemoryStore
 from localprop.data.sources import NAMED, read_named
 from localprop.data.split import hold_out
@@ -64,42 +67,66 @@ def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
         seed,
         hold_on_device=config.hold_on_device,
     )
-    return Data(config.data, arrays.classes, img_size, named.mean, named.std, store, config, seed)
+    identity = identity_of(config.data, arrays.classes, store.train_size, store.test_size)
+    return Data(config.data, arrays.classes, img_size, named.mean, named.std, store, config, seed, identity)
+
+
+def folder_identity(config: DataConfig) -> dict[str, Any]:
+    """The `Data.identity` of a folder, without decoding an image.
+
+    Raises:
+        ConfigError, DataError: as `load_data`.
+    """
+    return _identity(*_split_folder(config))
 
 
 def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
-    path = config.data.removeprefix(_FOLDER)
-    if not path:
-        raise ConfigError(f"--data {config.data} names no folder; write folder:PATH")
-    root = Path(path).expanduser()
-    name = root.resolve().name
-    classes, train_files, test_files = list_folder(root, with_test=not config.val_split)
+    root, found = _split_folder(config)
     hflip = 0.5 if config.hflip is None else config.hflip
-    sizes = sample_sizes(train_files)
-    if config.val_split:
-        # Of files, before any is read: an unreadable one does not move the others.
-        parts = hold_out([file.label for file in train_files], config.val_split, name, classes)
-        train_files, test_files = ([train_files[index] for index in part] for part in parts)
+    sizes = small_sizes([*found.train, *found.test])
     store: Store
-    if max((max(size) for size in sizes), default=0) <= SMALL_SIDE:
+    if sizes is not None:
         width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 0)
         img_size = img_size or (width if width == height > 0 else _USUAL_SIDE)
         # Images that differ are brought to one size; above the small side, that is left to the device.
         side = width if width == height > 0 else min(img_size, SMALL_SIDE)
         crop_pad = _crop_pad(config, side)
         skipped: list[str] = []
-        train = read_images(train_files, side, partial(skip_image, skipped, limit=config.bad_images))
-        test = read_images(test_files, side, refuse_image)
+        train = read_images(found.train, side, partial(skip_image, skipped, limit=config.bad_images))
+        test = read_images(found.test, side, refuse_image)
         store = MemoryStore(*train, *test, img_size, crop_pad, hflip, seed, skipped, config.hold_on_device)
     else:
         for flag, given in (("crop-pad", config.crop_pad is not None), ("hold-on-device", config.hold_on_device)):
             if given:
                 raise ConfigError(
-                    f"--{flag} is for images up to {SMALL_SIDE} pixels and those in {root} are larger; drop it"
+                    f"--{flag} is for images up to {SMALL_SIDE} pixels and some in {root} are larger; leave it out"
                 )
         img_size = img_size or _USUAL_SIDE
-        store = StreamStore(train_files, test_files, img_size, hflip, seed, config.workers, config.bad_images)
-    return Data(name, classes, img_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, store, config, seed)
+        store = StreamStore(found.train, found.test, img_size, hflip, seed, config.workers, config.bad_images)
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    name, identity = root.resolve().name, _identity(root, found)
+    return Data(name, found.classes, img_size, mean, std, store, config, seed, identity, found.notes)
+
+
+def _split_folder(config: DataConfig) -> tuple[Path, Listing]:
+    """A folder, and what it holds, with training images held out where they are to be."""
+    path = config.data.removeprefix(_FOLDER)
+    if not path:
+        raise ConfigError(f"--data {config.data} names no folder; write folder:PATH")
+    root = Path(path).expanduser()
+    found = list_folder(root, with_test=not config.val_split)
+    if not config.val_split:
+        return root, found
+    # Of files, before any is read: an unreadable one does not move the others.
+    labels = [file.label for file in found.train]
+    parts = hold_out(labels, config.val_split, root.resolve().name, found.classes)
+    kept, held = ([found.train[index] for index in part] for part in parts)
+    return root, replace(found, train=kept, test=held)
+
+
+def _identity(root: Path, found: Listing) -> dict[str, Any]:
+    files = digest(root, [*found.train, *found.test])
+    return identity_of("folder", found.classes, len(found.train), len(found.test), files)
 
 
 def _crop_pad(config: DataConfig, side: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from localprop.config import DataConfig
-from localprop.data.folder import reason
+from localprop.data.images import reason
 from localprop.data.split import hold_out
 from localprop.errors import DataError
 from localprop.seeding import generator

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from localprop.data.base import Batch
-from localprop.data.folder import File, Unreadable, read_image, refuse_image, skip_image
+from localprop.data.folder import Unreadable, refuse_image, skip_image
+from localprop.data.images import read_image
+from localprop.data.walk import File
 from localprop.errors import DataError
 from localprop.seeding import derive_seed, seeded
 

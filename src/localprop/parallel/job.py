@@ -13,7 +13,6 @@ from torch import Tensor
 
 from localprop.errors import ParallelError
 from localprop.memory import is_out_of_memory
-from localprop.parallel.forms import bytes_of_json, json_of_bytes
 
 # Of a process that hangs without being gone; a slow epoch between two messages must fit in.
 _PATIENCE = timedelta(hours=2)
@@ -60,16 +59,11 @@ class Job:
             raise Lost(f"{to} is gone ({_first_line(error)}); it was killed, or its machine is gone") from error
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every process, by rank; of what JSON has, in which tuples become lists."""
-        own = bytes_of_json(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        """The `value` of every process, by rank; any object that pickles."""
+        values: list[Any] = [None] * self.size
         with self.talking():
-            dist.all_gather(sizes, torch.tensor([own.numel()]), group=self._control)
-        texts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
-        texts[self.rank][: own.numel()] = own
-        with self.talking():
-            dist.all_gather(texts, texts[self.rank].clone(), group=self._control)
-        return [json_of_bytes(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
+            dist.all_gather_object(values, value, group=self._control)
+        return values
 
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""
