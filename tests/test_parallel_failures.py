@@ -32,7 +32,8 @@ def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alo
     assert ranks.wait() == [1, -signal.SIGKILL, 1]
     assert time.monotonic() - before < 30
     # No path of gloo's code.
-    line = r"localprop: rank [02] ends: [\w ]+ is gone \([^/\n]*\); it was killed[^/\n]*; go on with --resume \S+/run\n"
+    line = r"localprop: rank [02] ends: [\w ]+ is gone \([^/\n]*\); it was killed[^/\n]*; "
+    line += r"resume with: localprop train --resume \S+/run\n"
     assert re.fullmatch(line, ranks.log.read_text())
     again = forker.train(tmp_path, 3, *settings, attempt=1)
     assert again.wait() == [0, 0, 0], again.log.read_text()
@@ -50,13 +51,10 @@ def test_a_job_started_again_leaves_other_runs_alone(forker, tmp_path):
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
 
-def test_a_job_started_again_takes_the_empty_folder_that_was_left(forker, tmp_path):
+def test_a_job_takes_an_empty_folder_of_its_name(forker, tmp_path):
     (tmp_path / "run").mkdir()
     settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path), "--experiment", "run"]
-    ranks = forker.train(tmp_path, 2, *settings)
-    assert sorted(ranks.wait()) == [1, 2]
-    assert "/run exists already" in ranks.log.read_text()
-    assert forker.train(tmp_path, 2, *settings, attempt=1).wait() == [0, 0]
+    assert forker.train(tmp_path, 2, *settings).wait() == [0, 0]
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -153,11 +151,14 @@ def test_a_batch_that_replicas_cannot_share_starts_no_processes(flags, wanted, n
 
 def test_a_run_folder_that_exists_starts_no_processes(tmp_path, no_processes, capsys):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
     own = ["--output", str(tmp_path), "--experiment", "run", "--modules", "2"]
     assert main(["train", *own, "--parallel", "modules", "--nproc", "2"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert line.endswith(f"/run exists already; choose another --experiment, or go on with --resume {tmp_path}/run\n")
+    assert line.endswith(
+        f"/run exists already; choose another --experiment, or resume it: localprop train --resume {tmp_path}/run\n"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")

@@ -1,5 +1,10 @@
 """Train transformers, and any other timm or torch model, without end-to-end backpropagation."""
 
+# ruff: noqa: E402
+from localprop.startup import catch_interrupts as _catch_interrupts
+
+_catch_interrupts()  # before torch is imported
+
 from localprop.chain import Chain, Unit, chain
 from localprop.decoders import DECODERS
 from localprop.errors import LocalpropError

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,9 +13,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from localprop.commands import command
 from localprop.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
 from localprop.errors import BenchError, ConfigError, LocalpropError, suggestion
 from localprop.flat import from_flat, to_flat
+from localprop.startup import release_interrupts
 from localprop.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, parse_duration, read_yaml
 
 USAGE = """\
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0, or 2 for a user's mistake, 75 for a suite whose time is up with runs left, 128 + signal.
     """
+    release_interrupts()
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -203,7 +205,7 @@ def _bench(argv: Sequence[str]) -> int:
         return 128 + runner.signal if runner.signal else UNFINISHED
     if failure:
         raise BenchError(failure)
-    console.out(f"tables and pictures: localprop bench report {shlex.quote(str(folder))}", highlight=False)
+    console.out(f"tables and pictures: {command('bench', 'report', folder)}", highlight=False)
     return 0
 
 
@@ -258,7 +260,8 @@ def _export(argv: Sequence[str]) -> int:
 
     options: ExportOptions = _parse(ExportOptions, "export", argv)
     folder = export_run(options.run, options.output)
-    print(f'{folder}\n\nimport timm\nmodel = timm.create_model("local-dir:{folder}", pretrained=True)')
+    name = f"local-dir:{folder}"
+    print(f"{folder}\n\nimport timm\nmodel = timm.create_model({name!r}, pretrained=True)")
     return 0
 
 

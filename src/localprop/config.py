@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from localprop.commands import resume_command
 from localprop.errors import ConfigError
+from localprop.lock import LOCK
 from localprop.values import (
     OptionalBool,
     OptionalFloat,
@@ -192,10 +194,13 @@ class RunConfig:
     timeline.png."""
 
     def require_new_folder(self) -> None:
-        """Raises a ConfigError where the run folder has been named and exists already."""
+        """Raises a ConfigError where the run folder has been named and there is something in it already."""
         folder = self.output / self.experiment if self.experiment else None
-        if folder and folder.exists():
-            raise ConfigError(f"{folder} exists already; choose another --experiment, or go on with --resume {folder}")
+        # A run that died at once leaves its lock alone.
+        if folder and folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK}):
+            raise ConfigError(
+                f"{folder} exists already; choose another --experiment, or resume it: {resume_command(folder)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from localprop.checkpoint import newest_checkpoint
+from localprop.commands import resume_command
 from localprop.errors import CheckpointError, ConfigError, DataError
 from localprop.experiment import create_backbone, prepare
 from localprop.flat import from_flat
@@ -112,7 +113,7 @@ def load_weights(folder: Path, model: nn.Module) -> str:
         else:
             checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS)
             if checkpoint is None:
-                raise CheckpointError(f"{folder} has no weights yet; train it: localprop train --resume {folder}")
+                raise CheckpointError(f"{folder} has no weights yet; train it: {resume_command(folder)}")
             path, weights = checkpoint.path, whole_weights(checkpoint.parts)
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:

@@ -14,7 +14,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class FolderLock:
-    """Holds a folder for this process until it is released, or the process ends in whatever way.
+    """Holds a folder for this process until it is released, or the process ends in whatever way. A context manager.
 
     The lock belongs to the process alone: one that this process forks does not hold it.
 
@@ -31,6 +31,31 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder, self.note = folder, ""
         self._path = folder / LOCK
+        self._acquire()
+        while not self._is_there():  # removed by the process that held it, between two lines here
+            os.close(self._file)
+            self._acquire()
+
+    def require(self) -> None:
+        """Checks that the folder is still the one that was locked.
+
+        Raises:
+            CheckpointError: it was removed, or replaced by another.
+        """
+        if not self._is_there():
+            raise CheckpointError(
+                f"{self.folder} was removed or replaced while the run was writing into it; nothing more is saved, "
+                "start a new run"
+            )
+
+    def release(self) -> None:
+        """Lets other processes use the folder."""
+        if self._is_there():
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+        os.close(self._file)
+
+    def _acquire(self) -> None:
         try:
             # A link put there by somebody else is not followed.
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -41,26 +66,20 @@ class FolderLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
-                self.release()
+                os.close(self._file)
                 raise CheckpointError(
-                    f"another process is writing into {folder}; wait until it ends, or start a run of another name"
+                    f"another process is writing into {self.folder}; wait until it ends, or start a run of another name"
                 ) from None
-            self.note = f"{folder} cannot be locked ({error.strerror}); do not start a second process on it"
+            self.note = f"{self.folder} cannot be locked ({error.strerror}); do not start a second process on it"
 
-    def require(self) -> None:
-        """Checks that the folder is still the one that was locked.
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self._path, follow_symlinks=False), os.fstat(self._file))
+        except OSError:
+            return False
 
-        Raises:
-            CheckpointError: it was removed, or replaced by another.
-        """
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self._path, follow_symlinks=False), os.fstat(self._file)):
-                return
-        raise CheckpointError(
-            f"{self.folder} was removed or replaced while the run was writing into it; nothing more is saved, start a "
-            "new run"
-        )
+    def __enter__(self) -> "FolderLock":
+        return self
 
-    def release(self) -> None:
-        """Lets other processes use the folder."""
-        os.close(self._file)
+    def __exit__(self, *error: object) -> None:
+        self.release()

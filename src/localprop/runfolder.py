@@ -2,11 +2,14 @@
 
 import datetime
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from localprop.checkpoint import has_checkpoint
 from localprop.config import TrainConfig
 from localprop.data import Data, require_same
 from localprop.errors import CheckpointError, ConfigError, LocalpropError
@@ -15,6 +18,7 @@ from localprop.files import write_text
 from localprop.flat import from_flat, to_flat
 from localprop.network import LocalNetwork
 from localprop.provenance import provenance
+from localprop.trainer import CHECKPOINTS, RESULTS, WEIGHTS
 from localprop.values import read_yaml
 
 CONFIG = "config.yaml"
@@ -30,14 +34,15 @@ def create_run_folder(config: TrainConfig) -> Path:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     data = Path(config.data.data.removeprefix("folder:")).name
     base = config.run.experiment or f"{stamp}-{data}-{config.local.method}"
-    config.run.require_new_folder()
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
+        config.run.require_new_folder()  # again each time: another run may have made it just now
         folder = config.run.output / (base + suffix)
         try:
             folder.mkdir(parents=True)
             return folder
         except FileExistsError:
-            config.run.require_new_folder()  # which another run may have made just now
+            if config.run.experiment:  # an empty one
+                return folder
         except OSError as error:
             raise ConfigError(f"cannot make the run folder {folder}: {error.strerror}; choose --output") from None
     raise ConfigError(f"{folder} and a hundred more exist already; choose another --experiment")
@@ -84,13 +89,10 @@ def left_by(job: str, config: TrainConfig) -> Path | None:
     """The run folder that an earlier attempt of a job began; None if there is none.
 
     Names of jobs are torchrun's, and often no more than "none": a run is that job's if its settings are the same, too.
-    A folder that has been named, and is empty, is removed: the attempt got no further.
     """
     try:
         named = config.run.experiment
         folder = config.run.output / named if named else newest_run(config.run.output)
-        if named and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
         same = read_description(folder).get("job") == job and (folder / CONFIG).read_text() == _settings(config)
         return folder if same else None
     except (LocalpropError, OSError):
@@ -156,12 +158,32 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def newest_run(output: Path) -> Path:
-    """The run folder under `output` that was written to last.
+    """The run folder under `output`, at any depth, that was written to last among those that can be resumed.
+
+    A run without a checkpoint is taken only where no run has one.
 
     Raises:
         CheckpointError: there is none.
     """
-    runs = [path.parent for path in output.glob(f"*/{CONFIG}")]
-    if not runs:
+    runs = list(_runs_in(output))
+    candidates = [run for run in runs if has_checkpoint(run / CHECKPOINTS)] or [run for run in runs if is_unbegun(run)]
+    if not candidates:
         raise CheckpointError(f"no run to resume in {output}; name one: --resume FOLDER")
-    return max(runs, key=lambda run: max(path.stat().st_mtime for path in (run, run / CONFIG, *run.glob("check*"))))
+    return max(candidates, key=_last_written)
+
+
+def is_unbegun(folder: Path) -> bool:
+    """Whether a run ended before its first checkpoint, so that resuming it can only mean to start it anew."""
+    return not has_checkpoint(folder / CHECKPOINTS) and not any((folder / name).exists() for name in (RESULTS, WEIGHTS))
+
+
+def _runs_in(output: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(output):
+        if CONFIG in files:
+            yield Path(place)
+            folders.clear()  # a run holds no other
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def _last_written(run: Path) -> float:
+    return max(path.stat().st_mtime for path in (run, run / CONFIG, *run.glob("check*")))

@@ -13,17 +13,26 @@ from rich.console import Console
 
 from localprop import advice
 from localprop.checkpoint import has_checkpoint
+from localprop.commands import resume_command
 from localprop.config import TrainConfig, require_equal_parts
 from localprop.data import Data
 from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
 from localprop.experiment import Experiment, prepare
 from localprop.layout import Layout, arrange
+from localprop.lock import FolderLock
 from localprop.network import LocalNetwork
 from localprop.parallel import Job, Lost, PipelineStage, in_job, join
 from localprop.parallel.launch import describe_ranks, leave_word
 from localprop.pipelines import in_flight
 from localprop.report import Progress, final_table, format_bytes, next_steps
-from localprop.runfolder import compare_data, create_run_folder, left_by, note_resumption, write_description
+from localprop.runfolder import (
+    compare_data,
+    create_run_folder,
+    is_unbegun,
+    left_by,
+    note_resumption,
+    write_description,
+)
 from localprop.simulation import simulate_step
 from localprop.state import TrainingState
 from localprop.trainer import CHECKPOINTS, WEIGHTS, Interrupted, Trainer
@@ -73,22 +82,49 @@ def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
     predicted, warning = advice.predict(experiment, net, headroom)
     state = TrainingState(net, config.optim, _steps(experiment), experiment.device)
     folder = resumed or create_run_folder(config)
-    trainer = Trainer(state, experiment.data, config, folder, experiment.device, experiment.title, predicted)
-    notes += trainer.resume() if resumed else []
-    if resumed:
-        note_resumption(folder)
-    else:
-        write_description(folder, experiment, net)
-    _announce(console, experiment, net, folder, str(experiment.device))
-    try:
-        _train(trainer, experiment, console, [*notes, *warning])
-    except Interrupted as stop:
-        print(f"localprop: {stop}\ngo on with: localprop train --resume {folder}", file=sys.stderr)
-        return stop.exit_code
-    except MemoryError as error:
-        del trainer, state, net
-        raise headroom.explain(error, predicted) from None
+    with FolderLock(folder) as lock:
+        data = experiment.data
+        trainer = Trainer(state, data, config, folder, experiment.device, experiment.title, predicted, lock=lock)
+        notes += _begin(trainer, experiment, resumed is None or is_unbegun(folder), resumed)
+        _announce(console, experiment, net, folder, str(experiment.device))
+        try:
+            _train(trainer, experiment, console, [*notes, *warning])
+        except Interrupted as stop:
+            _tell_how_to_resume(stop, trainer)
+            return stop.exit_code
+        except MemoryError as error:
+            del trainer, state, net
+            raise headroom.explain(error, predicted) from None
     return 0
+
+
+def _begin(
+    trainer: Trainer, experiment: Experiment, anew: bool, resumed: Path | None, job: str | None = None
+) -> list[str]:
+    """Writes down what the run is, or returns to its newest checkpoint; gives lines for the user.
+
+    Args:
+        trainer: of this process; with a lock on the run folder where this process writes into it.
+        experiment: what is trained.
+        anew: whether there is no checkpoint to return to.
+        resumed: the folder that was to be resumed; None for a new run.
+        job: names torchrun's job.
+    """
+    folder, lock = trainer.folder, trainer.lock
+    notes = [lock.note] if lock and lock.note else []
+    if anew:
+        if lock:
+            write_description(folder, experiment, trainer.net, job)
+        return [*notes, f"{folder} has no checkpoint yet: the run starts anew"] if resumed else notes
+    notes += trainer.resume()
+    if lock:
+        note_resumption(folder)
+    return notes
+
+
+def _tell_how_to_resume(stop: Interrupted, trainer: Trainer) -> None:
+    again = resume_command(trainer.folder, trainer.config.backbone.plugin)
+    print(f"localprop: {stop}\nresume with: {again}", file=sys.stderr)
 
 
 def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
@@ -116,9 +152,12 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     except Interrupted as stop:
         _say(stage.write_trace(names, trainer.folder, experiment.title))
         if stage.reports:
-            print(f"localprop: {stop}\ngo on with: localprop train --resume {trainer.folder}", file=sys.stderr)
+            _tell_how_to_resume(stop, trainer)
         job.wait_for_all()
         return stop.exit_code
+    finally:
+        if trainer.lock:
+            trainer.lock.release()
     job.leave()
     return 0
 
@@ -133,11 +172,11 @@ def _set_up(
         experiment.data.release()
     state = TrainingState(net, config.optim, _steps(experiment), device, stage.modules, stage.average, stage.doing)
     found = _folder(config, experiment.data, resumed, job) if stage.reports else None
-    folder, fresh, goes_on = job.gather(found)[layout.reporter]
-    trainer = Trainer(state, experiment.data, config, folder, device, experiment.title, predicted, stage)
-    if stage.reports:
-        write_description(folder, experiment, net, job.name) if fresh else note_resumption(folder)
-    return trainer, notes + (trainer.resume() if goes_on else [])
+    name, anew = job.gather(found)[layout.reporter]
+    folder = Path(name)
+    lock = FolderLock(folder) if stage.reports else None
+    trainer = Trainer(state, experiment.data, config, folder, device, experiment.title, predicted, stage, lock)
+    return trainer, notes + _begin(trainer, experiment, anew, resumed, job.name)
 
 
 @contextmanager
@@ -156,7 +195,8 @@ def _blamed(job: Job, names: list[str], trainer: Trainer | None = None) -> Itera
         raise ParallelError(f"rank {job.rank}: {error}") from error
     except Lost as error:
         saved = trainer is not None and has_checkpoint(trainer.folder / CHECKPOINTS)
-        raise Lost(f"{error}; go on with --resume {trainer.folder}" if trainer and saved else str(error)) from error
+        again = resume_command(trainer.folder, trainer.config.backbone.plugin) if trainer else ""
+        raise Lost(f"{error}; resume with: {again}" if saved else str(error)) from error
     except LocalpropError as error:
         raise ParallelError(f"{who}: {error}") from error
 
@@ -181,8 +221,9 @@ def _tell(error: LocalpropError, job: Job) -> int:
 
 
 def _prepare(config: TrainConfig, resumed: Path | None, console: Console) -> tuple[Experiment, list[str]]:
-    experiment = prepare(config, weights=resumed is None)
-    notes = experiment.data.notes + (compare_data(resumed, experiment.data) if resumed else [])
+    begun = resumed is not None and not is_unbegun(resumed)
+    experiment = prepare(config, weights=not begun)
+    notes = experiment.data.notes + (compare_data(resumed, experiment.data) if resumed and begun else [])
     if not config.local.budget or resumed:
         return experiment, notes
     with console.status("looking for what fits the budget ..."):
@@ -228,14 +269,14 @@ def _predict(experiment: Experiment, net: LocalNetwork, layout: Layout, job: Job
     ]
 
 
-def _folder(config: TrainConfig, data: Data, resumed: Path | None, job: Job) -> tuple[Path, bool, bool]:
-    """The run folder, whether it is a new one, and whether to go on from a checkpoint."""
-    folder = resumed or (left_by(job.name, config) if job.attempt else None)
-    if folder is None:
-        return create_run_folder(config), True, False
-    if not resumed:
-        compare_data(folder, data)
-    return folder, False, resumed is not None or has_checkpoint(folder / CHECKPOINTS)
+def _folder(config: TrainConfig, data: Data, resumed: Path | None, job: Job) -> tuple[str, bool]:
+    """The run folder, and whether there is no checkpoint in it to return to."""
+    left = left_by(job.name, config) if job.attempt and not resumed else None
+    folder = resumed or left or create_run_folder(config)
+    anew = is_unbegun(folder)
+    if left and not anew:
+        compare_data(left, data)
+    return str(folder), anew
 
 
 def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
@@ -258,7 +299,9 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
         rows = trainer.run(progress)
     if trainer.stage.reports:
         console.print(final_table(rows, [_span(net, range(k, k + 1)) for k in range(count)], evaluated_on))
-        steps = next_steps(folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs)
+        steps = next_steps(
+            folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs, config.backbone.plugin
+        )
         console.out(steps, highlight=False)
 
 

@@ -18,6 +18,7 @@ from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError
 from localprop.gauge import Gauge
+from localprop.lock import FolderLock
 from localprop.memory import is_out_of_memory
 from localprop.metrics import Scores, Tally, count_hits
 from localprop.report import EpochRow, LossCurve, Progress, draw_curves, read_results, write_results
@@ -73,6 +74,7 @@ class Trainer:
         title: heading of the curves.
         predicted: predicted peak memory of a step in bytes; None if there is no prediction.
         stage: which modules are trained in this process, and how it goes on with the others; default: all.
+        lock: on the run folder, in a process that writes into it.
 
     Attributes:
         gauge: measures memory. A run that is resumed in the same layout knows what was measured before.
@@ -88,7 +90,9 @@ class Trainer:
         title: str,
         predicted: int | None = None,
         stage: Stage | None = None,
+        lock: FolderLock | None = None,
     ) -> None:
+        self.lock = lock
         self.state, self.data, self.config, self.folder, self.device = state, data, config, folder, device
         self.predicted = predicted
         self.net = state.net
@@ -149,6 +153,7 @@ class Trainer:
             # Of a finished run that is resumed nothing is left to do but this.
             weights = self.stage.weights(self.state)
             if self.stage.reports:
+                self._require_folder()
                 self.curve.write(self.folder / LOSSES)
                 save_weights(self.folder / WEIGHTS, weights)
         return self.rows
@@ -211,6 +216,7 @@ class Trainer:
         position = self.position
         position.loss_sums = [total + loss for total, loss in zip(position.loss_sums, losses, strict=True)]
         if self.curve.add(self.state.step, losses, *self._advance_clock(training=True)):
+            self._require_folder()
             self.curve.write(self.folder / LOSSES)
         progress.step(position.epoch + 1, position.batch, losses, self.gauge.peak or self.predicted or 0)
 
@@ -271,6 +277,7 @@ class Trainer:
             seconds=position.seconds,
         )
         self.rows.append(row)
+        self._require_folder()
         write_results(self.folder / RESULTS, self.rows)
         if time.monotonic() - self._drawn > _REDRAW_SECONDS or position.epoch == self.config.optim.epochs:
             draw_curves(self.folder / CURVES, self.rows, self.title, self.data.evaluated_on)
@@ -281,7 +288,13 @@ class Trainer:
         self.position.loss_sums = [0.0] * len(self.net.local_modules)
         self.position.epoch_seconds = 0.0
 
+    def _require_folder(self) -> None:
+        """Checks that nobody has removed the run folder: what is written now would be found by nobody."""
+        if self.lock:
+            self.lock.require()
+
     def _save(self) -> Path:
+        self._require_folder()
         self.position.peak = self.gauge.peak
         meta = {"position": vars(self.position), "curve": self.curve.state()}
         run = self.config.run

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from localprop.commands import command
 from localprop.config import TrainConfig
 from localprop.errors import BenchError
 from localprop.files import write_text
@@ -102,7 +103,9 @@ def read_records(folder: Path) -> list[Record]:
         raise BenchError(f"{folder} is not a folder; name the one that `localprop bench SUITE` wrote")
     records = [read_record(path) for path in sorted(folder.glob("*.json"))]
     if not records:
-        raise BenchError(f"{folder} has no results yet; run the suite first: localprop bench SUITE --output {folder}")
+        raise BenchError(
+            f"{folder} has no results yet; run the suite first: {command('bench', 'SUITE', '--output', folder)}"
+        )
     return records
 
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from localprop.commands import resume_command
 from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ParallelError
 from localprop.plugins import load_plugin
@@ -131,5 +132,5 @@ def _obituary(rank: int, number: int, ranks: Path) -> str:
     except (OSError, ValueError):
         return f"rank {rank} was killed by {cause} before training began"
     folder, goes_on = known["folder"], has_checkpoint(Path(known["checkpoints"]))
-    then = f"go on with --resume {folder}" if goes_on else f"there is no checkpoint yet: remove {folder}, start again"
-    return f"rank {rank} ({known['ranks'][rank]}) was killed by {cause}; {then}"
+    then = resume_command(Path(folder)) + ("" if goes_on else ", which starts anew: there is no checkpoint yet")
+    return f"rank {rank} ({known['ranks'][rank]}) was killed by {cause}; resume with: {then}"

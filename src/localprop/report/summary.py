@@ -1,7 +1,6 @@
 """What is shown when a run is over."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from localprop.commands import command, plugin_words
 from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
 from localprop.report.results import EpochRow
 
@@ -53,7 +53,9 @@ def _memory(rows: Sequence[EpochRow]) -> str:
     return ", ".join(words) or "-"
 
 
-def next_steps(run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any]) -> str:
+def next_steps(
+    run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any], plugin: Path | None = None
+) -> str:
     """What to do with a finished run, as lines to copy; print them unwrapped with `console.out`.
 
     Args:
@@ -61,6 +63,7 @@ def next_steps(run_folder: Path, weights: Path, model_name: str, model_kwargs: M
         weights: the backbone's weights, in safetensors.
         model_name: name of the timm model.
         model_kwargs: everything else that timm.create_model needs for the same network, such as num_classes.
+        plugin: the file that the run's settings name, if they name one.
     """
     arguments = [repr(model_name), *(f"{key}={value!r}" for key, value in model_kwargs.items())]
     call = f"model = timm.create_model({', '.join(arguments)})"
@@ -69,7 +72,7 @@ def next_steps(run_folder: Path, weights: Path, model_name: str, model_kwargs: M
     return f"""
 Evaluate it:
 
-localprop eval {shlex.quote(str(run_folder))}
+{command("eval", run_folder, *plugin_words(plugin))}
 
 Use it in Python, without localprop:
 
@@ -81,5 +84,5 @@ model.load_state_dict(load_file({str(weights)!r}))
 
 Train on your own images (PATH has train/ and test/, with a folder per class):
 
-localprop train --data folder:PATH --model {shlex.quote(model_name)}
+{command("train", "--data", "folder:PATH", "--model", model_name, *plugin_words(plugin))}
 """
