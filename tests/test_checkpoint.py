@@ -18,7 +18,15 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from checkpoint_states import bits, flip, names, save, state_at
 from localprop import checkpoint as module
-from localprop.checkpoint import load_checkpoint, newest_checkpoint, publish, save_checkpoint, save_weights, write_parts
+from localprop.checkpoint import (
+    begin_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    publish,
+    save_checkpoint,
+    save_weights,
+    write_parts,
+)
 from localprop.errors import CheckpointError
 from localprop.files import write_text
 
@@ -194,10 +202,11 @@ def test_interrupted_training_goes_on_bit_for_bit(tmp_path, optimizer_class, opt
 def test_same_state_gives_the_same_bytes_in_any_layout(tmp_path):
     whole = save(tmp_path / "whole", 5)
     checksums = {}
+    aside = begin_checkpoint(tmp_path / "split", 5)
     for part in ("module-1", "module-0"):  # each process writes its own; one makes it count
-        checksums |= write_parts(tmp_path / "split", 5, {part: state_at(5)[part]})
+        checksums |= write_parts(aside, 5, {part: state_at(5)[part]})
         assert newest_checkpoint(tmp_path / "split") == (None, [])
-    split = publish(tmp_path / "split", 5, checksums, {"epoch": 0}, keep=9)
+    split = publish(aside, 5, checksums, {"epoch": 0}, keep=9)
     assert names(split) == names(whole)
     assert {file.name: file.read_bytes() for file in split.iterdir()} == {
         file.name: file.read_bytes() for file in whole.iterdir()
@@ -237,9 +246,9 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_new_one(tmp_path):
 
 
 def test_stale_temporary_folders_are_removed_after_the_save(tmp_path):
-    for step in (7, 8):
-        (tmp_path / f".step-{step:08d}.tmp").mkdir()
-        (tmp_path / f".step-{step:08d}.tmp" / "module-9.safetensors").write_bytes(b"half")
+    for name in (".step-00000007.tmp", ".step-00000008.tmp", ".step-00000008.0123456789abcdef.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module-9.safetensors").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("not ours")
     path = save(tmp_path, 8)
     assert names(tmp_path) == ["notes.txt", "step-00000008"]
@@ -300,6 +309,7 @@ def test_timm_reads_the_weights(tmp_path):
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
     net = timm.create_model("vit_tiny_patch16_224", **options).eval()
     path = tmp_path / "run" / "model.safetensors"
+    path.parent.mkdir()
     save_weights(path, net.state_dict(), {"model": "vit", "ä": '"\\\n\x7f'})
     loaded = timm.create_model("vit_tiny_patch16_224", checkpoint_path=str(path), **options).eval()
     images = torch.randn(2, 3, 16, 16)
@@ -334,6 +344,7 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
 
 def test_write_text_replaces_the_whole_file(tmp_path):
     path = tmp_path / "run" / "args.yaml"
+    path.parent.mkdir()
     write_text(path, "a much longer text")
     with path.open() as reader:
         write_text(path, "ü\r\n")

@@ -13,8 +13,8 @@ The same state gives the same bytes, whichever process wrote them.
 import errno
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from localprop.errors import CheckpointError
-from localprop.files import all_or_nothing, sync, write_synced, written_aside
+from localprop.files import (
+    all_or_nothing,
+    make_folder,
+    remove_tree,
+    sync,
+    temporary_name,
+    write_synced,
+    written_aside,
+)
 from localprop.nested import KINDS, Unknown, join, split
 
 MANIFEST = "manifest.json"
@@ -34,6 +42,8 @@ CHECKSUMS = "SHA256SUMS"
 FORMAT = 2
 # "step-00001234.old" exists only while a checkpoint of the same step takes its place.
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
+# What an interrupted save leaves; version 0.1 had no random part in the name.
+_LEFTOVER = re.compile(r"\.step-\d{8,}(\.[0-9a-f]{16})?\.tmp")
 _UNTOUCHED = "; earlier checkpoints are untouched, go on with --resume"
 
 
@@ -55,7 +65,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
-    """Saves a checkpoint of one process: `write_parts`, then `publish`.
+    """Saves a checkpoint of one process: `begin_checkpoint`, `write_parts`, then `publish`.
 
     Args:
         folder: holds the checkpoints of one run.
@@ -74,11 +84,33 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
         CheckpointError: the disk is full, fails or may not be written, or a state holds something else.
             Nothing is left behind, and earlier checkpoints are untouched.
     """
-    return publish(folder, step, write_parts(folder, step, parts), meta, keep)
+    aside = begin_checkpoint(folder, step)
+    return publish(aside, step, write_parts(aside, step, parts), meta, keep)
 
 
-def write_parts(folder: Path, step: int, parts: dict[str, Any]) -> dict[str, str]:
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """Makes the folder for the parts of a checkpoint that does not count yet; one process calls it.
+
+    Returns:
+        The folder, beside the place of the checkpoint. Its name cannot be guessed: the others have to be told.
+
+    Raises:
+        CheckpointError: as `save_checkpoint`; or `folder` is a link.
+    """
+    make_folder(folder)
+    aside = temporary_name(_final(folder, step))
+    with all_or_nothing(_final(folder, step), aside, _UNTOUCHED):
+        aside.mkdir()
+    return aside
+
+
+def write_parts(aside: Path, step: int, parts: dict[str, Any]) -> dict[str, str]:
     """Writes and syncs parts of a checkpoint that does not count yet; every process writes its own.
+
+    Args:
+        aside: what `begin_checkpoint` gave.
+        step: optimizer steps done.
+        parts: see `save_checkpoint`.
 
     Returns:
         File names and their SHA-256, for `publish`.
@@ -86,12 +118,10 @@ def write_parts(folder: Path, step: int, parts: dict[str, Any]) -> dict[str, str
     Raises:
         CheckpointError: as `save_checkpoint`.
     """
-    temporary = _temporary(folder, step)
     checksums = {}
-    with all_or_nothing(_final(folder, step), temporary, _UNTOUCHED):
-        temporary.mkdir(parents=True, exist_ok=True)
+    with all_or_nothing(_final(aside.parent, step), aside, _UNTOUCHED):
         for name, state in parts.items():
-            path = temporary / f"{name}.safetensors"
+            path = aside / f"{name}.safetensors"
             tensors: dict[str, Tensor] = {}
             structure = _split(state, name, tensors)
             _write_tensors(path, tensors, {"structure": json.dumps(structure)})
@@ -100,14 +130,14 @@ def write_parts(folder: Path, step: int, parts: dict[str, Any]) -> dict[str, str
     return checksums
 
 
-def publish(folder: Path, step: int, checksums: dict[str, str], meta: dict[str, Any], keep: int) -> Path:
+def publish(aside: Path, step: int, checksums: dict[str, str], meta: dict[str, Any], keep: int) -> Path:
     """Makes the parts that were written for `step` a checkpoint, then removes what is no longer needed.
 
     One process calls it once all have written their parts, while the others wait. Besides checkpoints beyond
     `keep` it removes those of later steps: training went on from before them, they are damaged or given up.
 
     Args:
-        folder: holds the checkpoints of one run.
+        aside: what `begin_checkpoint` gave.
         step: optimizer steps done.
         checksums: what `write_parts` returned, of all processes together.
         meta: see `save_checkpoint`.
@@ -119,26 +149,24 @@ def publish(folder: Path, step: int, checksums: dict[str, str], meta: dict[str, 
     Raises:
         CheckpointError: as `save_checkpoint`.
     """
-    final, temporary = _final(folder, step), _temporary(folder, step)
-    with all_or_nothing(final, temporary, _UNTOUCHED):
-        for file in temporary.iterdir():
-            if file.name not in checksums:  # left by an interrupted save
-                file.unlink()
+    folder = aside.parent
+    final = _final(folder, step)
+    with all_or_nothing(final, aside, _UNTOUCHED):
         manifest = {
             "format": FORMAT,
             "step": step,
             "parts": sorted(checksums),
             "meta": _split(meta, "meta", None),
         }
-        write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        sums = {**checksums, MANIFEST: _sha256(temporary / MANIFEST)}
-        write_synced(temporary / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-        sync(temporary)
-        if final.exists():
+        write_synced(aside / MANIFEST, json.dumps(manifest, indent=1))
+        sums = {**checksums, MANIFEST: _sha256(aside / MANIFEST)}
+        write_synced(aside / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+        sync(aside)
+        if os.path.lexists(final):
             old = final.with_suffix(".old")
-            shutil.rmtree(old, ignore_errors=True)
+            remove_tree(old, folder)
             final.rename(old)
-        temporary.rename(final)
+        aside.rename(final)
         sync(folder)
     _prune(folder, final, keep)
     return final
@@ -212,10 +240,6 @@ def _final(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def _temporary(folder: Path, step: int) -> Path:
-    return folder / f".step-{step:08d}.tmp"
-
-
 def _newest_first(folder: Path) -> list[Path]:
     """The checkpoints of `folder`, valid or not; of one step, the one being replaced comes second."""
     matches = [match for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
@@ -227,9 +251,10 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
     found = _newest_first(folder)
     older = [path for path in found[found.index(newest) + 1 :] if path.suffix != ".old"]
     unneeded = set(found) - {newest, *older[: keep - 1]}
-    for path in [*unneeded, *folder.glob(".step-*.tmp")]:
+    leftovers = [folder / name for name in os.listdir(folder) if _LEFTOVER.fullmatch(name)]
+    for path in [*unneeded, *leftovers]:
         # The new checkpoint is safe: what cannot be removed now is tried again after the next one.
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path, folder)
 
 
 def _split(value: Any, place: str, tensors: dict[str, Tensor] | None) -> Any:

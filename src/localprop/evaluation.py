@@ -1,6 +1,5 @@
 """What is done with a finished run: evaluating its weights, and handing them to timm."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from localprop.checkpoint import newest_checkpoint
 from localprop.commands import resume_command
 from localprop.errors import CheckpointError, ConfigError, DataError
 from localprop.experiment import create_backbone, prepare
+from localprop.files import folder_aside
 from localprop.flat import from_flat
 from localprop.metrics import evaluate
 from localprop.runfolder import read_config, read_description
@@ -71,8 +71,10 @@ def export_run(folder: Path, output: Path | None) -> Path:
         CheckpointError: no run folder, or no weights in it.
         ConfigError: `output` exists already.
     """
-    output = output or folder / "export"
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # A link that the user names is meant; one inside the run folder was put there by whoever made it.
+    place = output.resolve() if output else folder / "export"
+    output = output or place
+    if place.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise ConfigError(f"{output} exists already; choose another --output, or delete it")
     description = read_description(folder)
     config = replace(read_config(folder).backbone, pretrained=False, model_kwargs=description["model_kwargs"])
@@ -86,17 +88,9 @@ def export_run(folder: Path, output: Path | None) -> Path:
     preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
     model.pretrained_cfg = {**settings, **{key: description[key] for key in preprocessing}}  # type: ignore[assignment]
     arguments = {key: value for key, value in kwargs.items() if key != "num_classes"}
-    try:
-        save_for_hf(
-            model,
-            str(output),
-            model_config={"label_names": description["classes"]},
-            model_args=arguments,
-            safe_serialization=True,
-        )
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(output, ignore_errors=True)
-        raise ConfigError(f"cannot write {output} ({error}); free some disk space or choose another --output") from None
+    with folder_aside(place) as aside:
+        labels = {"label_names": description["classes"]}
+        save_for_hf(model, str(aside), model_config=labels, model_args=arguments, safe_serialization=True)
     return output
 
 

@@ -17,6 +17,7 @@ from localprop.checkpoint import newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError
+from localprop.files import make_folder, remove_leftovers
 from localprop.gauge import Gauge
 from localprop.lock import FolderLock
 from localprop.memory import is_out_of_memory
@@ -116,6 +117,9 @@ class Trainer:
         Raises:
             CheckpointError: there is none, or it does not fit.
         """
+        make_folder(self.folder / CHECKPOINTS)  # now, not hours later, is the time to refuse a link
+        if self.stage.reports:
+            remove_leftovers(self.folder)
         own = [part_name(k) for k in self.stage.modules]
         checkpoint, notes = newest_checkpoint(self.folder / CHECKPOINTS, only=own)
         if checkpoint is None:
@@ -155,6 +159,7 @@ class Trainer:
             if self.stage.reports:
                 self._require_folder()
                 self.curve.write(self.folder / LOSSES)
+                self._draw()
                 save_weights(self.folder / WEIGHTS, weights)
         return self.rows
 
@@ -279,10 +284,14 @@ class Trainer:
         self.rows.append(row)
         self._require_folder()
         write_results(self.folder / RESULTS, self.rows)
-        if time.monotonic() - self._drawn > _REDRAW_SECONDS or position.epoch == self.config.optim.epochs:
-            draw_curves(self.folder / CURVES, self.rows, self.title, self.data.evaluated_on)
-            self._drawn = time.monotonic()
+        # At the end of training they are drawn once more.
+        if time.monotonic() - self._drawn > _REDRAW_SECONDS and position.epoch < self.config.optim.epochs:
+            self._draw()
         progress.epoch(row)
+
+    def _draw(self) -> None:
+        draw_curves(self.folder / CURVES, self.rows, self.title, self.data.evaluated_on)
+        self._drawn = time.monotonic()
 
     def _begin_epoch(self) -> None:
         self.position.loss_sums = [0.0] * len(self.net.local_modules)

@@ -3,7 +3,6 @@
 import ctypes
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +15,11 @@ from typing import Any, Literal
 
 from localprop.bench.collect import collect, differing, settings_in
 from localprop.bench.record import read_record, write_record
-from localprop.bench.suite import Suite, SuiteRun
+from localprop.bench.suite import Suite, SuiteRun, check_run_name
 from localprop.config import DataConfig
 from localprop.data import folder_identity, named_settings, require_same
 from localprop.errors import BenchError, DataError, LocalpropError
+from localprop.files import make_folder, open_to_write, remove_leftovers, remove_tree
 from localprop.flat import from_flat, to_flags, to_flat
 from localprop.trainer import CHECKPOINTS
 
@@ -87,6 +87,9 @@ class Runner:
         """
         started = time.monotonic()
         with self._alone() as lock, self._signals():
+            remove_leftovers(self.folder)
+            for name in (_RUNS, _LOGS):
+                make_folder(self.folder / name)
             self.list = [self._job(run) for run in self.suite.runs]
             while True:
                 for job in self.list:
@@ -107,14 +110,22 @@ class Runner:
         return self.list
 
     def _job(self, run: SuiteRun) -> Job:
+        check_run_name(run.name, self.suite.name)
         folder, record = self.folder / _RUNS / run.name, self.folder / f"{run.name}.json"
         job = Job(run, folder, self.folder / _LOGS / f"{run.name}.log", record)
+        if folder.is_symlink():
+            raise BenchError(f"{folder} is a link, and nothing is written through it; remove the link")
         if record.exists():
             known = read_record(record)
             found, place, state = known.config, record, "done"
             self._require_same_data(run.config.data, known.data.get("identity"), record)
         elif _has_checkpoint(folder):
             found, place, state = settings_in(folder, run), folder, "waiting"
+        elif os.path.lexists(folder) and not job.log.is_file():
+            # Every run that a bench starts has a log: what has none was put there by somebody else.
+            raise BenchError(
+                f"{folder} was not made by this bench and has no checkpoint; move it away, or choose another --output"
+            )
         else:
             return job
         if difference := differing(found, run):
@@ -151,12 +162,11 @@ class Runner:
             flags = ["--resume", str(job.folder)]
             flags += [word for key, value in places.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         else:
-            shutil.rmtree(job.folder, ignore_errors=True)  # cut off before its first checkpoint
+            remove_tree(job.folder, self.folder / _RUNS)  # cut off before its first checkpoint
             places |= {"output": str(job.folder.parent), "experiment": job.folder.name, "checkpoint_hist": 1}
             flags = to_flags(from_flat(places, "bench", job.run.config))
-        job.log.parent.mkdir(parents=True, exist_ok=True)
         cores = max(1, (os.cpu_count() or 1) // self.jobs)
-        with job.log.open("a") as log:
+        with os.fdopen(open_to_write(job.log, os.O_APPEND), "a") as log:
             job.process = subprocess.Popen(
                 [sys.executable, "-m", "localprop", "train", *flags],
                 stdin=subprocess.DEVNULL,
@@ -187,7 +197,7 @@ class Runner:
             write_record(job.record, collect(job.folder, self.suite.name, job.run, self.jobs))
             job.state = "done"
             # The weights stay; the optimizer's states, three times as large, have done their part.
-            shutil.rmtree(job.folder / CHECKPOINTS, ignore_errors=True)
+            remove_tree(job.folder / CHECKPOINTS, job.folder)
         except LocalpropError as error:
             again = f"; to begin it anew, delete {job.folder}" if _has_checkpoint(job.folder) else ""
             job.state, job.problem = "failed", f"{error}{again} (log: {job.log})"
@@ -211,7 +221,7 @@ class Runner:
         """Keeps a second bench out of the folder; gives the descriptor of the lock."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
+            lock = os.fdopen(open_to_write(self.folder / ".lock"), "r+")
         except OSError as error:
             raise BenchError(f"cannot write into {self.folder}: {error.strerror}; choose another --output") from None
         with lock:

@@ -35,6 +35,7 @@ _FOLDER = Path(__file__).parent / "suites"
 # Where and how far a run goes is the bench's own affair.
 _OWN = ("output", "experiment", "resume")
 _KEYS = ("description", "base", "settings", "runs")
+_LONGEST_NAME = 200  # a file's has at most 255, and gets a suffix
 # What a run is named after wherever it differs, in this order.
 _NAMING = ("data", "model", "method", "modules", "partition", "decoder", "head")
 # What a run is named after only if nothing else tells it from another.
@@ -124,9 +125,10 @@ def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
     keys = _axes(settings, blocks, configs)
     axes = [{key: to_flat(config)[key] for key in keys} for config in configs]
     runs = [SuiteRun(*parts) for parts in zip(_names(keys, flats), axes, configs, strict=True)]
-    for run, count in Counter(run.name for run in runs).items():
+    for name, count in Counter(run.name for run in runs).items():
+        check_run_name(name, str(path))
         if count > 1:
-            raise BenchError(f"{path}: {count} runs are called {run}; runs must differ in a setting")
+            raise BenchError(f"{path}: {count} runs are called {name}; runs must differ in a setting")
     return Suite(path.stem, description, tuple(runs))
 
 
@@ -160,6 +162,20 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[str, dict[str, Any], lis
     if not based[2] + runs:
         raise BenchError(f"{path} has no runs; write one under 'runs'")
     return str(content.get("description") or ""), based[1] | _normal(settings), [*based[2], *map(_normal, runs)]
+
+
+def check_run_name(name: str, source: str) -> None:
+    """Checks that a run's name is that of a file and a folder right under the results.
+
+    Raises:
+        BenchError: it would lead to another folder, is hidden, or too long; the line names `source`.
+    """
+    if not re.fullmatch(r"[\w=,+-][\w.=,+-]*", name) or len(name.encode()) > _LONGEST_NAME:
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise BenchError(
+            f"{source}: a run would be called {shown!r}, and so would its folder; a name begins with a letter or digit "
+            f"and has at most {_LONGEST_NAME} bytes: change the setting that it is made of"
+        )
 
 
 def _check(config: TrainConfig, source: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from localprop.carry import Carry
-from localprop.checkpoint import publish, write_parts
+from localprop.checkpoint import begin_checkpoint, publish, write_parts
 from localprop.data import Data
 from localprop.layout import Layout
 from localprop.network import LocalNetwork
@@ -162,9 +162,12 @@ class PipelineStage(Stage):
         """See `Stage.save`. All processes come here behind the same step, with nothing in flight."""
         path = folder
         with self.doing("save"):
-            written = self._job.gather({} if self.replica else write_parts(folder, step, parts))
+            # One process makes the folder, whose name nobody can guess, and tells the others.
+            names = self._job.gather(begin_checkpoint(folder, step).name if self.reports else "")
+            aside = folder / names[self._layout.reporter]
+            written = self._job.gather({} if self.replica else write_parts(aside, step, parts))
             if self.reports:
-                path = publish(folder, step, {name: own[name] for own in written for name in own}, meta, keep)
+                path = publish(aside, step, {name: own[name] for own in written for name in own}, meta, keep)
             self._job.wait_for_all()
         return path
 
