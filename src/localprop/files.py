@@ -88,14 +88,19 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
+def refuse_link(path: Path) -> None:
+    """Raises a CheckpointError where a folder that will be written into is a link."""
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link, and nothing is written through it; remove the link")
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder inside a run folder, if it is not there. It is not made through a link, nor is what holds it.
 
     Raises:
         CheckpointError: it is a link, or cannot be made.
     """
-    if path.is_symlink():
-        raise CheckpointError(f"{path} is a link, and nothing is written through it; remove the link")
+    refuse_link(path)
     try:
         path.mkdir(exist_ok=True)
     except OSError as error:

@@ -17,7 +17,7 @@ from localprop.checkpoint import newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError
-from localprop.files import make_folder, remove_leftovers
+from localprop.files import refuse_link, remove_leftovers
 from localprop.gauge import Gauge
 from localprop.lock import FolderLock
 from localprop.memory import is_out_of_memory
@@ -117,7 +117,7 @@ class Trainer:
         Raises:
             CheckpointError: there is none, or it does not fit.
         """
-        make_folder(self.folder / CHECKPOINTS)  # now, not hours later, is the time to refuse a link
+        refuse_link(self.folder / CHECKPOINTS)  # now, not hours later when the first one is saved
         if self.stage.reports:
             remove_leftovers(self.folder)
         own = [part_name(k) for k in self.stage.modules]

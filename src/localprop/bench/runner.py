@@ -19,7 +19,7 @@ from localprop.bench.suite import Suite, SuiteRun, check_run_name
 from localprop.config import DataConfig
 from localprop.data import folder_identity, named_settings, require_same
 from localprop.errors import BenchError, DataError, LocalpropError
-from localprop.files import make_folder, open_to_write, remove_leftovers, remove_tree
+from localprop.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
 from localprop.flat import from_flat, to_flags, to_flat
 from localprop.trainer import CHECKPOINTS
 
@@ -113,8 +113,7 @@ class Runner:
         check_run_name(run.name, self.suite.name)
         folder, record = self.folder / _RUNS / run.name, self.folder / f"{run.name}.json"
         job = Job(run, folder, self.folder / _LOGS / f"{run.name}.log", record)
-        if folder.is_symlink():
-            raise BenchError(f"{folder} is a link, and nothing is written through it; remove the link")
+        refuse_link(folder)
         if record.exists():
             known = read_record(record)
             found, place, state = known.config, record, "done"
