@@ -24,8 +24,9 @@ def run(tmp_path):
     return Path(shutil.copytree(FIXTURES / "run-0.1", tmp_path / "run"))
 
 
-def test_it_goes_on_to_what_version_0_1_came_to(run):
+def test_it_goes_on_to_what_version_0_1_came_to(run, capsys):
     assert main(["train", "--resume", str(run)]) == 0
+    assert "was made by version 0.1: whether its images are still the same" in " ".join(capsys.readouterr().out.split())
     # Not bit for bit: processors and versions of torch round otherwise.
     expected, weights = (load_file(folder / "model.safetensors") for folder in (FINISHED, run))
     torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
@@ -39,7 +40,9 @@ def test_it_goes_on_to_what_version_0_1_came_to(run):
 
 def test_it_is_evaluated_from_its_checkpoint(run, capsys):
     assert main(["eval", str(run), "--device", "cpu"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert said.err.endswith("was made by version 0.1: its images are squeezed in evaluation, as they were then\n")
     assert result["weights"].endswith("step-00000030")
     assert result["top1"] == pytest.approx(45.278, abs=0.6)  # two images of 360
     assert result["loss"] == pytest.approx(1.9668, rel=1e-3)

@@ -146,7 +146,7 @@ def test_export_loads_in_timm_with_the_same_logits(plain, tmp_path):
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(exported(images), model(images))
     settings = exported.pretrained_cfg
-    assert settings["mean"] == pytest.approx(description["mean"])
+    assert settings["mean"] == pytest.approx(description["evaluation"]["mean"])
     assert settings["crop_pct"] == 1.0
     assert "license" not in json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
     assert main(["export", str(plain / "run"), "--output", str(tmp_path / "out")]) == 2  # never overwritten

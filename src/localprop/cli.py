@@ -240,9 +240,15 @@ def _eval(argv: Sequence[str]) -> int:
 
     options: EvalOptions = _parse(EvalOptions, "eval", argv)
     changes = {k: getattr(options, k) for k in ("data", "data_dir", "batch_size", "val_split", "device")}
-    result = evaluate_run(options.run, {k: v for k, v in changes.items() if v is not None})
+    result, notes = evaluate_run(options.run, {k: v for k, v in changes.items() if v is not None})
+    _note(notes)
     print(json.dumps(result, indent=2))
     return 0
+
+
+def _note(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"localprop: {line}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +265,8 @@ def _export(argv: Sequence[str]) -> int:
     from localprop.evaluation import export_run
 
     options: ExportOptions = _parse(ExportOptions, "export", argv)
-    folder = export_run(options.run, options.output)
+    folder, notes = export_run(options.run, options.output)
+    _note(notes)
     name = f"local-dir:{folder}"
     print(f"{folder}\n\nimport timm\nmodel = timm.create_model({name!r}, pretrained=True)")
     return 0

@@ -16,13 +16,13 @@ from localprop.experiment import create_backbone, prepare
 from localprop.files import folder_aside
 from localprop.flat import from_flat
 from localprop.metrics import evaluate
-from localprop.runfolder import read_config, read_description
+from localprop.runfolder import evaluated_as, evaluation_of, read_config, read_description
 from localprop.state import whole_weights
 from localprop.trainer import CHECKPOINTS, WEIGHTS
 
 
-def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """Evaluates a run's weights.
+def evaluate_run(folder: Path, changes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Evaluates a run's weights, on images prepared as the run recorded and as its export says.
 
     Args:
         folder: run folder.
@@ -30,7 +30,7 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
             last, the test images are taken, whatever the run was evaluated on.
 
     Returns:
-        run, weights, data, images, top1 and top5 in percent (top5 from 6 classes on), loss.
+        run, weights, data, images, top1 and top5 in percent (top5 from 6 classes on), loss; and lines for the user.
 
     Raises:
         CheckpointError: no run folder, or no weights in it.
@@ -43,8 +43,8 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     config = from_flat({**anywhere, **changes}, "eval", read_config(folder))
     description = read_description(folder)
     experiment = prepare(config, weights=False)
-    # Whatever the data, the weights expect what they were trained with.
-    data = replace(experiment.data, mean=tuple(description["mean"]), std=tuple(description["std"]))
+    evaluation, notes = evaluation_of(folder, description)
+    data = evaluated_as(folder, experiment.data, evaluation)
     device = experiment.device
     if data.classes != description["classes"]:
         raise DataError(f"{data.name} has other classes than {folder} was trained on; see {folder}/run.json")
@@ -61,11 +61,16 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     result["images"] = scores.images
     accuracies = {"top1": scores.top1[0], "top5": scores.top5}
     result |= {name: round(value, 3) for name, value in accuracies.items() if value is not None}
-    return {**result, "loss": round(scores.loss, 5)}
+    return {**result, "loss": round(scores.loss, 5)}, data.notes + notes
 
 
-def export_run(folder: Path, output: Path | None) -> Path:
+def export_run(folder: Path, output: Path | None) -> tuple[Path, list[str]]:
     """Writes a run's weights and a config.json that `timm.create_model("local-dir:...", pretrained=True)` loads.
+
+    What `timm.data.resolve_data_config` reads there is what the run was evaluated with.
+
+    Returns:
+        The folder, and lines for the user.
 
     Raises:
         CheckpointError: no run folder, or no weights in it.
@@ -85,13 +90,15 @@ def export_run(folder: Path, output: Path | None) -> Path:
         # The weights are new: timm's tag and licence are those of weights that have no part in them.
         for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description"):
             settings.pop(key, None)
-    preprocessing = ("input_size", "mean", "std", "crop_pct", "interpolation")
-    model.pretrained_cfg = {**settings, **{key: description[key] for key in preprocessing}}  # type: ignore[assignment]
+    for key in ("test_input_size", "test_crop_pct"):  # of the weights that timm has
+        settings.pop(key, None)
+    evaluation, notes = evaluation_of(folder, description)
+    model.pretrained_cfg = {**settings, **evaluation}  # type: ignore[assignment]
     arguments = {key: value for key, value in kwargs.items() if key != "num_classes"}
     with folder_aside(place) as aside:
         labels = {"label_names": description["classes"]}
         save_for_hf(model, str(aside), model_config=labels, model_args=arguments, safe_serialization=True)
-    return output
+    return output, notes
 
 
 def load_weights(folder: Path, model: nn.Module) -> str:

@@ -56,10 +56,7 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
         "model": experiment.config.backbone.model,
         "model_kwargs": experiment.model_kwargs,
         "input_size": [3, data.img_size, data.img_size],
-        "mean": data.mean,
-        "std": data.std,
-        "crop_pct": data.crop_pct,
-        "interpolation": "bilinear",
+        "evaluation": data.evaluation,
         "classes": data.classes,
         "modules": [module.units for module in net.local_modules],
         "parameters": sum(p.numel() for p in net.backbone.parameters()),
@@ -99,25 +96,66 @@ def left_by(job: str, config: TrainConfig) -> Path | None:
         return None
 
 
-def compare_data(folder: Path, data: Data) -> list[str]:
-    """Compares the data that are there with those that a run began with.
+def data_of_run(folder: Path, data: Data) -> tuple[Data, list[str]]:
+    """The data of a run that is resumed, evaluated as before.
+
+    Args:
+        folder: the run folder.
+        data: the data that are there.
 
     Returns:
-        Lines for the user: of a run of version 0.1 less is known.
+        `data`, with the evaluation that the run recorded; and lines for the user, where it recorded less.
 
     Raises:
-        DataError: they differ.
+        DataError: they are not those that the run began with.
         CheckpointError: run.json is damaged.
     """
     if not (folder / RUN).exists():  # it ended before it began
-        return []
+        return data, []
     description = read_description(folder)
+    notes = _compare(folder, description, data)
+    evaluation, _ = evaluation_of(folder, description)
+    return evaluated_as(folder, data, evaluation), notes
+
+
+def evaluation_of(folder: Path, description: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """How a run's images are evaluated, as `Data.evaluation` has it; and a line for the user where 0.1 recorded less.
+
+    Raises:
+        CheckpointError: run.json is damaged.
+    """
+    if "evaluation" in description:
+        return description["evaluation"], []
+    try:
+        keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+        evaluation = {key: description[key] for key in keys}
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{folder / RUN} is damaged: it does not say how images are evaluated") from None
+    # Version 0.1 changed the aspect ratio of small images, and cut out the middle of large ones.
+    mode, words = ("squash", "squeezed") if evaluation["crop_pct"] == 1 else ("center", "cropped")
+    note = f"{folder} was made by version 0.1: its images are {words} in evaluation, as they were then"
+    return {**evaluation, "crop_mode": mode}, [note]
+
+
+def evaluated_as(folder: Path, data: Data, evaluation: dict[str, Any]) -> Data:
+    """The data, evaluated as a run recorded.
+
+    Raises:
+        CheckpointError: what it recorded is damaged.
+    """
+    try:
+        return data.evaluated_as(evaluation)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / RUN} is damaged in what it says of evaluation: {error}") from None
+
+
+def _compare(folder: Path, description: dict[str, Any], data: Data) -> list[str]:
     if "data_identity" in description:
         require_same(description["data_identity"], data.identity, str(folder))
         return []
     known = {"classes": description.get("classes"), "train_images": description.get("train_images")}
     require_same(known, {**data.identity, "train_images": data.train_size}, str(folder))
-    return [f"{folder} was begun by version 0.1: whether its images are still the same cannot be told, only how many"]
+    return [f"{folder} was made by version 0.1: whether its images are still the same cannot be told, only how many"]
 
 
 def note_resumption(folder: Path) -> None:

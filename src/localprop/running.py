@@ -26,8 +26,8 @@ from localprop.parallel.launch import describe_ranks, leave_word
 from localprop.pipelines import in_flight
 from localprop.report import Progress, final_table, format_bytes, next_steps
 from localprop.runfolder import (
-    compare_data,
     create_run_folder,
+    data_of_run,
     is_unbegun,
     left_by,
     note_resumption,
@@ -223,7 +223,10 @@ def _tell(error: LocalpropError, job: Job) -> int:
 def _prepare(config: TrainConfig, resumed: Path | None, console: Console) -> tuple[Experiment, list[str]]:
     begun = resumed is not None and not is_unbegun(resumed)
     experiment = prepare(config, weights=not begun)
-    notes = experiment.data.notes + (compare_data(resumed, experiment.data) if resumed and begun else [])
+    notes = experiment.data.notes
+    if resumed and begun:
+        data, more = data_of_run(resumed, experiment.data)
+        experiment, notes = replace(experiment, data=data), notes + more
     if not config.local.budget or resumed:
         return experiment, notes
     with console.status("looking for what fits the budget ..."):
@@ -275,7 +278,7 @@ def _folder(config: TrainConfig, data: Data, resumed: Path | None, job: Job) -> 
     folder = resumed or left or create_run_folder(config)
     anew = is_unbegun(folder)
     if left and not anew:
-        compare_data(left, data)
+        data_of_run(left, data)
     return str(folder), anew
 
 

@@ -1,7 +1,7 @@
 """What the trainer sees of a dataset."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -9,6 +9,7 @@ from timm.data import Mixup
 from torch import Tensor
 
 from localprop.config import DataConfig
+from localprop.data.view import View, evaluation_record, read_evaluation
 from localprop.errors import ConfigError, DataError
 from localprop.seeding import derive_seed, generator, seeded
 
@@ -24,7 +25,7 @@ class Store(Protocol):
     train_size: int
     test_size: int
     skipped: list[str]
-    crop_pct: float  # part of an evaluated image's side that is seen, as timm defines it
+    view: View  # how images are evaluated where nothing else has been recorded
 
     @property
     def held_bytes(self) -> int:
@@ -41,8 +42,8 @@ class Store(Protocol):
         """Augmented batches number `steps` of the epoch whose images come in this `order`."""
         ...
 
-    def test(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
-        """All test images in order; the last batch may be small."""
+    def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Batch]:
+        """All test images in order, as `view` shows them; the last batch may be small."""
         ...
 
 
@@ -59,6 +60,7 @@ class Data:
         config: for mixup, cutmix and label smoothing, and for what the test images are.
         seed: of order, augmentation and mixing.
         identity: see `localprop.data.identity`; the same wherever the data lie.
+        view: how images are evaluated.
         notes: lines for the user, such as what was passed over.
     """
 
@@ -71,6 +73,7 @@ class Data:
     config: DataConfig
     seed: int
     identity: dict[str, Any]
+    view: View
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -94,9 +97,20 @@ class Data:
         return self.store.test_size
 
     @property
-    def crop_pct(self) -> float:
-        """Part of an evaluated image's side that is seen, as timm defines it."""
-        return self.store.crop_pct
+    def evaluation(self) -> dict[str, Any]:
+        """What a network sees of an evaluated image: for run.json, and for exports."""
+        return evaluation_record(self.img_size, self.mean, self.std, self.view)
+
+    def evaluated_as(self, record: Any) -> "Data":
+        """The same data, evaluated as a `Data.evaluation` says that was recorded.
+
+        Raises:
+            ValueError: it is damaged, or of another image size.
+        """
+        size, mean, std, view = read_evaluation(record)
+        if size != self.img_size:
+            raise ValueError(f"input_size is {size}, and images have {self.img_size} pixels a side")
+        return replace(self, mean=mean, std=std, view=view)
 
     @property
     def skipped(self) -> list[str]:
@@ -162,7 +176,7 @@ class Data:
         """
         device = torch.device(device)
         mean, std = self._normalisation(device)
-        for images, labels in self.store.test(batch_size, device):
+        for images, labels in self.store.test(batch_size, device, self.view):
             yield images.float().sub(mean).div_(std), labels
 
     def _train_batches(self, epoch: int, batch_size: int, steps: range, device: torch.device) -> Iterator[list[Tensor]]:

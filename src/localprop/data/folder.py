@@ -5,7 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from threading import Event
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ class Unreadable(NamedTuple):
 
     path: str
     problem: str
+
+
+OnUnreadable = Callable[[Unreadable], None]
 
 
 @dataclass(frozen=True)
@@ -88,26 +92,45 @@ def small_sizes(files: list[File]) -> set[tuple[int, int]] | None:
     return sizes
 
 
-def read_images(files: list[File], side: int, on_unreadable: Callable[[Unreadable], None]) -> tuple[Tensor, Tensor]:
-    """Decodes all images, squeezed to `side` x `side` where they differ, in threads.
+@overload
+def read_images(files: list[File], side: int, on_unreadable: OnUnreadable) -> tuple[Tensor, Tensor]: ...
+@overload
+def read_images(files: list[File], side: None, on_unreadable: OnUnreadable) -> tuple[list[Tensor], Tensor]: ...
+@overload
+def read_images(
+    files: list[File], side: int | None, on_unreadable: OnUnreadable
+) -> tuple[Tensor | list[Tensor], Tensor]: ...
+def read_images(
+    files: list[File], side: int | None, on_unreadable: OnUnreadable
+) -> tuple[Tensor | list[Tensor], Tensor]:
+    """Decodes all images in threads.
+
+    Args:
+        files: of the images.
+        side: the width and height to which those are squeezed that differ from it; None leaves them as they are.
+        on_unreadable: called with each image that cannot be read.
 
     Returns:
-        images (images, 3, side, side), uint8, and labels (images,), int64; the unreadable ones left out.
+        images (images, 3, side, side), uint8, or without a side a list of (3, height, width); and labels (images,),
+        int64; the unreadable ones left out.
     """
-    images = np.empty((len(files), 3, side, side), dtype=np.uint8)
-    labels = torch.tensor([file.label for file in files])
+    images: Any = [None] * len(files) if side is None else np.empty((len(files), 3, side, side), dtype=np.uint8)
+    labels = torch.tensor([file.label for file in files], dtype=torch.int64)
     readable = torch.ones(len(files), dtype=torch.bool)
+    stopped = Event()
 
     def decode(block: range) -> list[tuple[int, Unreadable]]:
         unreadable = []
         for index in block:
+            if stopped.is_set():
+                break
             path = files[index].path
             try:
                 image = read_image(path)
             except DataError as error:
                 unreadable.append((index, Unreadable(path, str(error))))
                 continue
-            if image.size != (side, side):
+            if side is not None and image.size != (side, side):
                 image = image.resize((side, side), Image.Resampling.BILINEAR)
             images[index] = np.asarray(image).transpose(2, 0, 1)
         return unreadable
@@ -121,7 +144,10 @@ def read_images(files: list[File], side: int, on_unreadable: Callable[[Unreadabl
                 readable[index] = False
                 on_unreadable(bad)
     finally:
+        stopped.set()  # Ctrl-C waits for the images being decoded, not for their blocks
         pool.shutdown(cancel_futures=True)
+    if side is None:
+        return [torch.from_numpy(image.copy()) for image in images if image is not None], labels[readable]
     pixels = torch.from_numpy(images)
     return (pixels, labels) if readable.all() else (pixels[readable], labels[readable])
 

@@ -15,6 +15,7 @@ from localprop.data.memory import MemoryStore
 from localprop.data.sources import NAMED, read_named
 from localprop.data.split import hold_out
 from localprop.data.streaming import StreamStore
+from localprop.data.view import SQUASHED, WHOLE
 from localprop.errors import ConfigError, suggestion
 
 _FOLDER = "folder:"
@@ -68,7 +69,8 @@ def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
         hold_on_device=config.hold_on_device,
     )
     identity = identity_of(config.data, arrays.classes, store.train_size, store.test_size)
-    return Data(config.data, arrays.classes, img_size, named.mean, named.std, store, config, seed, identity)
+    mean, std = named.mean, named.std
+    return Data(config.data, arrays.classes, img_size, mean, std, store, config, seed, identity, store.view)
 
 
 def folder_identity(config: DataConfig) -> dict[str, Any]:
@@ -83,18 +85,22 @@ def folder_identity(config: DataConfig) -> dict[str, Any]:
 def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
     root, found = _split_folder(config)
     hflip = 0.5 if config.hflip is None else config.hflip
-    sizes = small_sizes([*found.train, *found.test])
+    # Images that are held out have their part in how all are held, so that a split changes nothing else.
+    sizes = small_sizes(found.train + (found.test if config.val_split else []))
+    test_sizes = small_sizes(found.test) if sizes is not None else None
     store: Store
-    if sizes is not None:
+    if sizes is not None and test_sizes is not None:
         width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 0)
-        img_size = img_size or (width if width == height > 0 else _USUAL_SIDE)
+        uniform = width == height > 0
+        img_size = img_size or (width if uniform else _USUAL_SIDE)
         # Images that differ are brought to one size; above the small side, that is left to the device.
-        side = width if width == height > 0 else min(img_size, SMALL_SIDE)
+        side = width if uniform else min(img_size, SMALL_SIDE)
         crop_pad = _crop_pad(config, side)
         skipped: list[str] = []
         train = read_images(found.train, side, partial(skip_image, skipped, limit=config.bad_images))
-        test = read_images(found.test, side, refuse_image)
-        store = MemoryStore(*train, *test, img_size, crop_pad, hflip, seed, skipped, config.hold_on_device)
+        test = read_images(found.test, side if test_sizes == {(side, side)} else None, refuse_image)
+        view = WHOLE if uniform else SQUASHED
+        store = MemoryStore(*train, *test, img_size, crop_pad, hflip, seed, skipped, config.hold_on_device, view)
     else:
         for flag, given in (("crop-pad", config.crop_pad is not None), ("hold-on-device", config.hold_on_device)):
             if given:
@@ -105,7 +111,7 @@ def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
         store = StreamStore(found.train, found.test, img_size, hflip, seed, config.workers, config.bad_images)
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     name, identity = root.resolve().name, _identity(root, found)
-    return Data(name, found.classes, img_size, mean, std, store, config, seed, identity, found.notes)
+    return Data(name, found.classes, img_size, mean, std, store, config, seed, identity, store.view, found.notes)
 
 
 def _split_folder(config: DataConfig) -> tuple[Path, Listing]:

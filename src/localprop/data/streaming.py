@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from timm.data import DEFAULT_CROP_PCT, create_transform
+from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from localprop.data.base import Batch
 from localprop.data.folder import Unreadable, refuse_image, skip_image
 from localprop.data.images import read_image
+from localprop.data.view import CROPPED, View
 from localprop.data.walk import File
 from localprop.errors import DataError
 from localprop.seeding import derive_seed, seeded
@@ -49,7 +50,7 @@ class StreamStore:
     skipped: list[str] = field(default_factory=list)
 
     held_bytes = 0
-    crop_pct = DEFAULT_CROP_PCT
+    view = CROPPED
 
     def __post_init__(self) -> None:
         self.train_size = len(self.train_files)
@@ -67,11 +68,10 @@ class StreamStore:
         batches = [list(range(step * batch_size, (step + 1) * batch_size)) for step in steps]
         return self._batches(images, batches, device, self._skip)
 
-    def test(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+    def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Batch]:
         """Batches in order, through timm's evaluation transform; see `localprop.data.base.Store`."""
         order = list(range(self.test_size))
-        transform = create_transform(self.img_size, crop_pct=self.crop_pct, normalize=False)
-        images = _Decoded(self.test_files, order, transform, 0, None)
+        images = _Decoded(self.test_files, order, view.transform(self.img_size), 0, None)
         batches = [order[first : first + batch_size] for first in range(0, self.test_size, batch_size)]
         return self._batches(images, batches, device, refuse_image)
 
