@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,12 @@ def publish(aside: Path, step: int, checksums: dict[str, str], meta: dict[str, A
     return final
 
 
-def load_checkpoint(path: Path, device: str | torch.device = "cpu", only: Collection[str] | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: Path,
+    device: str | torch.device = "cpu",
+    only: Collection[str] | None = None,
+    flaw: Callable[[dict[str, Any]], str | None] | None = None,
+) -> Checkpoint:
     """Verifies a checkpoint and reads it.
 
     Args:
@@ -180,9 +185,10 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", only: Collec
         device: where the tensors go.
         only: names of the parts to read (default: all). All are verified, so that processes that read
             different parts agree on what is valid.
+        flaw: says of a part, given by its name, what is wrong with it; None if nothing is. It sees all parts.
 
     Raises:
-        CheckpointError: a file is missing or damaged; the line names it.
+        CheckpointError: a file is missing or damaged, or a part has a flaw; the line names it.
     """
     try:
         lines = (path / CHECKSUMS).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -194,7 +200,14 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", only: Collec
         files = [path / name for name in manifest["parts"]]
         for file in files:
             _verify(file, sums)
-        parts = {file.stem: _read_part(file, device) for file in files if only is None or file.stem in only}
+        parts: dict[str, Any] = {}
+        for file in files:
+            wanted = only is None or file.stem in only
+            if wanted or flaw:
+                part = {file.stem: _read_part(file, device if wanted else "cpu")}
+                if flaw and (reason := flaw(part)):
+                    raise CheckpointError(f"{path}: {reason}; resume from another checkpoint")
+                parts |= part if wanted else {}
     except OSError as error:
         cause = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{error.filename or path} {cause}; resume from another checkpoint") from None
@@ -202,9 +215,12 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu", only: Collec
 
 
 def newest_checkpoint(
-    folder: Path, device: str | torch.device = "cpu", only: Collection[str] | None = None
+    folder: Path,
+    device: str | torch.device = "cpu",
+    only: Collection[str] | None = None,
+    flaw: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Reads the newest valid checkpoint of `folder`; `device` and `only` as in `load_checkpoint`.
+    """Reads the newest valid checkpoint of `folder`; the other arguments are as in `load_checkpoint`.
 
     Returns:
         It, or None, and for each newer one that was passed over a line that says why.
@@ -212,7 +228,7 @@ def newest_checkpoint(
     passed_over: list[str] = []
     for path in _newest_first(folder):
         try:
-            return load_checkpoint(path, device, only), passed_over
+            return load_checkpoint(path, device, only, flaw), passed_over
         except CheckpointError as error:
             passed_over.append(str(error))
     return None, passed_over

@@ -48,6 +48,14 @@ class NonFiniteLossError(LocalpropError):
     """A local loss that is NaN or infinite; raised before the weights of its module are touched."""
 
 
+class NonFiniteGradientError(NonFiniteLossError):
+    """A gradient that is NaN or infinite; raised before the weights of its module are touched."""
+
+
+class NonFiniteWeightError(CheckpointError):
+    """A weight or a buffer that is NaN or infinite, and so is neither saved nor loaded."""
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Names what `word` may have meant among the `known` words, for the end of an error's line."""
     known = sorted(known)

@@ -11,9 +11,10 @@ from torch import nn
 
 from localprop.checkpoint import newest_checkpoint
 from localprop.commands import resume_command
-from localprop.errors import CheckpointError, ConfigError, DataError
+from localprop.errors import CheckpointError, ConfigError, DataError, NonFiniteWeightError
 from localprop.experiment import create_backbone, prepare
 from localprop.files import folder_aside
+from localprop.finite import non_finite
 from localprop.flat import from_flat
 from localprop.metrics import evaluate
 from localprop.runfolder import evaluated_as, evaluation_of, read_config, read_description
@@ -116,8 +117,11 @@ def load_weights(folder: Path, model: nn.Module) -> str:
             if checkpoint is None:
                 raise CheckpointError(f"{folder} has no weights yet; train it: {resume_command(folder)}")
             path, weights = checkpoint.path, whole_weights(checkpoint.parts)
+        infinite = non_finite(dict(model.named_buffers(remove_duplicate=False)))
         model.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path} does not fit the model or is damaged ({line}); export it anew") from None
+    if bad := [name for name in non_finite(weights) if name not in infinite]:
+        raise NonFiniteWeightError(f"{path}: {bad[0]} is not finite; resume from an earlier checkpoint or train anew")
     return str(path)

@@ -139,8 +139,8 @@ def fake_training(
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             with mixed:
                 arrive = _arrivals(fake, batch_size, input_size, modules)
-            state = TrainingState(fake, config, 10, torch.device("cpu"), modules)
-            with Tracker():  # which answers when an optimizer asks for a number
+            with Tracker():  # which answers when the state or an optimizer asks for a number
+                state = TrainingState(fake, config, 10, torch.device("cpu"), modules)
                 _prime(state)
             with tracker:
                 for kind, tensors in state.tensors().items():

@@ -1,7 +1,7 @@
 """What changes while a network is trained: weights, optimizers, learning rates, loss scale, moving average."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from localprop.carry import Carry
 from localprop.config import OptimConfig
-from localprop.errors import CheckpointError, NonFiniteLossError
+from localprop.errors import CheckpointError, NonFiniteGradientError, NonFiniteLossError, NonFiniteWeightError
+from localprop.finite import non_finite, wide_norm
 from localprop.memory import plain_tensors
 from localprop.network import LocalNetwork
 from localprop.offload import Offload
 from localprop.optimizers import create_optimizer, create_scheduler
+
+_UNTOUCHED = "weights from this module on are as before this step, and nothing is saved"
 
 
 class TrainingState:
@@ -48,6 +51,10 @@ class TrainingState:
         self.step = 0
         self.average, self.doing = average, doing
         self.modules = range(len(net.local_modules)) if modules is None else modules
+        # In the module's order, which averages and norms are rounded by; looking names up at every step takes time.
+        self._parameters = [list(net.local_modules[k].parameters()) for k in self.modules]
+        # Such as the masks of an attention; where a module shares a buffer, under all of its names.
+        self._infinite = set(non_finite(dict(net.named_buffers(remove_duplicate=False))))
         self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
@@ -79,7 +86,11 @@ class TrainingState:
             The local losses of the modules so far: (K,) where the last module is among those trained here.
 
         Raises:
-            NonFiniteLossError: a local loss is NaN or infinite; the weights of its module are as before the step.
+            NonFiniteLossError: a local loss is NaN or infinite.
+            NonFiniteGradientError: a gradient is, under a finite loss. After either error the weights of that module
+                and of later ones are as before the step; those of earlier modules have been stepped. With float16 such
+                a step of a module is skipped and its loss scale halved, as `GradScaler` does; this is an error once the
+                scale is below 1.
         """
         if last:
             for scheduler in self.schedulers:
@@ -89,36 +100,52 @@ class TrainingState:
                 self.offload.fetch(0)
         carry = Carry.of(batch)
         for i, k in enumerate(self.modules):
-            with self.doing("compute", k) if self.doing else nullcontext():
+            with self.doing("compute", k) if self.doing else nullcontext(), self._clearing():
                 self.net.train_module(k, carry, self.scalers[i], seed, self.config.micro_batches)
-                self._require_finite(k, carry.losses[-1])
                 if last:
-                    self._step_module(i)
+                    self._step_module(i, carry.losses[-1])
+                elif not self.scalers[i] and not carry.losses[-1].isfinite():
+                    raise self._bad_loss(k, carry.losses[-1])
         if last:
             self.step += 1
             if self.ema:
                 self.ema.update(self.net.backbone, step=self.step)
         return torch.stack([loss.float() for loss in carry.losses])
 
-    def _require_finite(self, k: int, loss: Tensor) -> None:
-        module = self.net.local_modules[k]
-        if not loss.isfinite():
-            raise NonFiniteLossError(
-                f"the loss of module {k + 1} of {len(self.net.local_modules)} ({module.units[0]} ... "
-                f"{module.units[-1]}) is {loss.item()} at step {self.step + 1}; its weights were not touched: lower "
-                "--lr or set --clip-grad"
-            )
+    @contextmanager
+    def _clearing(self) -> Iterator[None]:
+        """Removes all gradients when a step fails: a later step must not add to them."""
+        try:
+            yield
+        except NonFiniteLossError:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            raise
 
-    def _step_module(self, i: int) -> None:
-        """Steps the i-th of the modules that are trained here."""
-        module = self.net.local_modules[self.modules[i]]
+    def _step_module(self, i: int, loss: Tensor) -> None:
+        """Steps the i-th of the modules that are trained here, whose gradients are there; `loss` is its local loss."""
+        parameters = self._parameters[i]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            if not loss.isfinite():
+                raise self._bad_loss(self.modules[i], loss)
+            return
+        # First, so that all replicas judge the same gradients.
         if self.average:
-            self.average([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
+            self.average(gradients)
         optimizer, scaler = self.optimizers[i], self.scalers[i]
         if scaler:
             scaler.unscale_(optimizer)
+        norm, problem = nn.utils.get_total_norm(gradients), None
+        # Both at once: on a GPU each look at a number waits for all that comes before it.
+        if not (loss + norm).isfinite():
+            problem = self._problem(i, loss)
+            norm = wide_norm(gradients)
+        skipped = isinstance(problem, NonFiniteGradientError) and scaler
+        if problem and not skipped:
+            raise problem
         if self.config.clip_grad:
-            nn.utils.clip_grad_norm_(module.parameters(), self.config.clip_grad)
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
         with self.offload.present(i) if self.offload else nullcontext():
             if scaler:
                 scaler.step(optimizer)
@@ -127,6 +154,34 @@ class TrainingState:
                 optimizer.step()
             # Gone before the next module's gradients come.
             optimizer.zero_grad(set_to_none=True)
+        if problem and scaler and scaler.get_scale() < 1:
+            raise problem
+
+    def _problem(self, i: int, loss: Tensor) -> NonFiniteLossError | None:
+        """What is not finite in the step of the i-th module trained here; None where only the norm overflowed."""
+        k = self.modules[i]
+        named = self.net.local_modules[k].named_parameters()
+        name = next(iter(non_finite({name: p.grad for name, p in named if p.grad is not None})), None)
+        # A loss scale that is too large shows in the gradients alone; they decide whether its step is skipped.
+        if not loss.isfinite() and not (name and self.scalers[i]):
+            return self._bad_loss(k, loss)
+        if not name:
+            return None
+        scale = "" if self.scalers[i] is None else " with a loss scale of 1"
+        return NonFiniteGradientError(
+            f"the gradient of {name} in module {self._describe(k)} is not finite at step {self.step + 1}{scale}, its "
+            f"loss is {loss.item():.4g}; {_UNTOUCHED}: lower --lr, or look for a division by zero in the backward pass"
+        )
+
+    def _bad_loss(self, k: int, loss: Tensor) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"the loss of module {self._describe(k)} is {loss.item()} at step {self.step + 1}; {_UNTOUCHED}: lower "
+            "--lr or set --clip-grad"
+        )
+
+    def _describe(self, k: int) -> str:
+        units = self.net.local_modules[k].units
+        return f"{k + 1} of {len(self.net.local_modules)} ({units[0]} ... {units[-1]})"
 
     def renew_gradients(self) -> list[Tensor]:
         """Puts copies in the place of gradients that earlier micro-batches have left; gives these."""
@@ -153,7 +208,12 @@ class TrainingState:
         }
 
     def parts(self) -> dict[str, Any]:
-        """Everything that has to be saved of the modules trained here, as the parts of a checkpoint, one each."""
+        """Everything that has to be saved of the modules trained here, as the parts of a checkpoint, one each.
+
+        Raises:
+            NonFiniteWeightError: a weight or a buffer is NaN or infinite, but for buffers that were when the network
+                was built. Optimizer states may be: where a gradient's square overflows, Adam's step is zero.
+        """
         if self.offload:
             self.offload.synchronize()
         shares = self.net.shares()
@@ -170,8 +230,45 @@ class TrainingState:
                 part["ema"] = {name: averages[name] for name in shares[k]}
             if scaler:
                 part["scaler"] = scaler.state_dict()
+            if name := self._non_finite(k, part):
+                raise NonFiniteWeightError(
+                    f"{name} in module {self._describe(k)} is not finite after step {self.step}, so no checkpoint is "
+                    "saved; those before stay: start a new run with a lower --lr or with --clip-grad"
+                )
             parts[part_name(k)] = part
         return parts
+
+    def flaw(self, parts: dict[str, Any]) -> str | None:
+        """What in the parts of a checkpoint, of any modules, is not finite and was not when the network was built."""
+        for k in range(len(self.net.local_modules)):
+            if name := self._non_finite(k, parts.get(part_name(k), {})):
+                return f"{name} in module {self._describe(k)} is not finite"
+        return None
+
+    def require_finite(self, weights: dict[str, Tensor]) -> None:
+        """Checks a state dict of the backbone before it is published.
+
+        Raises:
+            NonFiniteWeightError: a weight or a buffer is NaN or infinite, but for buffers that were when the network
+                was built.
+        """
+        if names := [name for name in non_finite(weights) if f"backbone.{name}" not in self._infinite]:
+            raise NonFiniteWeightError(
+                f"{names[0]} of the trained model is not finite, so it is not saved; start a new run with a lower --lr "
+                "or with --clip-grad"
+            )
+
+    def _non_finite(self, k: int, part: dict[str, Any]) -> str | None:
+        """The first tensor of a checkpoint's part that is not finite though it has to be."""
+        for kind, owner in (
+            ("backbone", "backbone"),
+            ("auxiliary", f"local_modules.{k}.auxiliary"),
+            ("ema", "backbone"),
+        ):
+            for name in non_finite(part.get(kind, {})):
+                if f"{owner}.{name}" not in self._infinite:
+                    return name if kind == "backbone" else f"{kind} {name}"
+        return None
 
     def load(self, parts: dict[str, Any], step: int) -> None:
         """Restores what `parts` gave.

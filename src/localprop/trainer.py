@@ -121,7 +121,7 @@ class Trainer:
         if self.stage.reports:
             remove_leftovers(self.folder)
         own = [part_name(k) for k in self.stage.modules]
-        checkpoint, notes = newest_checkpoint(self.folder / CHECKPOINTS, only=own)
+        checkpoint, notes = newest_checkpoint(self.folder / CHECKPOINTS, only=own, flaw=self.state.flaw)
         if checkpoint is None:
             reasons = f" ({'; '.join(notes)})" if notes else ""
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
@@ -160,6 +160,7 @@ class Trainer:
                 self._require_folder()
                 self.curve.write(self.folder / LOSSES)
                 self._draw()
+                self.state.require_finite(weights)
                 save_weights(self.folder / WEIGHTS, weights)
         return self.rows
 
