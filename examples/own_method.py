@@ -1,7 +1,7 @@
 """A method of one's own in one file: PredSim, an auxiliary head and the matching of similarities.
 
 localprop train --plugin examples/own_method.py --method predsim
-localprop bench examples/own_suite.yaml        # beside the other methods, under the same protocol
+localprop bench examples/own_suite.yaml --plugin examples/own_method.py  # beside the others, under one protocol
 python examples/own_method.py [EPOCHS]     in a loop of one's own, 4 epochs on scikit-learn's digits by default
 
 Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019. Two images of one class

@@ -33,7 +33,7 @@ def test_a_method_of_ones_own_trains_from_the_command_line(tmp_path):
     rest = ["--epochs", "2", "--batch-size", "64", "--modules", "2", "--output", str(tmp_path), "--experiment", "run"]
     assert main(["train", *flags, *small, *rest, "--device", "cpu"]) == 0
     assert read_results(tmp_path / "run" / "results.csv")[-1].train_losses[0] > 0
-    assert main(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    assert main(["eval", str(tmp_path / "run"), "--device", "cpu", *flags[:2]]) == 0
 
 
 def test_a_suite_with_a_method_of_ones_own_is_the_shipped_one_and_that(monkeypatch):

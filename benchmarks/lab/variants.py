@@ -1,6 +1,6 @@
 """Variants that were tried while defaults were chosen; what came of them is in docs/lab-notes.md.
 
-localprop bench benchmarks/lab/swin.yaml --data cifar10=PATH
+localprop bench benchmarks/lab/swin.yaml --plugin benchmarks/lab/variants.py --data cifar10=PATH
 """
 
 import torch

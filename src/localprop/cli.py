@@ -18,6 +18,7 @@ from localprop.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
 from localprop.errors import BenchError, ConfigError, LocalpropError, suggestion
 from localprop.flat import from_flat, to_flat
 from localprop.startup import release_interrupts
+from localprop.trust import require_typed
 from localprop.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, parse_duration, read_yaml
 
 USAGE = """\
@@ -100,14 +101,17 @@ def _train(argv: Sequence[str]) -> int:
     flags = argv
     argv, files = _take_config_files(argv)
     argv = _bare_resume(argv)
-    config: TrainConfig = _parse(TrainConfig, "train", argv, _over(TrainConfig(), files))
+    words = ("train", *flags)
+    config: TrainConfig = _parse(TrainConfig, "train", argv, _over(TrainConfig(), files, words))
     if config.run.resume is None:
         return _start(config, None, flags)
-    from localprop.runfolder import newest_run, read_config
+    from localprop.runfolder import CONFIG, is_unbegun, newest_run, read_config
 
     folder = newest_run(config.run.output) if config.run.resume == NEWEST else Path(config.run.resume)
-    own = read_config(folder)
-    config = _parse(TrainConfig, "train", argv, _over(own, files))
+    own = read_config(folder, _named_plugin(folder, config.backbone.plugin, words))
+    if is_unbegun(folder):  # else the weights that it began with are not loaded again
+        require_typed({"model_kwargs": own.backbone.model_kwargs}, str(folder / CONFIG), words)
+    config = _parse(TrainConfig, "train", argv, _over(own, files, words))
     before, after = to_flat(own), to_flat(config)
     free = set(_FREE_ON_RESUME)
     if all(settings["data"].startswith("folder:") for settings in (before, after)):
@@ -138,8 +142,9 @@ def _plan(argv: Sequence[str]) -> int:
     from localprop.files import write_text
     from localprop.report import draw_plan, plan_table, processes_table
 
+    words = ("plan", *argv)
     argv, files = _take_config_files(argv)
-    config: PlanConfig = _parse(PlanConfig, "plan", argv, _over(PlanConfig(), files))
+    config: PlanConfig = _parse(PlanConfig, "plan", argv, _over(PlanConfig(), files, words))
     for path in (config.picture, config.json):
         if path and not path.resolve().parent.is_dir():
             raise ConfigError(f"{path} cannot be written: there is no folder {path.resolve().parent}; make it first")
@@ -178,7 +183,8 @@ def _bench(argv: Sequence[str]) -> int:
     if not argv[0].startswith("-"):
         find_suite(argv[0], "report")  # before its flags: a misspelt name is what is wrong
     options: BenchConfig = _parse(BenchConfig, "bench", argv)
-    suite = load_suite(options.suite, options.set)
+    words = ("bench", *argv)
+    suite = load_suite(options.suite, options.set, words)
     known = {run.config.data.data for run in suite.runs}
     for name in options.data or {}:
         if name not in known:
@@ -192,7 +198,9 @@ def _bench(argv: Sequence[str]) -> int:
     folder = options.output or Path("bench", suite.name)
     places = {name: getattr(options, name) for name in ("data_dir", "device", "download")}
     seconds = parse_duration(options.time_limit) if options.time_limit else None
-    runner = Runner(suite, folder, options.jobs, {k: v for k, v in places.items() if v}, options.data or {}, seconds)
+    places = {name: value for name, value in places.items() if value}
+    plugins = [Path(path) for path in options.plugin or ()]
+    runner = Runner(suite, folder, options.jobs, places, options.data or {}, seconds, plugins, words)
     with SuiteView(console, suite.name) as view:
         jobs = runner.run(view.show)
     left = [job for job in jobs if job.state in ("waiting", "stopped")]
@@ -231,16 +239,21 @@ class EvalOptions:
     """Images per batch (default: the run's own)."""
     val_split: OptionalFloat = None
     """Evaluate on that part of the training images instead, as a run with the same --val-split does."""
+    download: bool = False
+    """Download the dataset if it is not there."""
     device: OptionalStr = None
     """cpu, cuda, ... (default: cuda if there is one)."""
+    plugin: OptionalPath = None
+    """The plugin that the run was trained with: its code runs only if it is named."""
 
 
 def _eval(argv: Sequence[str]) -> int:
     from localprop.evaluation import evaluate_run
 
     options: EvalOptions = _parse(EvalOptions, "eval", argv)
-    changes = {k: getattr(options, k) for k in ("data", "data_dir", "batch_size", "val_split", "device")}
-    result, notes = evaluate_run(options.run, {k: v for k, v in changes.items() if v is not None})
+    changes = {k: getattr(options, k) for k in ("data", "data_dir", "batch_size", "val_split", "download", "device")}
+    plugin = _named_plugin(options.run, options.plugin, ("eval", *argv))
+    result, notes = evaluate_run(options.run, {k: v for k, v in changes.items() if v is not None}, plugin)
     _note(notes)
     print(json.dumps(result, indent=2))
     return 0
@@ -259,13 +272,16 @@ class ExportOptions:
     """Run folder."""
     output: OptionalPath = None
     """Folder to write (default: RUN/export)."""
+    plugin: OptionalPath = None
+    """The plugin that the run was trained with: its code runs only if it is named."""
 
 
 def _export(argv: Sequence[str]) -> int:
     from localprop.evaluation import export_run
 
     options: ExportOptions = _parse(ExportOptions, "export", argv)
-    folder, notes = export_run(options.run, options.output)
+    plugin = _named_plugin(options.run, options.plugin, ("export", *argv))
+    folder, notes = export_run(options.run, options.output, plugin)
     _note(notes)
     name = f"local-dir:{folder}"
     print(f"{folder}\n\nimport timm\nmodel = timm.create_model({name!r}, pretrained=True)")
@@ -321,10 +337,23 @@ def _take_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, files
 
 
-def _over(config: Any, files: list[str]) -> Any:
+def _over(config: Any, files: list[str], words: Sequence[str]) -> Any:
+    """The settings of `-c` files over a config; `words` are the command line, which decides what files may not."""
     for file in files:
-        config = from_flat(read_yaml(Path(file)), file, config)
+        settings = read_yaml(Path(file))
+        config = from_flat(settings, file, config)
+        require_typed(settings, file, words)
     return config
+
+
+def _named_plugin(folder: Path, named: Path | None, words: Sequence[str]) -> Path | None:
+    """The plugin of a run, if the command line names it; see `require_plugin`."""
+    from localprop.runfolder import recorded_plugin, require_plugin
+
+    note = require_plugin(folder, named, words)
+    if note and "RANK" not in os.environ:  # of several processes, who started them has said it
+        print(f"localprop: {note}", file=sys.stderr)
+    return named if recorded_plugin(folder) else None
 
 
 def _bare_resume(argv: list[str]) -> list[str]:

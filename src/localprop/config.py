@@ -281,6 +281,8 @@ class BenchConfig:
     """Download datasets that are not there."""
     device: OptionalStr = None
     """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
+    plugin: OptionalNames = None
+    """The Python files that the suite names as plugins: they run only if they are named here too."""
 
     def __post_init__(self) -> None:
         if self.jobs < 1:

@@ -20,15 +20,17 @@ from localprop.metrics import evaluate
 from localprop.runfolder import evaluated_as, evaluation_of, read_config, read_description
 from localprop.state import whole_weights
 from localprop.trainer import CHECKPOINTS, WEIGHTS
+from localprop.trust import DESCRIPTIONS, without_starting_weights
 
 
-def evaluate_run(folder: Path, changes: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = None) -> tuple[dict[str, Any], list[str]]:
     """Evaluates a run's weights, on images prepared as the run recorded and as its export says.
 
     Args:
         folder: run folder.
         changes: settings that differ from the run's own: data, data_dir, batch_size, device, val_split. Without the
             last, the test images are taken, whatever the run was evaluated on.
+        plugin: the run's plugin, which the user has named.
 
     Returns:
         run, weights, data, images, top1 and top5 in percent (top5 from 6 classes on), loss; and lines for the user.
@@ -41,7 +43,7 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> tuple[dict[str, Any],
     anywhere = {"amp": False, "offload_optimizer": False, "device": None, "hold_on_device": False, "val_split": 0.0}
     if "batch_size" in changes:
         anywhere["micro_batches"] = 1
-    config = from_flat({**anywhere, **changes}, "eval", read_config(folder))
+    config = from_flat({**anywhere, **changes}, "eval", read_config(folder, plugin))
     description = read_description(folder)
     experiment = prepare(config, weights=False)
     evaluation, notes = evaluation_of(folder, description)
@@ -65,7 +67,7 @@ def evaluate_run(folder: Path, changes: dict[str, Any]) -> tuple[dict[str, Any],
     return {**result, "loss": round(scores.loss, 5)}, data.notes + notes
 
 
-def export_run(folder: Path, output: Path | None) -> tuple[Path, list[str]]:
+def export_run(folder: Path, output: Path | None, plugin: Path | None = None) -> tuple[Path, list[str]]:
     """Writes a run's weights and a config.json that `timm.create_model("local-dir:...", pretrained=True)` loads.
 
     What `timm.data.resolve_data_config` reads there is what the run was evaluated with.
@@ -83,11 +85,12 @@ def export_run(folder: Path, output: Path | None) -> tuple[Path, list[str]]:
     if place.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise ConfigError(f"{output} exists already; choose another --output, or delete it")
     description = read_description(folder)
-    config = replace(read_config(folder).backbone, pretrained=False, model_kwargs=description["model_kwargs"])
-    model, kwargs = create_backbone(config, None)
+    own = read_config(folder, plugin).backbone
+    own_kwargs = without_starting_weights(description["model_kwargs"])
+    model, kwargs = create_backbone(replace(own, pretrained=False, model_kwargs=own_kwargs), None)
     load_weights(folder, model)
     settings: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    if not read_config(folder).backbone.pretrained:
+    if not own.pretrained:
         # The weights are new: timm's tag and licence are those of weights that have no part in them.
         for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description"):
             settings.pop(key, None)
@@ -95,7 +98,8 @@ def export_run(folder: Path, output: Path | None) -> tuple[Path, list[str]]:
         settings.pop(key, None)
     evaluation, notes = evaluation_of(folder, description)
     model.pretrained_cfg = {**settings, **evaluation}  # type: ignore[assignment]
-    arguments = {key: value for key, value in kwargs.items() if key != "num_classes"}
+    # timm takes the description of the weights from pretrained_cfg, which the export has.
+    arguments = {key: value for key, value in kwargs.items() if key not in ("num_classes", *DESCRIPTIONS)}
     with folder_aside(place) as aside:
         labels = {"label_names": description["classes"]}
         save_for_hf(model, str(aside), model_config=labels, model_args=arguments, safe_serialization=True)

@@ -16,6 +16,7 @@ from localprop.localize import localize
 from localprop.network import LocalNetwork
 from localprop.optimizers import LOW_BIT
 from localprop.plugins import load_plugin
+from localprop.trust import without_starting_weights
 
 _SMALL_IMAGE = 96
 
@@ -109,7 +110,11 @@ def prepare(config: TrainConfig, weights: bool = True) -> Experiment:
         small = model.model == DEFAULT_MODEL and data.img_size <= _SMALL_IMAGE
         model = replace(model, model_kwargs=SMALL_SWIN if small else {})
     torch.manual_seed(config.run.seed)
-    backbone, kwargs = create_backbone(replace(model, pretrained=model.pretrained and weights), data.num_classes)
+    built = model
+    if not weights:
+        built = replace(model, pretrained=False, model_kwargs=without_starting_weights(model.model_kwargs or {}))
+    backbone, kwargs = create_backbone(built, data.num_classes)
+    kwargs = without_starting_weights(kwargs)
     if model.pretrained:
         # Pretrained weights expect the normalisation that they were trained with.
         settings = backbone.pretrained_cfg

@@ -30,15 +30,20 @@ def to_flags(config: TrainConfig) -> list[str]:
             continue
         if isinstance(value, bool) and isinstance(default[name], bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
-            continue
-        words.append(f"--{name.replace('_', '-')}")
-        if isinstance(value, dict):
-            for key, item in value.items():
-                word = f"{key}={item}"
-                words.append(word if isinstance(item, str) and read_pairs([word])[key] == item else f"{key}={item!r}")
         else:
-            words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+            words += flag_words(name, value)
     return words
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """The flag that gives a setting this value, and its words; the setting is no switch."""
+    words = [f"--{name.replace('_', '-')}"]
+    if isinstance(value, dict):
+        for key, item in value.items():
+            word = f"{key}={item}"
+            words.append(word if isinstance(item, str) and read_pairs([word])[key] == item else f"{key}={item!r}")
+        return words
+    return words + ([str(item) for item in value] if isinstance(value, list) else [str(value)])
 
 
 def from_flat(settings: dict[str, Any], source: str, base: Any = None) -> Any:

@@ -3,13 +3,14 @@
 import datetime
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from localprop.checkpoint import has_checkpoint
+from localprop.commands import command
 from localprop.config import TrainConfig
 from localprop.data import Data, require_same
 from localprop.errors import CheckpointError, ConfigError, LocalpropError
@@ -17,12 +18,15 @@ from localprop.experiment import Experiment
 from localprop.files import write_text
 from localprop.flat import from_flat, to_flat
 from localprop.network import LocalNetwork
+from localprop.plugins import load_plugin, plugin_record
 from localprop.provenance import provenance
 from localprop.trainer import CHECKPOINTS, RESULTS, WEIGHTS
 from localprop.values import read_yaml
 
 CONFIG = "config.yaml"
 RUN = "run.json"
+# Where a run runs, not what it is: it may go on otherwise.
+_WHERE = ("resume", "parallel", "nproc", "trace")
 
 
 def create_run_folder(config: TrainConfig) -> Path:
@@ -70,6 +74,8 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
         "device": experiment.device.type,
         "provenance": provenance(),
     }
+    if experiment.config.backbone.plugin:
+        description["plugin"] = plugin_record(experiment.config.backbone.plugin)
     if job:
         description["job"] = job
     write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
@@ -77,7 +83,7 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
 
 def _settings(config: TrainConfig) -> str:
     settings = to_flat(config)
-    for name in ("resume", "parallel", "nproc", "trace"):  # where it runs, not what it is: it may go on otherwise
+    for name in _WHERE:
         del settings[name]
     return yaml.safe_dump(settings, sort_keys=False)
 
@@ -171,16 +177,71 @@ def note_resumption(folder: Path) -> None:
         write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
 
 
-def read_config(folder: Path) -> TrainConfig:
-    """The settings of an old run.
+def read_config(folder: Path, plugin: Path | None = None) -> TrainConfig:
+    """The settings of an old run, but for what its files do not decide.
+
+    Args:
+        folder: the run folder, perhaps a stranger's.
+        plugin: the run's plugin, where the user has named it: see `require_plugin`. Its settings never name one.
 
     Raises:
         CheckpointError: the folder is no run folder.
+        ConfigError: a setting does not exist or has an impossible value.
     """
+    settings = _read_settings(folder)
+    if misplaced := set(_WHERE) & settings.keys():
+        raise ConfigError(f"{folder / CONFIG}: {min(misplaced)} is not what a run is, only where it runs; remove that")
+    # The data were there when the run began: fetching them again is the user's choice.
+    return from_flat({**settings, "plugin": plugin, "download": False}, str(folder / CONFIG))
+
+
+def require_plugin(folder: Path, named: Path | None, words: Sequence[str]) -> str | None:
+    """Runs the plugin that a run was trained with, if the user has named it.
+
+    Args:
+        folder: the run folder.
+        named: the plugin on the command line.
+        words: the command line, from the command's name on.
+
+    Returns:
+        A line for the user, where the run does not tell whether it is the same plugin.
+
+    Raises:
+        ConfigError: it is not named, or another one is; the line says what to type.
+        CheckpointError: the folder is no run folder.
+    """
+    path = _read_settings(folder).get("plugin")
+    if path is None:
+        if named:
+            raise ConfigError(f"{folder} was trained without a plugin; leave out --plugin")
+        return None
+    if named is None:
+        again = command(*words, "--plugin", str(path))
+        raise ConfigError(
+            f"{folder} was trained with the plugin {path}, and a run folder does not decide which code runs; if you "
+            f"trust it, type: {again}"
+        )
+    record = read_description(folder).get("plugin") if (folder / RUN).exists() else None
+    load_plugin(named, record["sha256"] if record else None)
+    if record:
+        return None
+    return f"{folder} does not record the SHA-256 of its plugin, as version 0.1 did not: {named} is taken as it is"
+
+
+def recorded_plugin(folder: Path) -> str | None:
+    """The path of the plugin that a run was trained with, as its settings have it."""
+    return _read_settings(folder).get("plugin")
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
-    return from_flat(read_yaml(path), str(path))
+    settings = {str(key).replace("-", "_"): value for key, value in read_yaml(path).items()}
+    plugin = settings.get("plugin")
+    if not isinstance(plugin, str | None):
+        raise ConfigError(f"{path}: plugin is {plugin!r}, expected a path")
+    return settings
 
 
 def read_description(folder: Path) -> dict[str, Any]:

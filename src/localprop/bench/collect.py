@@ -8,7 +8,7 @@ from localprop.bench.record import Record, settings_of
 from localprop.bench.suite import SuiteRun
 from localprop.errors import BenchError
 from localprop.report import EpochRow, read_losses, read_results
-from localprop.runfolder import read_config, read_description
+from localprop.runfolder import read_config, read_description, recorded_plugin
 from localprop.trainer import LOSSES, RESULTS
 
 # What a run fills in where the suite leaves it open.
@@ -31,7 +31,7 @@ def settings_in(folder: Path, run: SuiteRun) -> dict[str, Any]:
     Raises:
         CheckpointError, ConfigError: it is no run folder, or damaged.
     """
-    return settings_of(read_config(folder)) | {"data": run.config.data.data}
+    return settings_of(read_config(folder)) | {"data": run.config.data.data, "plugin": recorded_plugin(folder)}
 
 
 def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any, Literal
 from localprop.bench.collect import collect, differing, settings_in
 from localprop.bench.record import read_record, write_record
 from localprop.bench.suite import Suite, SuiteRun, check_run_name
+from localprop.commands import plugin_words
 from localprop.config import DataConfig
 from localprop.data import folder_identity, named_settings, require_same
 from localprop.errors import BenchError, DataError, LocalpropError
 from localprop.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
 from localprop.flat import from_flat, to_flags, to_flat
 from localprop.trainer import CHECKPOINTS
+from localprop.trust import require_plugins
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 120  # for a step to end and its checkpoint to be saved
@@ -59,6 +61,8 @@ class Runner:
         places: settings that depend on the machine: data_dir, device.
         data: folders of images in place of named datasets.
         seconds: after how long to stop, between two steps; None for never.
+        plugins: those that the user has named; runs of the suite may use these alone.
+        words: the command line, for a message that says how to name them.
 
     Attributes:
         list: what there is to run and how far it is; empty before.
@@ -71,6 +75,8 @@ class Runner:
     places: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     seconds: float | None = None
+    plugins: Sequence[Path] = ()
+    words: Sequence[str] = ("bench", "SUITE")
 
     def __post_init__(self) -> None:
         self.list: list[Job] = []
@@ -86,6 +92,8 @@ class Runner:
                 written to, or another bench runs in it.
         """
         started = time.monotonic()
+        wanted = [run.config.backbone.plugin for run in self.suite.runs]
+        require_plugins(wanted, self.plugins, self.suite.name, self.words)
         with self._alone() as lock, self._signals():
             remove_leftovers(self.folder)
             for name in (_RUNS, _LOGS):
@@ -158,7 +166,7 @@ class Runner:
             places |= {key: value for key, value in named_settings(name).items() if own[key] is None}
             places["data"] = f"folder:{self.data[name]}"
         if _has_checkpoint(job.folder):
-            flags = ["--resume", str(job.folder)]
+            flags = ["--resume", str(job.folder), *plugin_words(job.run.config.backbone.plugin)]
             flags += [word for key, value in places.items() for word in (f"--{key.replace('_', '-')}", str(value))]
         else:
             remove_tree(job.folder, self.folder / _RUNS)  # cut off before its first checkpoint

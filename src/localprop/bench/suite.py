@@ -29,6 +29,7 @@ from localprop.errors import BenchError, suggestion
 from localprop.flat import from_flat, to_flat
 from localprop.heads import HEADS
 from localprop.methods import check_method
+from localprop.trust import require_typed
 from localprop.values import read_yaml
 
 _FOLDER = Path(__file__).parent / "suites"
@@ -101,16 +102,17 @@ def shipped_suites() -> list[Suite]:
     return sorted((load_suite(path.stem) for path in _FOLDER.glob("*.yaml")), key=lambda suite: len(suite.runs))
 
 
-def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
-    """Reads a suite.
+def load_suite(name: str, changes: dict[str, Any] | None = None, words: Sequence[str] = ()) -> Suite:
+    """Reads a suite. Which plugins it may use, a `Runner` is told.
 
     Args:
         name: of a shipped suite, or the path of a YAML file.
         changes: settings that take the place of the suite's in all runs.
+        words: the command line, from the command's name on, which decides what a suite may not.
 
     Raises:
         BenchError: there is no such suite, or it is not one.
-        ConfigError: a setting does not exist or has an impossible value.
+        ConfigError: a setting does not exist, has an impossible value, or is not for a file to decide.
     """
     path = find_suite(name)
     description, settings, blocks = _read(path, ())
@@ -120,6 +122,8 @@ def load_suite(name: str, changes: dict[str, Any] | None = None) -> Suite:
     if own := set(_OWN) & {key for flat in flats for key in flat}:
         raise BenchError(f"{path}: {min(own)} is not for a suite to set; leave it out")
     configs = [from_flat(flat, str(path)) for flat in flats]
+    for flat in flats:
+        require_typed({**flat, "plugin": None}, str(path), words or ("bench", name), list(changes or {}))
     for config in configs:
         _check(config, str(path))
     keys = _axes(settings, blocks, configs)
