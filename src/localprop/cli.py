@@ -352,7 +352,7 @@ def _named_plugin(folder: Path, named: Path | None, words: Sequence[str]) -> Pat
 
     note = require_plugin(folder, named, words)
     if note and "RANK" not in os.environ:  # of several processes, who started them has said it
-        print(f"localprop: {note}", file=sys.stderr)
+        _note([note])
     return named if recorded_plugin(folder) else None
 
 
