@@ -1,6 +1,5 @@
 """Runs a suite: every run is a `localprop train` of its own, several at once, resumed where they were cut off."""
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -8,8 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from localprop.data import folder_identity, named_settings, require_same
 from localprop.errors import BenchError, DataError, LocalpropError
 from localprop.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
 from localprop.flat import from_flat, to_flags, to_flat
+from localprop.processes import end_with_parent
 from localprop.trainer import CHECKPOINTS
 from localprop.trust import require_plugins
 
@@ -182,7 +183,7 @@ class Runner:
                 env={"OMP_NUM_THREADS": str(cores), **os.environ},
                 start_new_session=True,  # Ctrl-C is for the bench, which passes it on
                 pass_fds=(lock,),  # so that the folder stays locked until the last run has saved and ended
-                preexec_fn=_die_with_parent,
+                preexec_fn=partial(end_with_parent, signal.SIGTERM),  # or the next bench would find it still writing
             )
         job.state, job.started = "running", time.monotonic()
 
@@ -261,9 +262,3 @@ class Runner:
 
 def _has_checkpoint(folder: Path) -> bool:
     return any(folder.glob(f"{CHECKPOINTS}/step-*"))
-
-
-def _die_with_parent() -> None:
-    """Ends a run when the bench is killed, or the next bench would find it still writing (Linux only)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,6 +1,5 @@
 """Larger images, decoded and augmented one by one in worker processes."""
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from localprop.data.folder import Unreadable, refuse_image, skip_image
 from localprop.data.images import read_image
 from localprop.data.view import CROPPED, View
 from localprop.data.walk import File
+from localprop.data.workers import batches_of, set_up_worker
 from localprop.errors import DataError
 from localprop.seeding import derive_seed, seeded
 
@@ -93,9 +93,9 @@ class StreamStore:
             pin_memory=device.type == "cuda",
             # Without one of its own the loader would draw from, and so move, the global generator.
             generator=torch.Generator(),
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=set_up_worker,
         )
-        for pixels, labels, unreadable in loader:
+        for pixels, labels, unreadable in batches_of(loader):
             for bad in unreadable:
                 on_unreadable(bad)
             if pixels is None:
@@ -137,11 +137,6 @@ class _Decoded(Dataset):
         seed, epoch = self.seed_and_epoch
         # Of the image that belongs here: its replacement is then augmented otherwise than in its own place.
         return seeded(derive_seed(seed, "image", epoch, self.order[position]))
-
-
-def _outlive_signals(worker: int) -> None:
-    """Leaves SIGTERM to the process that trains: torchrun sends it to the whole group, and batches are still wanted."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(samples: list[Sample]) -> tuple[Tensor | None, Tensor, list[Unreadable]]:

@@ -1,0 +1,77 @@
+"""Worker processes of a DataLoader that end when they should, and no sooner."""
+
+import atexit
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from localprop.errors import DataError
+from localprop.processes import end_with_parent
+
+_running: dict[BaseProcess, int] = {}  # and the process that started them: one that it forks inherits the table
+
+
+def set_up_worker(number: int) -> None:
+    """Leaves signals that reach a whole group to the process that trains, which still wants batches; ends with it."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+
+
+def batches_of(loader: DataLoader) -> Iterator[Any]:
+    """What a loader gives. However that ends, its workers do not run on, not even one that hangs.
+
+    Raises:
+        DataError: a worker was killed.
+    """
+    before = set(active_children())
+    with _ChildSignals():
+        batches = iter(loader)
+    workers = set(active_children()) - before
+    _running.update(dict.fromkeys(workers, os.getpid()))
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        pid = str(error).removeprefix("DataLoader worker (pid").removeprefix("(s)").partition(")")[0].strip()
+        raise DataError(
+            f"a process that decodes images (pid {pid}) was killed; where memory or shared memory (/dev/shm) ran out, "
+            "use fewer --workers, and resume the run"
+        ) from None
+    finally:
+        _end(workers)
+
+
+class _ChildSignals:
+    """Keeps what SIGCHLD does: torch would raise an error wherever the process is, in a checkpoint being saved too.
+
+    That a worker is gone is noticed within five seconds of waiting for its batch.
+    """
+
+    def __enter__(self) -> None:
+        self._before = signal.getsignal(signal.SIGCHLD)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, self._before)
+
+
+@atexit.register
+def _end_all() -> None:
+    """Before multiprocessing waits for workers that ignore its SIGTERM: an error may hold on to their loader."""
+    _end(set(_running))
+
+
+def _end(workers: set[BaseProcess]) -> None:
+    own = [worker for worker in workers if _running.pop(worker, None) == os.getpid()]
+    for worker in own:
+        worker.kill()
+    for worker in own:
+        worker.join(1)  # longer takes only one that hangs in the kernel
