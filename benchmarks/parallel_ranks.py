@@ -192,10 +192,10 @@ def medians(measure: Callable[[], dict[str, float]], seconds: float) -> dict[str
 
 def link_speed(rank: int, size: int, rounds: int = 20) -> dict[str, float]:
     """Bytes per second and seconds of latency between the two processes, for messages of about `size` bytes."""
-    there = [8, max(size, 1 << 20)]
-    dist.broadcast_object_list(there, 0)
+    there = torch.tensor([8, max(size, 1 << 20)])
+    dist.broadcast(there, 0)
     times = []
-    for count in there:
+    for count in there.tolist():
         message, own = torch.zeros(count, dtype=torch.uint8), []
         for _ in range(rounds):
             dist.barrier()
@@ -204,7 +204,7 @@ def link_speed(rank: int, size: int, rounds: int = 20) -> dict[str, float]:
                 (dist.send if rank == source else dist.recv)(message, 1 - rank)
             own.append((time.perf_counter() - began) / 2)
         times.append(statistics.median(own))
-    return {"latency": times[0], "bandwidth": there[1] / max(times[1] - times[0], 1e-9)}
+    return {"latency": times[0], "bandwidth": int(there[1]) / max(times[1] - times[0], 1e-9)}
 
 
 def cpu_seconds(process: int) -> float:

@@ -4,12 +4,15 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import tempfile
 import time
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from localprop.parallel.loopback import loopback_interface
 from localprop.report import read_losses, read_results
 
 SMALL = [
@@ -88,24 +91,37 @@ class Forker:
         assert answer != "running", "a process hangs"
         return int(answer)
 
-    def start(self, log, count, attempt=0, **task):
-        """Starts ranks as torchrun does; with one, without."""
-        # torchrun's agent holds the store, too: it must outlive the ranks.
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if count > 1 else None
+    def start(self, log, count, attempt=None, **task):
+        """Starts ranks as `--nproc` does, or, where it is the so-manieth attempt, as torchrun does; one as neither.
+
+        The entries of a task are for all ranks, or, in a tuple, for each its own.
+        """
+        common, store = {"OMP_NUM_THREADS": "1"}, None
+        if count > 1 and attempt is None:
+            common |= {"LOCALPROP_JOB": tempfile.mkdtemp(dir=log.parent)}
+        elif count > 1:
+            store = store_on_loopback()  # torchrun's agent holds it, too: it must outlive the ranks
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            common |= {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_RUN_ID": "a job"}
+            common |= {"GLOO_SOCKET_IFNAME": loopback_interface()}
         children = []
         for rank in range(count):
-            env = {"OMP_NUM_THREADS": "1"}
-            if store:
-                env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "localhost"}
-                env |= {"MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-                env |= {"TORCHELASTIC_RESTART_COUNT": attempt, "TORCHELASTIC_RUN_ID": "a job"}
-            children.append(self.ask(env={k: str(v) for k, v in env.items()}, log=str(log), **task))
+            env = common | ({"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count} if count > 1 else {})
+            own = {key: value[rank] if isinstance(value, tuple) else value for key, value in task.items()}
+            children.append(self.ask(env={k: str(v) for k, v in env.items()}, log=str(log), **own))
         return Ranks(self, log, store, children)
 
-    def train(self, output, count, *flags, attempt=0, kind="modules"):
+    def train(self, output, count, *flags, attempt=None, kind="modules"):
         parallel = ["--parallel", kind] if count > 1 else []
         argv = ["train", *flags, *parallel]
         return self.start(output / "log", count, attempt, argv=argv)
+
+
+def store_on_loopback():
+    """A store that only this machine reaches; torch's own socket would listen everywhere."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def flags(output, modules, *more):

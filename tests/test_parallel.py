@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from localprop.config import OptimConfig
 from localprop.errors import ParallelError
 from localprop.layout import IN_FLIGHT, arrange
-from localprop.parallel.messages import TensorForm
+from localprop.parallel.forms import TensorForm
 from localprop.report import format_bytes, read_results
 from localprop.state import TrainingState
 from ranks import CALM, LONG, MODULES, assert_same_run, flags, wait_for_step

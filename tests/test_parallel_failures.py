@@ -1,5 +1,6 @@
 """Processes that fail, are killed or cannot be: one line each, nothing left, and how it goes on."""
 
+import errno
 import json
 import os
 import re
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from localprop.cli import main
 from localprop.errors import ParallelError
+from localprop.launched import Ranks, describe_ranks, leave_word
 from localprop.parallel import Job
-from localprop.parallel.launch import leave_word
+from localprop.parallel.children import Children
 from ranks import CALM, LONG, MODULES, SECONDS, assert_same_run, flags, wait_for_step
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alone, tmp_path):
     settings = flags(tmp_path, 3, *LONG)
-    ranks = forker.train(tmp_path, 3, *settings)
+    ranks = forker.train(tmp_path, 3, *settings, attempt=0)
     wait_for_step(tmp_path, 5)
     ranks.kill(1, signal.SIGKILL)
     before = time.monotonic()
@@ -43,7 +44,7 @@ def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alo
 def test_a_job_started_again_leaves_other_runs_alone(forker, tmp_path):
     """torchrun calls many jobs "none": what another of that name did is not to be gone on with."""
     settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path)]
-    assert forker.train(tmp_path, 2, *settings).wait() == [0, 0]
+    assert forker.train(tmp_path, 2, *settings, attempt=0).wait() == [0, 0]
     (other,) = (path for path in tmp_path.iterdir() if path.is_dir())
     before = (other / "model.safetensors").read_bytes()
     assert forker.train(tmp_path, 2, *settings, "--seed", "7", attempt=1).wait() == [0, 0]
@@ -79,17 +80,77 @@ def test_memory_that_runs_out_among_messages_is_not_a_lost_process():
         raise RuntimeError("connection closed")
 
 
-def test_processes_that_lose_each_other_and_are_not_killed_end_with_a_line(monkeypatch, capsys):
-    def lose(*_):
-        def processes(*_):
-            assert leave_word("rank 1 ends: rank 0 is gone")
-            raise ChildFailedError("a job", {rank: ProcessFailure(rank, rank, 1, "") for rank in range(2)})
+def ending(monkeypatch, ended, word=None, run=None, saved=True, number=0, ended_by_us=()):
+    """Lets processes end so, without starting any."""
 
-        return processes
+    def end(self, command, count, folder):
+        monkeypatch.setenv("LOCALPROP_JOB", str(folder))
+        checkpoints = folder / "checkpoints"
+        if saved:
+            (checkpoints / "step-00000001").mkdir(parents=True)
+        if run:
+            describe_ranks(Ranks(["module 1 of 2: a", "module 2 of 2: b"], str(run), str(checkpoints)))
+        if word:
+            assert leave_word(word)
+        self.ended, self.signal, self.ended_by_us = ended, number, set(ended_by_us)
 
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lose)
-    assert main(["train", "--modules", "2", "--parallel", "modules", "--nproc", "2"]) == 2
-    assert capsys.readouterr().err == "localprop: rank 1 ends: rank 0 is gone\n"
+    monkeypatch.setattr(Children, "run", end)
+
+
+TWO = ["train", "--modules", "2", "--parallel", "modules", "--nproc", "2"]
+LOST = "rank 1 ends: rank 0 is gone"
+KILLED = "rank 1 (module 2 of 2: b) was killed by SIGKILL (by hand, or because memory ran out)"
+
+
+@pytest.mark.parametrize(
+    ("ended", "more", "code", "line"),
+    [
+        ([(0, 0), (1, 0)], {}, 0, ""),
+        ([(0, 1), (1, 1)], {"word": LOST}, 2, LOST),
+        ([(1, -9), (0, 1)], {"word": LOST}, 2, "rank 1 was killed by SIGKILL (by hand, or because memory ran out)"),
+        ([(0, 1), (1, -11)], {}, 2, "rank 1 was killed by SIGSEGV before training began"),
+        ([(0, 1), (1, -9)], {"run": Path("runs/my run"), "word": LOST}, 2, f"{KILLED}; resume with: localprop train"),
+        ([(1, -9)], {"run": Path("runs/my run"), "saved": False}, 2, f"{KILLED}; resume with: localprop train"),
+        ([(1, 2), (0, 1)], {}, 2, ""),  # that process has said why
+        ([(1, 141), (0, 143)], {}, 141, ""),  # the other was ended because of it
+        ([(1, 2), (0, -9)], {"ended_by_us": [0]}, 2, ""),
+        ([(1, 1), (0, -9)], {"word": LOST, "ended_by_us": [0]}, 2, LOST),
+        ([(0, 143), (1, 143)], {"number": signal.SIGTERM}, 143, ""),
+        ([(0, -15), (1, -15)], {"number": signal.SIGINT}, 130, "stopped"),  # before training
+        ([(0, 2), (1, 143)], {"number": signal.SIGTERM}, 2, ""),  # its checkpoint could not be saved
+        ([(0, 0), (1, 0)], {"number": signal.SIGTERM}, 0, ""),  # it came too late
+    ],
+)
+def test_how_processes_end_is_told_in_a_line(monkeypatch, capsys, ended, more, code, line):
+    ending(monkeypatch, ended, **more)
+    assert main(TWO) == code
+    told = capsys.readouterr().err
+    assert told.startswith(f"localprop: {line}") if line else told == ""
+    assert told.count("\n") == bool(line)
+    if "run" in more:  # it can be pasted
+        anew = "" if more.get("saved", True) else ", which starts anew: there is no checkpoint yet"
+        assert told.endswith(f"--resume 'runs/my run'{anew}\n")
+
+
+def test_processes_that_cannot_be_started_are_told_in_a_line(monkeypatch, capsys):
+    ended = []
+
+    class First:
+        def __init__(self, words, env, **_):
+            if env["RANK"] == "1":
+                raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        def kill(self):
+            ended.append(0)
+
+        def wait(self):
+            return -9
+
+    monkeypatch.setattr(subprocess, "Popen", First)
+    assert main(TWO) == 2
+    line = "localprop: process 2 of 2 cannot be started (Resource temporarily unavailable); start fewer\n"
+    assert capsys.readouterr().err == line
+    assert ended == [0]
 
 
 def test_a_loss_that_is_not_finite_ends_all_with_one_line(forker, tmp_path):
@@ -132,7 +193,7 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
 
 @pytest.fixture
 def no_processes(monkeypatch):
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: pytest.fail("it started processes"))
+    monkeypatch.setattr(Children, "run", lambda *_: pytest.fail("it started processes"))
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,17 @@ def provenance() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: _version(name) for name in ("localprop", "torch", "torchvision", "timm")}
-        | {"python": platform.python_version()},
+        "versions": versions() | {"python": platform.python_version()},
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of what results depend on; of localprop None where it is run without having been installed."""
+    return {name: _version(name) for name in ("localprop", "torch", "torchvision", "timm")}
 
 
 def _git(*words: str) -> str | None:

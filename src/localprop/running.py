@@ -18,11 +18,12 @@ from localprop.config import TrainConfig, require_equal_parts
 from localprop.data import Data
 from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
 from localprop.experiment import Experiment, prepare
+from localprop.launched import Ranks, describe_ranks, leave, leave_word
 from localprop.layout import Layout, arrange
 from localprop.lock import FolderLock
 from localprop.network import LocalNetwork
-from localprop.parallel import Job, Lost, PipelineStage, in_job, join
-from localprop.parallel.launch import describe_ranks, leave_word
+from localprop.parallel import Job, Lost, PipelineStage, in_job, meet
+from localprop.parallel.agreement import data_facts, difference, facts
 from localprop.pipelines import in_flight
 from localprop.report import Progress, final_table, format_bytes, next_steps
 from localprop.runfolder import (
@@ -52,9 +53,11 @@ def run(config: TrainConfig, resumed: Path | None) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and in_job():
             raise ConfigError("torchrun started several processes, which would all do the same; add --parallel modules")
         return _run_alone(config, resumed)
-    job = join(config.run.device)
+    job = meet(config.run.device)
     code = 1
     try:
+        job.agree(facts(config, resumed, job.device.type))
+        job.connect()
         code = _run_together(config, resumed, job)
     except LocalpropError as error:
         code = _tell(error, job)
@@ -65,11 +68,10 @@ def run(config: TrainConfig, resumed: Path | None) -> int:
         if job.first_to_fail():
             traceback.print_exc()
     if code:
-        # At once: what is still in flight would be waited for, and the other side may be gone.
         with suppress(BrokenPipeError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)
+        leave(code)  # what is still in flight would be waited for, and the other side may be gone
     return code
 
 
@@ -132,6 +134,8 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     experiment, notes = _prepare(placed, resumed, Console(quiet=job.rank > 0))
     experiment = replace(experiment, config=replace(experiment.config, run=config.run))
     config = experiment.config
+    if line := difference(job.gather(data_facts(experiment.data.identity))):
+        raise ParallelError(line)
     net = experiment.localize()
     layout = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, _seconds(experiment, net, job))
     require_equal_parts(config.optim.batch_size, config.optim.micro_batches, layout.replicas)
@@ -140,7 +144,7 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     with _blamed(job, names):
         trainer, more = _set_up(experiment, net, layout, stage, resumed, job)
         if job.rank == 0:
-            describe_ranks(names, trainer.folder, trainer.folder / CHECKPOINTS)
+            describe_ranks(Ranks(names, str(trainer.folder), str(trainer.folder / CHECKPOINTS)))
     # What all processes would say, one does; an image that cannot be read is told of by who reads it.
     console, notes = (Console(), notes + more) if stage.reports else (Console(force_interactive=False), [])
     if stage.reports:

@@ -1,5 +1,6 @@
 """The processes that train together: how they find each other, talk beside the pipeline, and end."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +13,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from localprop.errors import ParallelError
+from localprop.launched import job_folder
 from localprop.memory import is_out_of_memory
+from localprop.parallel.agreement import difference
+from localprop.parallel.forms import bytes_of_json, json_of_bytes
+from localprop.parallel.loopback import loopback_interface
 
 # Of a process that hangs without being gone; a slow epoch between two messages must fit in.
 _PATIENCE = timedelta(hours=2)
+_START = timedelta(minutes=30)  # until the last process has been started and has imported torch
 
 
 class Lost(ParallelError):
@@ -23,8 +29,9 @@ class Lost(ParallelError):
 
 
 def in_job() -> bool:
-    """Whether torchrun, or `launch`, started this process as one of several."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    """Whether `launch`, or torchrun, started this process as one of several."""
+    names = ("RANK", "WORLD_SIZE", *(() if job_folder() else ("MASTER_ADDR", "MASTER_PORT")))
+    return all(name in os.environ for name in names)
 
 
 class Job:
@@ -41,10 +48,51 @@ class Job:
     def __init__(self, rank: int, size: int, store: dist.Store, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        self.name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        folder = job_folder()
+        self.name = folder.name if folder else os.environ.get("TORCHELASTIC_RUN_ID", "none")
         self._store = store
-        # Small things, from CPU to CPU, which need not come in the order of the stream of features.
-        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._control: dist.ProcessGroup | None = None
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Returns when all processes have told the same facts, before they talk in any other way.
+
+        Args:
+            facts: names, as a message gives them, and values that JSON has.
+
+        Raises:
+            ParallelError: they differ, or a process tells nothing.
+        """
+        self._store.set(f"facts of {self.rank}", json.dumps(facts))
+        if self.rank == 0:
+            everyone = [json.loads(self._told(f"facts of {rank}", rank)) for rank in range(self.size)]
+            self._store.set("difference", difference(everyone) or "")
+        if line := self._told("difference", 0).decode():
+            raise ParallelError(line)
+
+    def _told(self, key: str, rank: int) -> bytes:
+        try:
+            self._store.wait([key], _START)
+            return self._store.get(key)
+        except RuntimeError as error:
+            raise ParallelError(
+                f"rank {rank} does not tell its settings ({_first_line(error)}); start all processes at the same "
+                "time, with one version of localprop"
+            ) from None
+
+    def connect(self) -> None:
+        """Opens the connections to the other processes.
+
+        Raises:
+            ParallelError: they are not reached.
+        """
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        try:
+            group = dist.PrefixStore("group", self._store)
+            dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
+            # Small things, from CPU to CPU, which need not come in the order of the stream of features.
+            control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise ParallelError(f"the processes do not find each other ({_first_line(error)})") from None
         assert isinstance(control, dist.ProcessGroup)  # of which this process is part
         self._control = control
 
@@ -59,11 +107,16 @@ class Job:
             raise Lost(f"{to} is gone ({_first_line(error)}); it was killed, or its machine is gone") from error
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every process, by rank; any object that pickles."""
-        values: list[Any] = [None] * self.size
+        """The `value` of every process, by rank; of what JSON has, in which tuples become lists."""
+        own = bytes_of_json(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self.talking():
-            dist.all_gather_object(values, value, group=self._control)
-        return values
+            dist.all_gather(sizes, torch.tensor([own.numel()]), group=self._control)
+        texts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
+        texts[self.rank][: own.numel()] = own
+        with self.talking():
+            dist.all_gather(texts, texts[self.rank].clone(), group=self._control)
+        return [json_of_bytes(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
 
     def wait_for_all(self) -> None:
         """Returns when every process has come here."""
@@ -122,14 +175,14 @@ def takes_gpu(device: str | None, local: int) -> bool:
     return cuda
 
 
-def join(device: str | None) -> Job:
-    """Meets the other processes.
+def meet(device: str | None) -> Job:
+    """Finds the place where the other processes are met; `Job.connect` connects to them.
 
     Args:
         device: "cpu", "cuda" or None for cuda if there is one: each process of a machine takes one of its GPUs.
 
     Raises:
-        ParallelError: there are more processes on this machine than GPUs, or they do not find each other.
+        ParallelError: there are more processes on this machine than GPUs, or the place is not found.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = takes_gpu(device, local)
@@ -137,18 +190,31 @@ def join(device: str | None) -> Job:
     if cuda:
         torch.cuda.set_device(place)
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
-        # Another attempt must not meet what the one before left.
-        store = dist.PrefixStore(f"localprop-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        group = dist.PrefixStore("group", store)
-        dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=_PATIENCE)
-        return Job(rank, size, store, place)
+        store, rank, size = _meet_here() if job_folder() else next(iter(dist.rendezvous("env://", timeout=_START)))
     except (RuntimeError, ValueError) as error:
         raise ParallelError(f"the processes do not find each other ({_first_line(error)})") from None
+    # Another attempt must not meet what the one before left.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Job(rank, size, dist.PrefixStore(f"localprop-{attempt}", store), place)
+
+
+def _meet_here() -> tuple[dist.Store, int, int]:
+    """Meets processes of this machine alone: nothing listens where another machine could connect."""
+    name, folder = loopback_interface(), job_folder()
+    # "=": NCCL takes the start of a name otherwise.
+    os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+    size = int(os.environ["WORLD_SIZE"])
+    return dist.FileStore(f"{folder}/store", size), int(os.environ["RANK"]), size
+
+
+def join(device: str | None) -> Job:
+    """Meets the other processes and connects to them; see `meet`."""
+    job = meet(device)
+    job.connect()
+    return job
 
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    # gloo begins with the place in its own code, and goes on with guesses.
+    # gloo begins with the place in its own code, and adds guesses.
     return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". This is typically")[0][:200]

@@ -1,28 +1,26 @@
-"""Starting the processes of a run: torch's elastic agent, as torchrun starts it, and one line if that goes wrong."""
+"""Starting the processes of a run on this machine, and one line if that goes wrong."""
 
-import json
-import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from localprop.commands import resume_command
 from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ParallelError
+from localprop.launched import described_ranks, last_word
+from localprop.parallel.children import Children
 from localprop.plugins import load_plugin
-
-RANKS = "LOCALPROP_RANKS"
-"""Names a file in the environment of processes that `launch` started, into which they write what each one trains."""
 
 
 def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
     """Runs `localprop train` in several processes on this machine, and waits for them.
 
-    SIGTERM and SIGINT go on to the processes, which then save a checkpoint.
+    They meet in a folder that their owner alone can open, and talk over the loopback interface. SIGTERM and SIGINT are
+    passed on to them: they save a checkpoint. When this process dies, they end within seconds.
 
     Args:
         config: the settings; what cannot be is said before processes start, as far as these alone tell.
@@ -41,51 +39,25 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
     # Before torch is imported, here and there: its warnings of sockets mean nothing to a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     _check(config, processes)
     print(f"starting {processes} process{'es' * (processes > 1)}", flush=True)
-    logging.disable(logging.CRITICAL)  # the agent tells at length what the processes have said already
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = Path(folder, "ranks.json")
-        os.environ[RANKS] = str(ranks)
-        launched = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            rdzv_configs={"keep_alive_interval": 1},  # seconds, of a thread that an interrupted agent waits for
-            max_restarts=0,
-        )
-        try:
-            elastic_launch(launched, sys.executable)("-m", "localprop", "train", *argv)
-        except SignalException as stop:
-            return 128 + int(stop.sigval)
-        except ChildFailedError as error:
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            # What the agent ended itself, because of another, ended by SIGTERM.
-            killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
-            if killed and max(codes.values()) < 2:
-                raise ParallelError(_obituary(killed[0], -codes[killed[0]], ranks)) from None
-            if _last_word(ranks).exists():
-                raise ParallelError(_last_word(ranks).read_text()) from None
-            return max([code for code in codes.values() if code > 0], default=128 + signal.SIGTERM)
-        finally:
-            logging.disable(logging.NOTSET)
-            del os.environ[RANKS]
-    return 0
+    folder = Path(tempfile.mkdtemp(prefix="localprop-"))  # for its owner alone
+    children = Children()
+    try:
+        children.run(["-m", "localprop", "train", *argv], processes, folder)
+        return _exit_code(children, folder, config.backbone.plugin)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check(config: TrainConfig, processes: int) -> None:
     from localprop.layout import arrange
     from localprop.methods import check_method
     from localprop.parallel.job import takes_gpu
+    from localprop.parallel.loopback import loopback_interface
 
     takes_gpu(config.run.device, processes - 1)
+    loopback_interface()
     if config.run.resume is None:
         config.run.require_new_folder()
     local, optim = config.local, config.optim
@@ -98,39 +70,35 @@ def _check(config: TrainConfig, processes: int) -> None:
     require_equal_parts(optim.batch_size, optim.micro_batches, layout.replicas)
 
 
-def describe_ranks(ranks: Sequence[str], folder: Path, checkpoints: Path) -> None:
-    """Leaves word for `launch`, where that started this process.
-
-    Args:
-        ranks: what each one trains.
-        folder: the run folder.
-        checkpoints: where in it checkpoints are written.
-    """
-    if RANKS in os.environ:
-        known = {"ranks": list(ranks), "folder": str(folder), "checkpoints": str(checkpoints)}
-        Path(os.environ[RANKS]).write_text(json.dumps(known))
-
-
-def leave_word(line: str) -> bool:
-    """Leaves it to `launch`, where that started this process, to say why the job has failed; whether it did."""
-    if RANKS in os.environ:
-        _last_word(Path(os.environ[RANKS])).write_text(line)
-    return RANKS in os.environ
-
-
-def _last_word(ranks: Path) -> Path:
-    return ranks.with_name("last word")
+def _exit_code(children: Children, folder: Path, plugin: Path | None) -> int:
+    codes = [code for _, code in children.ended]
+    if not any(codes):
+        return 0
+    # Below 2, a process only saw that another was gone.
+    told = next((code for code in codes if code > 1), 0)
+    stop = 128 + children.signal if children.signal else 0
+    if told:
+        return stop if stop and told in (128 + signal.SIGTERM, 128 + signal.SIGINT) else told
+    quiet = (-signal.SIGTERM, -signal.SIGINT)
+    for rank, code in children.ended:
+        if code < 0 and code not in quiet and rank not in children.ended_by_us:
+            raise ParallelError(_obituary(rank, -code, folder, plugin))
+    if stop:
+        print("localprop: stopped", file=sys.stderr)
+        return stop
+    if line := last_word(folder):
+        raise ParallelError(line)
+    return max([code for code in codes if code > 0], default=128 + signal.SIGTERM)
 
 
-def _obituary(rank: int, number: int, ranks: Path) -> str:
+def _obituary(rank: int, number: int, folder: Path, plugin: Path | None) -> str:
     from localprop.checkpoint import has_checkpoint
 
     name = signal.Signals(number).name
     cause = f"{name} (by hand, or because memory ran out)" if number == signal.SIGKILL else name
-    try:
-        known = json.loads(ranks.read_text())
-    except (OSError, ValueError):
+    known = described_ranks(folder)
+    if known is None:
         return f"rank {rank} was killed by {cause} before training began"
-    folder, goes_on = known["folder"], has_checkpoint(Path(known["checkpoints"]))
-    then = resume_command(Path(folder)) + ("" if goes_on else ", which starts anew: there is no checkpoint yet")
-    return f"rank {rank} ({known['ranks'][rank]}) was killed by {cause}; resume with: {then}"
+    then = resume_command(Path(known.run), plugin)
+    then += "" if has_checkpoint(Path(known.checkpoints)) else ", which starts anew: there is no checkpoint yet"
+    return f"rank {rank} ({known.names[rank]}) was killed by {cause}; resume with: {then}"

@@ -1,120 +1,20 @@
-"""A batch on its way from one stage to the next: its form, told once, and then bytes, several batches in flight."""
+"""Batches on their way from one stage to the next: a form, sent once, and then bytes, several batches in flight."""
 
-import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from localprop.carry import Carry
+from localprop.errors import ParallelError
 from localprop.layout import IN_FLIGHT
+from localprop.parallel.forms import Form, pack, unpack
 from localprop.parallel.job import Job
 
-_ALIGNED = 64  # bytes; CPU kernels look at addresses up to here
-
-
-@dataclass(frozen=True)
-class TensorForm:
-    """How a tensor lies in memory. Kernels go by strides and alignment, and may round otherwise for others."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    shift: int = field(compare=False)  # elements behind an aligned address
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "TensorForm":
-        """The form of a tensor."""
-        shift = tensor.data_ptr() % _ALIGNED // tensor.element_size()
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, shift)
-
-    @property
-    def _gaps(self) -> bool | None:
-        """Whether there are gaps between elements; None where some overlap."""
-        reach, gaps = 1, False
-        for stride, size in sorted(zip(self.stride, self.shape, strict=True)):
-            if size > 1:
-                if stride < reach:
-                    return None
-                gaps |= stride > reach
-                reach = stride * size
-        return gaps
-
-    def bytes_of(self, tensor: Tensor) -> Tensor:
-        """What is sent: all elements, one behind the other, without a copy where that is how they lie."""
-        if self._gaps is False:
-            return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
-        return tensor.contiguous().view(-1)
-
-    def buffer(self, device: torch.device) -> Tensor:
-        """Where to receive."""
-        return torch.empty(math.prod(self.shape) + self.shift, dtype=self.dtype, device=device)[self.shift :]
-
-    def restore(self, received: Tensor) -> Tensor:
-        """The tensor, from what was received."""
-        if self._gaps is False:
-            return received.as_strided(self.shape, self.stride, self.shift)
-        if self._gaps is None:
-            return received.view(self.shape)
-        reach = 1 + sum(stride * (size - 1) for stride, size in zip(self.stride, self.shape, strict=True))
-        space = torch.empty(reach + self.shift, dtype=self.dtype, device=received.device)
-        return space.as_strided(self.shape, self.stride, self.shift).copy_(received.view(self.shape))
-
-
-@dataclass(frozen=True)
-class Form:
-    """What the next stage has to know before it can receive a batch.
-
-    Attributes:
-        tensors: of features, labels and the tensors in the context.
-        context: the context's values, with None in place of tensors.
-        places: which of these the tensors belong to.
-        spec: how the values make the context.
-        numbers: how many losses (or hits) come with it.
-        training: whether these are losses.
-    """
-
-    tensors: tuple[TensorForm, ...]
-    context: tuple[Any, ...]
-    places: tuple[int, ...]
-    spec: pytree.TreeSpec
-    numbers: int
-    training: bool
-
-
-def pack(carry: Carry, training: bool) -> tuple[Form, list[Tensor]]:
-    """The form of a batch, and the flat tensors to send: the numbers come last, on the CPU."""
-    leaves, spec = pytree.tree_flatten(carry.context)
-    places = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    tensors = [carry.features, carry.labels, *(leaves[i] for i in places)]
-    forms = tuple(map(TensorForm.of, tensors))
-    values = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    numbers = [loss.item() for loss in carry.losses] if training else carry.hits
-    # Of doubles: a float32 loss and a count of images keep every bit.
-    last = torch.tensor([carry.stop, *(math.nan if n is None else n for n in numbers)], dtype=torch.float64)
-    flat = [form.bytes_of(tensor) for form, tensor in zip(forms, tensors, strict=True)]
-    return Form(forms, values, places, spec, len(numbers), training), [*flat, last]
-
-
-def unpack(form: Form, received: list[Tensor]) -> Carry:
-    """The batch, from what was received."""
-    *flat, last = received
-    tensors = [own.restore(tensor) for own, tensor in zip(form.tensors, flat, strict=True)]
-    leaves = list(form.context)
-    for place, tensor in zip(form.places, tensors[2:], strict=True):
-        leaves[place] = tensor
-    stop, *numbers = last.tolist()
-    carry = Carry(tensors[0], tensors[1], context=pytree.tree_unflatten(leaves, form.spec), stop=int(stop))
-    if form.training:
-        carry.losses = [torch.tensor(n, dtype=torch.float32, device=tensors[0].device) for n in numbers]
-    else:
-        carry.hits = [None if math.isnan(n) else int(n) for n in numbers]
-    return carry
+_LONGEST = 1 << 24  # bytes of a form
 
 
 class Sender:
@@ -150,7 +50,9 @@ class Sender:
         form, tensors = pack(carry, training)
         with self._job.talking(f"rank {self._rank}"):
             if announced:
-                dist.send_object_list([form], self._rank, device=torch.device("cpu"))
+                text = form.to_bytes()
+                dist.send(torch.tensor([text.numel()]), self._rank)
+                dist.send(text, self._rank)
             elif form != self._form:
                 raise AssertionError("batches of an epoch differ in form")
             self._form, self._alike = form, 1 if announced else self._alike + 1
@@ -190,10 +92,15 @@ class Receiver:
             yield self._take(form, self._posted.popleft())
 
     def _form(self) -> Form:
-        received: list[Any] = [None]
+        length = torch.zeros(1, dtype=torch.int64)
         with self._job.talking(f"rank {self._rank}"):
-            dist.recv_object_list(received, self._rank, device=torch.device("cpu"))
-        return received[0]
+            dist.recv(length, self._rank)
+        if not 0 < (size := int(length)) <= _LONGEST:
+            raise ParallelError(f"rank {self._rank} announces a form of {size} bytes; start all processes again")
+        text = torch.empty(size, dtype=torch.uint8)
+        with self._job.talking(f"rank {self._rank}"):
+            dist.recv(text, self._rank)
+        return Form.of_bytes(text, f"rank {self._rank}")
 
     def _post(self, form: Form) -> tuple[list[Any], list[Tensor]]:
         buffers = [own.buffer(self._job.device) for own in form.tensors]

@@ -12,7 +12,7 @@ from localprop.files import write_text
 from localprop.layout import Layout
 from localprop.parallel.job import Job
 from localprop.report import draw_timeline
-from localprop.timeline import Lane, Recorder, Timeline
+from localprop.timeline import Lane, Recorder, Span, Timeline
 
 TRACE = "trace.json"
 TIMELINE = "timeline.png"
@@ -38,7 +38,7 @@ def write_trace(
     # Now, not at the start: clocks of two machines drift apart, and the steps recorded are the last ones.
     offset, error = align(job)
     spans = [span._replace(begin=span.begin + offset, end=span.end + offset) for span in recorder.spans]
-    gathered = job.gather((spans, error))
+    gathered = [([Span(*fields) for fields in own], error) for own, error in job.gather((spans, error))]
     if job.rank != layout.reporter:
         return None
     lanes = [Lane(name, sorted(own, key=lambda s: s.begin)) for name, (own, _) in zip(names, gathered, strict=True)]

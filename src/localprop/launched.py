@@ -1,0 +1,98 @@
+"""What a process knows of the launcher that started it: where the others are met, and how it ends with the launcher."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+FOLDER = "LOCALPROP_JOB"
+"""Names in the environment the folder, for its owner alone, in which the processes of a job on one machine meet."""
+PIPE = "LOCALPROP_PIPE"
+"""Names in the environment the descriptor of a pipe whose other end the launcher alone holds."""
+_GRACE_SECONDS = 7  # after the launcher's death, for a step to end and its checkpoint to be saved
+_orphaned = threading.Event()
+
+
+def job_folder() -> Path | None:
+    """The folder in which the processes of this job meet; None where another starter has them meet over a network."""
+    return Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+
+
+def watch_launcher() -> None:
+    """Ends this process soon after the launcher that started it has died, in whatever way.
+
+    It is asked to stop first, as by SIGTERM, so that a checkpoint is saved if the step ends in time. To be called as
+    early as can be, by the main thread. Nothing happens in a process that was started otherwise.
+    """
+    pipe = os.environ.pop(PIPE, None)
+    if pipe is not None:
+        os.set_inheritable(int(pipe), False)
+        threading.Thread(target=_outlive, args=(int(pipe),), daemon=True).start()
+
+
+def _outlive(pipe: int) -> None:
+    os.read(pipe, 1)  # nothing is ever written: it returns when the other end is gone
+    _orphaned.set()
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS)
+    leave(128 + signal.SIGTERM)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once and its workers with it, without waiting for threads that talk to who is gone.
+
+    The folder of the job is the launcher's to remove, and this process's where there is no launcher any more.
+    """
+    if _orphaned.is_set() and (folder := job_folder()):
+        shutil.rmtree(folder, ignore_errors=True)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
+
+
+class Ranks(NamedTuple):
+    """What the processes of a job are: what each one trains, the run folder, and where in it checkpoints are."""
+
+    names: list[str]
+    run: str
+    checkpoints: str
+
+
+def describe_ranks(ranks: Ranks) -> None:
+    """Tells the launcher, if there is one, what the processes are."""
+    if folder := job_folder():
+        _write(folder / "ranks.json", json.dumps(ranks))
+
+
+def described_ranks(folder: Path) -> Ranks | None:
+    """What `describe_ranks` told; None before."""
+    try:
+        return Ranks(*json.loads((folder / "ranks.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def leave_word(line: str) -> bool:
+    """Leaves it to the launcher, if there is one, to say why the job has failed; whether there is."""
+    folder = job_folder()
+    return folder is not None and _write(folder / "last word", line)
+
+
+def last_word(folder: Path) -> str | None:
+    """The line that `leave_word` left; None for none."""
+    path = folder / "last word"
+    return path.read_text() if path.exists() else None
+
+
+def _write(path: Path, text: str) -> bool:
+    try:
+        path.write_text(text)
+    except OSError:  # the launcher is gone and the folder with it, or the disk is full: the job goes by its own course
+        return False
+    return True
