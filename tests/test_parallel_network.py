@@ -96,6 +96,7 @@ def test_nothing_listens_beyond_the_loopback_and_all_end_with_the_launcher(tmp_p
         stderr=subprocess.PIPE,
         text=True,
     )
+    children = []
     try:
         wait_for_step(tmp_path, 5)
         children = descendants(launcher.pid)
@@ -112,6 +113,8 @@ def test_nothing_listens_beyond_the_loopback_and_all_end_with_the_launcher(tmp_p
         _, told = launcher.communicate(timeout=SECONDS)
     finally:
         launcher.kill()
+        for child in filter(is_alive, children):
+            os.kill(child, signal.SIGKILL)
     assert told.startswith("localprop: stopped by SIGTERM; everything is in ")
     assert list(temporary.iterdir()) == []
 

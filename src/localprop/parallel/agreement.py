@@ -74,15 +74,18 @@ def difference(facts: Sequence[dict[str, Any]]) -> str | None:
     for name in dict.fromkeys(name for own in facts for name in own):
         ranks: dict[str, list[int]] = {}
         for rank, own in enumerate(facts):
-            ranks.setdefault(_shown(own.get(name)), []).append(rank)
+            ranks.setdefault(json.dumps(own.get(name), sort_keys=True), []).append(rank)
         if len(ranks) > 1:
-            values = [f"{value[:_SHOWN]} in {_numbers(own)}" for value, own in ranks.items()]
-            return f"{name} is {', and '.join(values[:3])}; start all processes with the same settings, code and data"
+            values = [f"{_shown(json.loads(value))} in {_numbers(own)}" for value, own in ranks.items()]
+            return f"{name} is {' and '.join(values[:3])}; start all processes with the same settings, code and data"
     return None
 
 
 def _shown(value: Any) -> str:
-    return "not given" if value is None else value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    if value is None:
+        return "not given"
+    text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _numbers(ranks: list[int]) -> str:
