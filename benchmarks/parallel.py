@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, free_port, write_result
+from common import ROOT, write_result
 from parallel_ranks import cpu_seconds, resident
 from PIL import Image
 from small_swin import CLASSES, MODEL, SIDE, add_flags, backbone, cut_evenly, model_kwargs, time_units
@@ -51,21 +51,20 @@ def write_images(folder: Path, count: int) -> None:
                 os.link(first, first.with_name(f"{i}.png"))
 
 
-def environment(rank: int, port: int | None) -> dict[str, str]:
-    """Of a process: one thread, and how it finds the other where there is one."""
+def environment(rank: int, job: str | None) -> dict[str, str]:
+    """Of a process: one thread, and the folder in which it meets the other where there is one."""
     own = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", TORCH_CPP_LOG_LEVEL="ERROR")
-    if port:
-        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        own |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    if job:
+        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCALPROP_JOB": job}
     return own
 
 
 def start(command: list[str], ranks: int, log: Path) -> list[subprocess.Popen]:
-    """Starts a command, once or as two ranks, as torchrun would."""
-    port = free_port() if ranks > 1 else None
+    """Starts a command, once or as two ranks, as `--nproc` does."""
+    job = tempfile.mkdtemp(dir=log.parent) if ranks > 1 else None
     with log.open("a") as file:
         return [
-            subprocess.Popen([sys.executable, *command], env=environment(rank, port), stdout=file, stderr=file)
+            subprocess.Popen([sys.executable, *command], env=environment(rank, job), stdout=file, stderr=file)
             for rank in range(ranks)
         ]
 

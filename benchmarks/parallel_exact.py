@@ -4,7 +4,7 @@ python benchmarks/parallel_exact.py --data folder:PATH     a small Swin at 32 px
 
 PATH holds CIFAR-10 as train/ and test/ with a folder per class. The fourth run has two agents of torchrun that find
 each other by a rendezvous, as two machines would; they share this machine's address. One thread per process, gloo.
-Writes benchmarks/results/parallel_exact.json.
+While torchrun runs, its store listens on all interfaces. Writes benchmarks/results/parallel_exact.json.
 """
 
 import argparse

@@ -222,7 +222,9 @@ def resident(process: int) -> int:
 def main() -> None:
     task, options = sys.argv[1], json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(os.path.join(os.environ["LOCALPROP_JOB"], "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     result = getattr(Rank(**options), task)(**options)
     Path(options["output"], f"{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.barrier()

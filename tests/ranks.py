@@ -1,4 +1,4 @@
-"""Real processes for tests: a helper imports torch once and forks the ranks of a job, as `torchrun` starts them."""
+"""Real processes for tests: a helper imports torch once and forks the ranks of a job, as localprop or torchrun do."""
 
 import contextlib
 import json
@@ -92,9 +92,9 @@ class Forker:
         return int(answer)
 
     def start(self, log, count, attempt=None, **task):
-        """Starts ranks as `--nproc` does, or, where it is the so-manieth attempt, as torchrun does; one as neither.
+        """Starts ranks as `--nproc` does or, where the number of the attempt is given, as torchrun does.
 
-        The entries of a task are for all ranks, or, in a tuple, for each its own.
+        Each entry of a task is for all ranks; a tuple has one for each.
         """
         common, store = {"OMP_NUM_THREADS": "1"}, None
         if count > 1 and attempt is None:

@@ -15,7 +15,7 @@ FLAGS = [
     *["--min-depth", "0", "--batch-size", "256", "--device", "cpu", "--cuts", "layers.0", "--epochs", "2"],
     *["--drop-path", "0.2", "--crop-pad", "1", "--hflip", "0.5", "--clip-grad", "1", "--experiment", "run"],
 ]
-# Nothing may listen, or look for its own name, beyond this machine.
+# Where features and gradients travel. torchrun's own store listens on all interfaces while the test runs.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 

@@ -7,6 +7,8 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -53,6 +55,8 @@ def leave(code: int) -> NoReturn:
         shutil.rmtree(folder, ignore_errors=True)
     for worker in multiprocessing.active_children():
         worker.kill()
+    with suppress(OSError):  # the disk may be full
+        shutil.rmtree(get_temp_dir())  # multiprocessing's own, which os._exit leaves behind
     os._exit(code)
 
 

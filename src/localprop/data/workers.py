@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -30,6 +31,7 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
     Raises:
         DataError: a worker was killed.
     """
+    get_temp_dir()  # for the workers' sockets: each would make one that stays behind when it is killed
     before = set(active_children())
     with _ChildSignals():
         batches = iter(loader)
