@@ -1,12 +1,15 @@
 """Modules in several processes: real ones, on scikit-learn's digits, against the same run in one process."""
 
+import json
 import os
 import signal
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from localprop.cli import main
 from localprop.config import OptimConfig
 from localprop.errors import ParallelError
 from localprop.layout import IN_FLIGHT, arrange
@@ -79,6 +82,25 @@ def test_what_averaging_takes_is_predicted(forker, tmp_path):
     assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.005)
     weights = sum(tensor.nbytes for tensor in load_file(tmp_path / "run" / "model.safetensors").values())
     assert row.peak_memory > 3.9 * weights  # with momenta, gradients and their copy
+
+
+def test_processes_evaluate_test_images_once_after_training(forker, tmp_path, capsys):
+    for number, (part, count) in enumerate([("train", 8), ("val", 2), ("test", 3)]):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for value in range(count):
+                grey = 16 * value + 5 * number + 90 * (name == "cat")
+                Image.new("L", (8, 8), grey).save(tmp_path / "pets" / part / name / f"{value}.png")
+    settings = [*CALM, "--cuts", *MODULES[2], "--img-size", "16", "--batch-size", "8", "--output", str(tmp_path)]
+    settings += ["--data", f"folder:{tmp_path / 'pets'}", "--experiment", "run"]
+    ranks = forker.train(tmp_path, 4, *settings)  # two modules, each twice
+    assert ranks.wait() == [0] * 4, ranks.log.read_text()
+    tested = json.loads((tmp_path / "run" / "run.json").read_text())["test"]
+    assert main(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (tested["images"], result["images"]) == (6, 6)
+    assert tested["loss"] == pytest.approx(result["loss"], abs=1e-4)
+    assert (tmp_path / "log.out").read_text().count("test accuracy") == 1
 
 
 def test_a_run_that_goes_on_elsewhere_forgets_what_was_measured(forker, tmp_path):

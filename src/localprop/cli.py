@@ -15,7 +15,7 @@ from rich.table import Table
 
 from localprop.commands import command
 from localprop.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
-from localprop.errors import BenchError, ConfigError, LocalpropError, suggestion
+from localprop.errors import BenchError, ConfigError, LocalpropError, listing, suggestion
 from localprop.flat import from_flat, to_flat
 from localprop.startup import release_interrupts
 from localprop.trust import require_typed
@@ -191,7 +191,7 @@ def _bench(argv: Sequence[str]) -> int:
     known = {run.config.data.data for run in suite.runs}
     for name in options.data or {}:
         if name not in known:
-            raise BenchError(f"--data {name}=...: {suite.name} has no such data; it has {', '.join(sorted(known))}")
+            raise BenchError(f"--data {name}=...: {suite.name} has no such data; it has {listing(sorted(known))}")
     if options.only:
         suite = suite.only(options.only)
     if options.list:

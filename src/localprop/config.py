@@ -93,8 +93,8 @@ class DataConfig:
     """Data and augmentation."""
 
     data: str = "digits"
-    """digits, cifar10, cifar100, stl10, svhn, fashion-mnist, folder:PATH with train/ and test/ or val/, or synthetic
-    (random pixels, to measure memory and time)."""
+    """digits, cifar10, cifar100, stl10, svhn, fashion-mnist, folder:PATH with train/ and test/ or val/ (with
+    both, test/ is evaluated once, after training), or synthetic (random pixels, to measure memory and time)."""
     data_dir: Path = Path("data")
     """Where torchvision's datasets lie or are downloaded to."""
     download: bool = False

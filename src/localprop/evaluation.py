@@ -29,7 +29,8 @@ def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = No
     Args:
         folder: run folder.
         changes: settings that differ from the run's own: data, data_dir, batch_size, device, val_split. Without the
-            last, the test images are taken, whatever the run was evaluated on.
+            last, the test images are taken, whatever the run was evaluated on; of a folder those in test/, else in
+            val/, else in class folders in the folder itself.
         plugin: the run's plugin, which the user has named.
 
     Returns:
@@ -45,7 +46,7 @@ def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = No
         anywhere["micro_batches"] = 1
     config = from_flat({**anywhere, **changes}, "eval", read_config(folder, plugin))
     description = read_description(folder)
-    experiment = prepare(config, weights=False)
+    experiment = prepare(config, weights=False, classes=description["classes"])
     evaluation, notes = evaluation_of(folder, description)
     data = evaluated_as(folder, experiment.data, evaluation)
     device = experiment.device

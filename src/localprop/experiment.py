@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from localprop.compiling import compile_network, require_compiler
 from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig
-from localprop.data import Data, load_data
+from localprop.data import FOLDER, Data, load_data, load_evaluated
 from localprop.errors import ConfigError, suggestion
 from localprop.localize import localize
 from localprop.network import LocalNetwork
@@ -92,19 +92,20 @@ class Experiment:
         return f"{self.config.local.method}, {self.config.backbone.model} on {self.data.name}"
 
 
-def prepare(config: TrainConfig, weights: bool = True) -> Experiment:
+def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None = None) -> Experiment:
     """Loads the data and builds the model; seeds PyTorch, so that the same settings give the same weights.
 
     Args:
         config: the settings.
         weights: whether pretrained weights are wanted at all; not where others will take their place.
+        classes: of a run that is only to be evaluated: of a folder its training images are not looked at then.
 
     Raises:
         ConfigError, DataError: the settings name something that does not exist or does not fit.
     """
     device = _device(config)
     load_plugin(config.backbone.plugin)
-    data = load_data(config.data, config.backbone.img_size, config.run.seed, _native_size(config.backbone))
+    data = _load(config, classes)
     model = replace(config.backbone, img_size=data.img_size)
     if model.model_kwargs is None:
         small = model.model == DEFAULT_MODEL and data.img_size <= _SMALL_IMAGE
@@ -120,6 +121,13 @@ def prepare(config: TrainConfig, weights: bool = True) -> Experiment:
         settings = backbone.pretrained_cfg
         data = replace(data, mean=tuple(settings["mean"]), std=tuple(settings["std"]))  # type: ignore[index]
     return Experiment(replace(config, backbone=model), data, backbone.to(device), kwargs, device)
+
+
+def _load(config: TrainConfig, classes: list[str] | None) -> Data:
+    size, seed = config.backbone.img_size, config.run.seed
+    if classes and size and config.data.data.startswith(FOLDER) and not config.data.val_split:
+        return load_evaluated(config.data, classes, size, seed)
+    return load_data(config.data, size, seed, _native_size(config.backbone))
 
 
 def create_backbone(config: ModelConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from localprop.chain import chain
 from localprop.cost import Circumstances, Cost, Costs, module_peak
 from localprop.decoders import DECODERS
-from localprop.errors import ChainError, ConfigError, suggestion
+from localprop.errors import ChainError, ConfigError, listing, suggestion
 from localprop.features import image_layout, infer_layout
 from localprop.heads import HEADS
 from localprop.methods import build_loss, check_method
@@ -132,7 +132,8 @@ def localize(
     if cuts is not None:
         ends = [*(units.position(name) for name in cuts), len(units)]
         if ends != sorted(set(ends)):
-            raise ChainError(f"cuts {', '.join(cuts)} are not in order and before the last unit of: {units.names()}")
+            names = listing(unit.name for unit in units)
+            raise ChainError(f"cuts {listing(cuts)} are not in order and before the last unit of: {names}")
     elif partition == "stage":
         ends = division.balance(stage_ends(units), min_depth, "memory", "stages, where the resolution changes")
     elif partition in ("balanced", "compute"):
@@ -183,7 +184,7 @@ class _Division:
             depth = f", and a module takes at least {min_depth} of its {blocks} blocks" if most < len(ends) else ""
             raise ChainError(
                 f"{count} modules asked for, but the backbone has {len(ends)} {what}{depth}: "
-                f"at most {max(most, 1)}: {', '.join(self.units[end - 1].name for end in possible)}"
+                f"at most {max(most, 1)}: {listing(self.units[end - 1].name for end in possible)}"
             )
         ends = possible
         starts = [0, *ends]

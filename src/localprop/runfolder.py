@@ -12,11 +12,12 @@ import yaml
 from localprop.checkpoint import has_checkpoint
 from localprop.commands import command
 from localprop.config import TrainConfig
-from localprop.data import Data, require_same
+from localprop.data import Data, evaluation_record, read_evaluation, require_same
 from localprop.errors import CheckpointError, ConfigError, LocalpropError
 from localprop.experiment import Experiment
 from localprop.files import write_text
 from localprop.flat import from_flat, to_flat
+from localprop.metrics import Scores
 from localprop.network import LocalNetwork
 from localprop.plugins import load_plugin, plugin_record
 from localprop.provenance import provenance
@@ -121,6 +122,9 @@ def data_of_run(folder: Path, data: Data) -> tuple[Data, list[str]]:
     description = read_description(folder)
     notes = _compare(folder, description, data)
     evaluation, _ = evaluation_of(folder, description)
+    if description.get("evaluated_on") == "test" and data.final_store:
+        # As version 0.1 did it where test/ and val/ were both there; the curve would mean two things otherwise.
+        data = data.testing_early()
     return evaluated_as(folder, data, evaluation), notes
 
 
@@ -131,7 +135,7 @@ def evaluation_of(folder: Path, description: dict[str, Any]) -> tuple[dict[str, 
         CheckpointError: run.json is damaged.
     """
     if "evaluation" in description:
-        return description["evaluation"], []
+        return _checked(folder, description["evaluation"]), []
     try:
         keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
         evaluation = {key: description[key] for key in keys}
@@ -140,7 +144,15 @@ def evaluation_of(folder: Path, description: dict[str, Any]) -> tuple[dict[str, 
     # Version 0.1 changed the aspect ratio of small images, and cut out the middle of large ones.
     mode, words = ("squash", "squeezed") if evaluation["crop_pct"] == 1 else ("center", "cropped")
     note = f"{folder} was made by version 0.1: its images are {words} in evaluation, as they were then"
-    return {**evaluation, "crop_mode": mode}, [note]
+    return _checked(folder, {**evaluation, "crop_mode": mode}), [note]
+
+
+def _checked(folder: Path, evaluation: Any) -> dict[str, Any]:
+    """The record of an evaluation with what belongs into it alone: an export takes all of it for timm."""
+    try:
+        return evaluation_record(*read_evaluation(evaluation))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / RUN} is damaged in what it says of evaluation: {error}") from None
 
 
 def evaluated_as(folder: Path, data: Data, evaluation: dict[str, Any]) -> Data:
@@ -162,6 +174,35 @@ def _compare(folder: Path, description: dict[str, Any], data: Data) -> list[str]
     known = {"classes": description.get("classes"), "train_images": description.get("train_images")}
     require_same(known, {**data.identity, "train_images": data.train_size}, str(folder))
     return [f"{folder} was made by version 0.1: whether its images are still the same cannot be told, only how many"]
+
+
+def note_tested(folder: Path, scores: Scores) -> None:
+    """Adds to run.json what the test images came to that are looked at once, after training.
+
+    Raises:
+        CheckpointError: run.json is missing or damaged, or the disk fails.
+    """
+    found = {
+        "images": scores.images,
+        "accuracy": scores.top1[-1],
+        "module_accuracies": scores.top1,
+        "top5": scores.top5,
+        "loss": scores.loss,
+    }
+    write_text(folder / RUN, json.dumps({**read_description(folder), "test": found}, indent=2) + "\n")
+
+
+def tested_before(folder: Path) -> dict[str, Any] | None:
+    """What `note_tested` added to run.json; None where it added nothing.
+
+    Raises:
+        CheckpointError: run.json is missing or damaged.
+    """
+    found = read_description(folder).get("test")
+    known = found or {"images": 0, "accuracy": 0}
+    if not (isinstance(known, dict) and all(isinstance(known.get(key), int | float) for key in ("images", "accuracy"))):
+        raise CheckpointError(f"{folder / RUN} is damaged in what it says of test images: {found!r}")
+    return found
 
 
 def note_resumption(folder: Path) -> None:

@@ -32,6 +32,8 @@ from localprop.runfolder import (
     is_unbegun,
     left_by,
     note_resumption,
+    note_tested,
+    tested_before,
     write_description,
 )
 from localprop.simulation import simulate_step
@@ -118,6 +120,7 @@ def _begin(
         if lock:
             write_description(folder, experiment, trainer.net, job)
         return [*notes, f"{folder} has no checkpoint yet: the run starts anew"] if resumed else notes
+    trainer.wants_test = tested_before(folder) is None
     notes += trainer.resume()
     if lock:
         note_resumption(folder)
@@ -305,7 +308,11 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
             progress.note(note)
         rows = trainer.run(progress)
     if trainer.stage.reports:
+        if trainer.tested:
+            note_tested(folder, trainer.tested)
         console.print(final_table(rows, [_span(net, range(k, k + 1)) for k in range(count)], evaluated_on))
+        if tested := tested_before(folder):
+            console.out(f"test accuracy {tested['accuracy']:.2f}%, of {tested['images']} images", highlight=False)
         steps = next_steps(
             folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs, config.backbone.plugin
         )

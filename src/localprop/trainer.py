@@ -16,7 +16,7 @@ from localprop.carry import Carry
 from localprop.checkpoint import newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
-from localprop.errors import CheckpointError
+from localprop.errors import CheckpointError, listing
 from localprop.files import refuse_link, remove_leftovers
 from localprop.gauge import Gauge
 from localprop.lock import FolderLock
@@ -78,6 +78,8 @@ class Trainer:
         lock: on the run folder, in a process that writes into it.
 
     Attributes:
+        wants_test: whether to evaluate the `Data.final` test images after training, where there are any.
+        tested: what they came to, in the process that reports; None before.
         gauge: measures memory. A run that is resumed in the same layout knows what was measured before.
     """
 
@@ -104,6 +106,8 @@ class Trainer:
         self.position = Position(loss_sums=[0.0] * len(self.net.local_modules), layout=self.stage.name)
         self.rows: list[EpochRow] = []
         self.curve = LossCurve(self.steps_per_epoch * config.optim.epochs, len(self.net.local_modules))
+        self.wants_test = True
+        self.tested: Scores | None = None
         self._signal = 0
         self._skipped_noted = 0
         self._drawn = time.monotonic()
@@ -123,7 +127,7 @@ class Trainer:
         own = [part_name(k) for k in self.stage.modules]
         checkpoint, notes = newest_checkpoint(self.folder / CHECKPOINTS, only=own, flaw=self.state.flaw)
         if checkpoint is None:
-            reasons = f" ({'; '.join(notes)})" if notes else ""
+            reasons = f" ({listing(notes)})" if notes else ""
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
         self.state.load(checkpoint.parts, checkpoint.step)
         self.position = Position(**checkpoint.meta["position"])
@@ -162,10 +166,15 @@ class Trainer:
                 self._draw()
                 self.state.require_finite(weights)
                 save_weights(self.folder / WEIGHTS, weights)
+            if self.wants_test and self.data.final:
+                self.tested = self.evaluate(self.data.final)
         return self.rows
 
-    def evaluate(self) -> Scores | None:
-        """Evaluates every module's head and the network (or its moving average) on the images held out.
+    def evaluate(self, data: Data | None = None) -> Scores | None:
+        """Evaluates every module's head and the network (or its moving average).
+
+        Args:
+            data: whose test images are taken; default: those trained with.
 
         Returns:
             What was found; None in a process that does not report.
@@ -174,7 +183,7 @@ class Trainer:
         tally = Tally()
         self.net.eval()
         at_once = self.config.optim.batch_size // self.config.optim.micro_batches // self.stage.replicas
-        batches = self.stage.test_batches(self.data, at_once, self.device, 1 if averaged is None else 2)
+        batches = self.stage.test_batches(data or self.data, at_once, self.device, 1 if averaged is None else 2)
         # Compiled code would be compiled again for evaluation, and once more for its last, smaller batch.
         with torch.compiler.set_stance("force_eager") if self.config.run.compile else nullcontext(), torch.no_grad():
             for carries in batches:

@@ -12,7 +12,7 @@ import timm
 from timm.models import build_model_with_cfg
 
 from localprop.commands import command
-from localprop.errors import ConfigError
+from localprop.errors import ConfigError, listing
 from localprop.flat import flag_words
 
 # What timm's factory and builder take beside the arguments of a model: weights, where to have them and how to read
@@ -59,7 +59,7 @@ def require_plugins(wanted: Sequence[Path | None], named: Sequence[Path], source
     missing = dict.fromkeys(path for path in wanted if path and path.expanduser().resolve() not in known)
     if missing:
         raise ConfigError(
-            f"{source}: a file does not decide which code runs; if you trust {', '.join(map(str, missing))}, type: "
+            f"{source}: a file does not decide which code runs; if you trust {listing(missing)}, type: "
             f"{command(*words, '--plugin', *named, *missing)}"
         )
 

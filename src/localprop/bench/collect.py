@@ -69,6 +69,7 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
             "loss": last.test_loss,
             "epochs": last.epoch,
             "steps": last.step,
+            **({"test": description["test"]} if "test" in description else {}),
             "curve": {"step": [int(row[0]) for row in losses], "loss": [row[3:] for row in losses]},
         },
         cost=_cost(rows, losses) | {"jobs": jobs, "device": description["device"]},

@@ -33,7 +33,8 @@ class Record:
             "evaluated_on" ("test" or "validation"), "accuracy" (percent, of the network after the last epoch),
             "module_accuracies" (percent, of each module's head, the network's last; None where it has none), "top5"
             (percent or None), "loss" (mean cross-entropy), "epochs", "steps", and "curve": {"step": [...], "loss":
-            [[one per module], ...]}, mean training losses since the step before.
+            [[one per module], ...]}, mean training losses since the step before; "test" with the accuracies and the
+            loss of test images that are evaluated once, after training, where the others are for choosing settings.
         cost: "predicted_memory" and "peak_memory" (bytes of a training step, or None), "seconds_per_step" and
             "processor_seconds_per_step" (medians; the latter of all threads together), "device" (its type),
             "images_per_second", "seconds" (wall clock of the run, evaluation included), "jobs" (runs at once).

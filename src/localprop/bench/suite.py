@@ -25,7 +25,7 @@ from typing import Any
 
 from localprop.config import TrainConfig
 from localprop.decoders import DECODERS
-from localprop.errors import BenchError, suggestion
+from localprop.errors import BenchError, listing, suggestion
 from localprop.flat import from_flat, to_flat
 from localprop.heads import HEADS
 from localprop.methods import check_method
@@ -155,7 +155,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[str, dict[str, Any], lis
         raise BenchError(f"{path} is its own base; leave that out")
     content = read_yaml(path)
     if unknown := set(content) - set(_KEYS):
-        raise BenchError(f"{path}: unknown key {min(unknown)!r}; a suite has {', '.join(_KEYS)}")
+        raise BenchError(f"{path}: unknown key {min(unknown)!r}; a suite has {listing(_KEYS)}")
     based: tuple[str, dict[str, Any], list[dict[str, Any]]] = ("", {}, [])
     if "base" in content:
         based = _read(find_suite(str(content["base"]), beside=path.parent), (*above, path))

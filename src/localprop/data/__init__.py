@@ -9,7 +9,18 @@ identity.py (what a dataset is), memory.py and streaming.py (where pixels come f
 
 from localprop.data.base import Data
 from localprop.data.identity import require_same
-from localprop.data.loading import folder_identity, load_data
+from localprop.data.loading import FOLDER, folder_identity, load_data, load_evaluated
 from localprop.data.sources import named_settings
+from localprop.data.view import evaluation_record, read_evaluation
 
-__all__ = ["Data", "folder_identity", "load_data", "named_settings", "require_same"]
+__all__ = [
+    "FOLDER",
+    "Data",
+    "evaluation_record",
+    "folder_identity",
+    "load_data",
+    "load_evaluated",
+    "named_settings",
+    "read_evaluation",
+    "require_same",
+]

@@ -24,6 +24,7 @@ class Store(Protocol):
 
     train_size: int
     test_size: int
+    img_size: int
     skipped: list[str]
     view: View  # how images are evaluated where nothing else has been recorded
 
@@ -34,6 +35,10 @@ class Store(Protocol):
 
     def release(self) -> None:
         """Frees images that are held: nobody will ask for any."""
+        ...
+
+    def testing_on(self, other: Any) -> "Store":
+        """The same store with the test images of another of its kind."""
         ...
 
     def train(
@@ -62,6 +67,7 @@ class Data:
         identity: see `localprop.data.identity`; the same wherever the data lie.
         view: how images are evaluated.
         notes: lines for the user, such as what was passed over.
+        final_store: where the pixels of `final` come from.
     """
 
     name: str
@@ -75,6 +81,7 @@ class Data:
     identity: dict[str, Any]
     view: View
     notes: list[str] = field(default_factory=list)
+    final_store: Store | None = None
 
     @property
     def num_classes(self) -> int:
@@ -88,8 +95,19 @@ class Data:
 
     @property
     def evaluated_on(self) -> Literal["test", "validation"]:
-        """What `test_size` and `test_batches` speak of: test images, or training images that were held out."""
-        return "validation" if self.config.val_split else "test"
+        """What `test_size` and `test_batches` speak of: test images, or those to choose settings by."""
+        return "validation" if self.config.val_split or self.final_store else "test"
+
+    def testing_early(self) -> "Data":
+        """The same data, with the test images of `final` for those that are evaluated during training."""
+        if self.final_store is None:
+            return self
+        return replace(self, store=self.store.testing_on(self.final_store), final_store=None)
+
+    @property
+    def final(self) -> "Data | None":
+        """The test images that are looked at once, after training, where others are evaluated during it."""
+        return replace(self, store=self.final_store, final_store=None) if self.final_store else None
 
     @property
     def test_size(self) -> int:
@@ -120,11 +138,13 @@ class Data:
     @property
     def held_bytes(self) -> int:
         """Bytes of the dataset that lie on a GPU for good: no part of what a training step takes."""
-        return self.store.held_bytes
+        return self.store.held_bytes + (self.final_store.held_bytes if self.final_store else 0)
 
     def release(self) -> None:
         """Frees images that are held in memory, in a process that needs none; sizes stay known."""
-        self.store.release()
+        for store in (self.store, self.final_store):
+            if store:
+                store.release()
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Number of training batches in an epoch; a last partial batch is dropped.

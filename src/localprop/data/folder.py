@@ -38,28 +38,31 @@ class Listing:
     Attributes:
         classes: names, sorted.
         train, test: images to train on and to evaluate.
+        final: test images to evaluate once, after training, where `test` is for choosing settings.
         notes: lines for the user.
     """
 
     classes: list[str]
     train: list[File]
     test: list[File]
+    final: list[File]
     notes: list[str]
 
 
 def list_folder(root: Path, with_test: bool = True) -> Listing:
-    """Lists classes, training and, `with_test`, test images of a folder; test/ goes before val/.
+    """Lists classes, training and, `with_test`, test images of a folder.
+
+    Where test/ and val/ are both there, val/ is evaluated during training, and test/ after it.
 
     Raises:
-        DataError: a folder is missing, empty or unreadable, training and test classes differ, or as `find_images`.
+        DataError: a folder is missing, empty or unreadable, a test class is none to train on, or as `find_images`.
     """
-    if not root.is_dir():
-        raise DataError(f"{root} is not a folder; --data folder:PATH needs PATH/train and PATH/test or PATH/val")
+    _require_folder(root)
     train = root / "train"
     if not train.is_dir():
         raise DataError(f"{root} has no folder train/; put the training images into {train / '<class>'}")
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    if with_test and test is None:
+    tests = [root / name for name in ("val", "test") if (root / name).is_dir()] if with_test else []
+    if with_test and not tests:
         raise DataError(
             f"{root} has no folder test/ or val/; put the test images into {root / 'test' / '<class>'}, "
             f"or hold training images out with --val-split"
@@ -67,15 +70,81 @@ def list_folder(root: Path, with_test: bool = True) -> Listing:
     classes = class_names(train)
     if len(classes) < 2:
         raise DataError(f"{train} has {len(classes)} class folders; it needs one for each of two or more classes")
-    if not with_test or test is None:
-        files, passed = _images(train, classes)
-        return Listing(classes, files, [], _notes(root, passed))
-    if differing := set(classes) ^ set(class_names(test)):
-        only = [f"{name!r} is only in {train if name in classes else test}" for name in sorted(differing)]
-        raise DataError(f"the classes of {train} and {test} differ: {listing(only)}; give both the same folders")
-    files, passed = _images(train, classes)
-    test_files, more = _images(test, classes)
-    return Listing(classes, files, test_files, _notes(root, passed + more))
+    found = _Parts(root, classes)
+    # What is wrong with a class is said of all its folders at once, before any is searched.
+    for folder in tests:
+        found.require_known(folder)
+    files = found.images(train)
+    if empty := found.without_images(files):
+        raise DataError(f"no images in {listing(train / name for name in empty)}; fill the class folder or delete it")
+    evaluated = [found.test_images(folder) for folder in tests] + [[], []]
+    return Listing(classes, files, evaluated[0], evaluated[1], found.notes())
+
+
+def list_evaluated(root: Path, classes: list[str]) -> Listing:
+    """Lists test images of a folder that was perhaps never trained on: test/, else val/, else class folders in it.
+
+    Args:
+        root: the folder.
+        classes: names, in the order of their labels. Some may have no images.
+
+    Raises:
+        DataError: there are no such folders, a class is unknown, there is no image at all, or as `find_images`.
+    """
+    _require_folder(root)
+    parts = [root / name for name in ("test", "val") if (root / name).is_dir()]
+    if not parts and not set(classes) & set(class_names(root)):
+        hint = f"; for the training images name {root / 'train'}" if (root / "train").is_dir() else ""
+        raise DataError(f"{root} has neither test/ nor val/ nor a folder for any of {listing(classes)}{hint}")
+    found = _Parts(root, classes)
+    folder = parts[0] if parts else root
+    found.require_known(folder)
+    return Listing(classes, [], found.test_images(folder), [], found.notes())
+
+
+class _Parts:
+    """The parts of a folder, and what is to be said of them."""
+
+    def __init__(self, root: Path, classes: list[str]) -> None:
+        self._root, self._classes = root, classes
+        self._labels = {name: label for label, name in enumerate(classes)}
+        self._passed: list[Passed] = []
+        self._lacking: list[str] = []
+
+    def require_known(self, folder: Path) -> None:
+        if unknown := [name for name in class_names(folder) if name not in self._labels]:
+            raise DataError(
+                f"{folder} has folders of classes that are not trained on: {listing(map(repr, unknown))}; the classes "
+                f"are {listing(map(repr, self._classes))}"
+            )
+
+    def images(self, folder: Path) -> list[File]:
+        found = find_images(folder, self._labels)
+        self._passed += found.passed
+        return found.files
+
+    def without_images(self, files: list[File]) -> list[str]:
+        filled = {file.label for file in files}
+        return [name for name, label in self._labels.items() if label not in filled]
+
+    def test_images(self, folder: Path) -> list[File]:
+        files = self.images(folder)
+        if not files:
+            raise DataError(f"no images in {folder}; put some into {folder / '<class>'}")
+        if empty := self.without_images(files):
+            self._lacking.append(f"no images in {folder} of {listing(map(repr, empty))}: accuracy is of other classes")
+        return files
+
+    def notes(self) -> list[str]:
+        if not self._passed:
+            return self._lacking
+        names = [f"{os.path.relpath(path, self._root)} ({why})" for path, why in self._passed]
+        return [*self._lacking, f"passed over in {listing([self._root])}: {listing(names)}"]
+
+
+def _require_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder; --data folder:PATH needs PATH/train and PATH/test or PATH/val")
 
 
 def small_sizes(files: list[File]) -> set[tuple[int, int]] | None:
@@ -175,19 +244,3 @@ def refuse_image(bad: Unreadable) -> None:
         DataError: always.
     """
     raise DataError(f"{bad.problem}, and evaluation leaves nothing out; repair or delete it")
-
-
-def _images(folder: Path, classes: list[str]) -> tuple[list[File], list[Passed]]:
-    labels = {name: label for label, name in enumerate(classes)}
-    found = find_images(folder, labels)
-    filled = {file.label for file in found.files}
-    if empty := [str(folder / name) for name, label in labels.items() if label not in filled]:
-        raise DataError(f"no images in {listing(empty)}; fill the class folder or delete it")
-    return found.files, found.passed
-
-
-def _notes(root: Path, passed: list[Passed]) -> list[str]:
-    if not passed:
-        return []
-    names = [f"{os.path.relpath(path, root)} ({why})" for path, why in passed]
-    return [f"passed over in {listing([root])}: {listing(names)}"]

@@ -9,11 +9,16 @@ from typing import Any
 from localprop.data.walk import File
 from localprop.errors import DataError, listing
 
-_COUNTS = {"train_images": "training images", "evaluated_images": "evaluated images"}
+_COUNTS = {"train_images": "training images", "evaluated_images": "evaluated images", "final_images": "test images"}
 
 
 def identity_of(
-    source: str, classes: list[str], train_images: int, evaluated_images: int, files: str | None = None
+    source: str,
+    classes: list[str],
+    train_images: int,
+    evaluated_images: int,
+    final_images: int = 0,
+    files: str | None = None,
 ) -> dict[str, Any]:
     """A dataset's identity.
 
@@ -22,9 +27,10 @@ def identity_of(
         classes: names of the classes, in the order of their labels.
         train_images: how many there are, unreadable ones included.
         evaluated_images: likewise.
+        final_images: likewise; those that are evaluated once, after training.
         files: of a folder, what `digest` gives.
     """
-    counts = {"train_images": train_images, "evaluated_images": evaluated_images}
+    counts = {"train_images": train_images, "evaluated_images": evaluated_images, "final_images": final_images}
     return {"source": source, "classes": classes, **counts, "files": files}
 
 

@@ -1,5 +1,6 @@
 """From the user's settings to a dataset."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,17 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from localprop.config import DataConfig
-from localprop.data.base import Data, Store
-from localprop.data.folder import SMALL_SIDE, Listing, list_folder, read_images, refuse_image, skip_image, small_sizes
+from localprop.data.base import Data
+from localprop.data.folder import (
+    SMALL_SIDE,
+    Listing,
+    list_evaluated,
+    list_folder,
+    read_images,
+    refuse_image,
+    skip_image,
+    small_sizes,
+)
 from localprop.data.identity import digest, identity_of
 from localprop.data.memory import MemoryStore
 from localprop.data.sources import NAMED, read_named
@@ -18,7 +28,7 @@ from localprop.data.streaming import StreamStore
 from localprop.data.view import SQUASHED, WHOLE
 from localprop.errors import ConfigError, suggestion
 
-_FOLDER = "folder:"
+FOLDER = "folder:"
 _USUAL_SIDE = 224
 
 
@@ -44,12 +54,12 @@ def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_s
         raise ConfigError(f"--hflip is {config.hflip}; a chance is between 0 and 1")
     if not 0 <= config.val_split < 1:
         raise ConfigError(f"--val-split is {config.val_split}; it must be at least 0 and below 1")
-    if config.data.startswith(_FOLDER):
+    if config.data.startswith(FOLDER):
         return _load_folder(config, img_size or default_img_size, seed)
     if config.data not in NAMED:
-        hint = suggestion(config.data, [*NAMED, f"{_FOLDER}PATH"])
+        hint = suggestion(config.data, [*NAMED, f"{FOLDER}PATH"])
         if Path(config.data).expanduser().is_dir():
-            hint = f"did you mean {_FOLDER + config.data!r}?"
+            hint = f"did you mean {FOLDER + config.data!r}?"
         raise ConfigError(f"unknown --data {config.data!r}; {hint}")
     return _load_named(config, img_size, seed)
 
@@ -82,44 +92,104 @@ def folder_identity(config: DataConfig) -> dict[str, Any]:
     return _identity(*_split_folder(config))
 
 
+def load_evaluated(config: DataConfig, classes: list[str], img_size: int, seed: int) -> Data:
+    """Opens the images of a folder that are evaluated, without any to train on.
+
+    Args:
+        config: the data settings; they name a folder.
+        classes: names of the classes, in the order of their labels.
+        img_size: side of the square input in pixels.
+        seed: of what follows from `Data`.
+
+    Raises:
+        ConfigError, DataError: as `load_data`.
+    """
+    root = _root(config)
+    return _opened(root, list_evaluated(root, classes), config, img_size, seed)
+
+
 def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
-    root, found = _split_folder(config)
-    hflip = 0.5 if config.hflip is None else config.hflip
+    return _opened(*_split_folder(config), config, img_size, seed)
+
+
+def _opened(root: Path, found: Listing, config: DataConfig, img_size: int | None, seed: int) -> Data:
     # Images that are held out have their part in how all are held, so that a split changes nothing else.
-    sizes = small_sizes(found.train + (found.test if config.val_split else []))
+    sizes = small_sizes(found.train + (found.test if config.val_split or not found.train else []))
     test_sizes = small_sizes(found.test) if sizes is not None else None
-    store: Store
-    if sizes is not None and test_sizes is not None:
-        width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 0)
-        uniform = width == height > 0
-        img_size = img_size or (width if uniform else _USUAL_SIDE)
-        # Images that differ are brought to one size; above the small side, that is left to the device.
-        side = width if uniform else min(img_size, SMALL_SIDE)
-        crop_pad = _crop_pad(config, side)
-        skipped: list[str] = []
-        train = read_images(found.train, side, partial(skip_image, skipped, limit=config.bad_images))
-        test = read_images(found.test, side if test_sizes == {(side, side)} else None, refuse_image)
-        view = WHOLE if uniform else SQUASHED
-        store = MemoryStore(*train, *test, img_size, crop_pad, hflip, seed, skipped, config.hold_on_device, view)
+    final_sizes = small_sizes(found.final) if test_sizes is not None else None
+    stores: Sequence[StreamStore] | Sequence[MemoryStore]
+    if sizes is None or test_sizes is None or final_sizes is None:
+        stores = _streamed(root, found, config, img_size or _USUAL_SIDE, seed)
     else:
-        for flag, given in (("crop-pad", config.crop_pad is not None), ("hold-on-device", config.hold_on_device)):
-            if given:
-                raise ConfigError(
-                    f"--{flag} is for images up to {SMALL_SIDE} pixels and some in {root} are larger; leave it out"
-                )
-        img_size = img_size or _USUAL_SIDE
-        store = StreamStore(found.train, found.test, img_size, hflip, seed, config.workers, config.bad_images)
+        stores = _held(found, config, img_size, seed, sizes, [test_sizes, final_sizes])
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    name, identity = root.resolve().name, _identity(root, found)
-    return Data(name, found.classes, img_size, mean, std, store, config, seed, identity, store.view, found.notes)
+    name, identity, store = root.resolve().name, _identity(root, found), stores[0]
+    final = stores[1] if found.final else None
+    view, img_size = store.view, store.img_size
+    return Data(name, found.classes, img_size, mean, std, store, config, seed, identity, view, found.notes, final)
+
+
+def _streamed(root: Path, found: Listing, config: DataConfig, img_size: int, seed: int) -> list[StreamStore]:
+    """Stores that decode images batch by batch: of training and test images, and of the final test images."""
+    for flag, given in (("crop-pad", config.crop_pad is not None), ("hold-on-device", config.hold_on_device)):
+        if given and found.train:
+            raise ConfigError(
+                f"--{flag} is for images up to {SMALL_SIDE} pixels and some in {root} are larger; leave it out"
+            )
+    parts = [(found.train, found.test), ([], found.final)]
+    return [StreamStore(*files, img_size, _hflip(config), seed, config.workers, config.bad_images) for files in parts]
+
+
+def _held(
+    found: Listing,
+    config: DataConfig,
+    img_size: int | None,
+    seed: int,
+    sizes: set[tuple[int, int]],
+    test_sizes: list[set[tuple[int, int]]],
+) -> list[MemoryStore]:
+    """Stores that hold all images: of training and test images, and of the final test images.
+
+    Args:
+        found: the files.
+        config: the data settings.
+        img_size: side of the input; None takes that of the images, where they have one.
+        seed: of augmentation.
+        sizes: (width, height) of training images.
+        test_sizes: likewise of the images that each store evaluates.
+    """
+    width, height = next(iter(sizes)) if len(sizes) == 1 else (0, 0)
+    uniform = width == height > 0
+    img_size = img_size or (width if uniform else _USUAL_SIDE)
+    # Images that differ are brought to one size; above the small side, that is left to the device.
+    side = width if uniform else min(img_size, SMALL_SIDE)
+    crop_pad = _crop_pad(config, side) if found.train else 0
+    skipped: list[str] = []
+    view = WHOLE if uniform else SQUASHED
+    stores = []
+    for train, test, own in zip((found.train, []), (found.test, found.final), test_sizes, strict=True):
+        train_images = read_images(train, side, partial(skip_image, skipped, limit=config.bad_images))
+        test_images = read_images(test, side if own == {(side, side)} else None, refuse_image)
+        images = (*train_images, *test_images)
+        hold, hflip = config.hold_on_device, _hflip(config)
+        stores.append(MemoryStore(*images, img_size, crop_pad, hflip, seed, skipped, hold, view))
+    return stores
+
+
+def _hflip(config: DataConfig) -> float:
+    return 0.5 if config.hflip is None else config.hflip
+
+
+def _root(config: DataConfig) -> Path:
+    path = config.data.removeprefix(FOLDER)
+    if not path:
+        raise ConfigError(f"--data {config.data} names no folder; write folder:PATH")
+    return Path(path).expanduser()
 
 
 def _split_folder(config: DataConfig) -> tuple[Path, Listing]:
     """A folder, and what it holds, with training images held out where they are to be."""
-    path = config.data.removeprefix(_FOLDER)
-    if not path:
-        raise ConfigError(f"--data {config.data} names no folder; write folder:PATH")
-    root = Path(path).expanduser()
+    root = _root(config)
     found = list_folder(root, with_test=not config.val_split)
     if not config.val_split:
         return root, found
@@ -131,8 +201,8 @@ def _split_folder(config: DataConfig) -> tuple[Path, Listing]:
 
 
 def _identity(root: Path, found: Listing) -> dict[str, Any]:
-    files = digest(root, [*found.train, *found.test])
-    return identity_of("folder", found.classes, len(found.train), len(found.test), files)
+    files = digest(root, [*found.train, *found.test, *found.final])
+    return identity_of("folder", found.classes, len(found.train), len(found.test), len(found.final), files)
 
 
 def _crop_pad(config: DataConfig, side: int) -> int:

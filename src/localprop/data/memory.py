@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -80,6 +80,10 @@ class MemoryStore:
                 if isinstance(images, list) or not view.keeps(images.shape[3], images.shape[2], self.img_size):
                     images = torch.stack(list(pool.map(partial(_shown, transform), images)))
                 yield images.to(device), self.test_labels[start : start + batch_size].to(device)
+
+    def testing_on(self, other: "MemoryStore") -> "MemoryStore":
+        """See `localprop.data.base.Store`."""
+        return replace(self, test_images=other.test_images, test_labels=other.test_labels)
 
     def release(self) -> None:
         """Frees all images and labels."""

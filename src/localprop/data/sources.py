@@ -19,7 +19,7 @@ from torchvision import datasets
 from localprop.config import DataConfig
 from localprop.data.images import reason
 from localprop.data.split import hold_out
-from localprop.errors import DataError
+from localprop.errors import DataError, listing
 from localprop.seeding import generator
 
 Channels = tuple[float, float, float]
@@ -68,7 +68,7 @@ def read_named(name: str, config: DataConfig) -> Arrays:
     named, root = NAMED[name], config.data_dir.expanduser()
     missing = _missing(named, root)
     if missing and not config.download:
-        raise DataError(f"{name}: {root} lacks {', '.join(missing)}; put them there, or pass --download")
+        raise DataError(f"{name}: {root} lacks {listing(missing)}; put them there, or pass --download")
     try:
         *train, classes = named.read(root, True, config.download)
         test = None if config.val_split else named.read(root, False, config.download)[:2]
@@ -76,7 +76,7 @@ def read_named(name: str, config: DataConfig) -> Arrays:
         if missing := _missing(named, root):
             raise DataError(
                 f"{name} could not be downloaded ({reason(error)}); check the network, "
-                f"or put {', '.join(missing)} into {root} by hand"
+                f"or put {listing(missing)} into {root} by hand"
             ) from error
         # torchvision words a wrong checksum as advice to its programmer.
         what = "a checksum differs" if type(error) is RuntimeError else reason(error)
@@ -101,7 +101,7 @@ def _missing(named: Named, root: Path) -> list[str]:
 def _unusable(name: str, root: Path, what: str) -> DataError:
     places = sorted({str(root / file.split("/")[0]) for file in NAMED[name].files})
     return DataError(
-        f"{name} cannot be read ({what}); if its files are damaged, delete {', '.join(places)} and pass --download"
+        f"{name} cannot be read ({what}); if its files are damaged, delete {listing(places)} and pass --download"
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from timm.data import create_transform
@@ -74,6 +74,10 @@ class StreamStore:
         images = _Decoded(self.test_files, order, view.transform(self.img_size), 0, None)
         batches = [order[first : first + batch_size] for first in range(0, self.test_size, batch_size)]
         return self._batches(images, batches, device, refuse_image)
+
+    def testing_on(self, other: "StreamStore") -> "StreamStore":
+        """See `localprop.data.base.Store`."""
+        return replace(self, test_files=other.test_files)
 
     def _skip(self, bad: Unreadable) -> None:
         skip_image(self.skipped, bad, self.bad_images)
