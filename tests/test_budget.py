@@ -9,8 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from localprop.cli import _parse, main
+from localprop.cli import main
 from localprop.config import TrainConfig
+from localprop.flags import parse
 from localprop.report import Progress, read_results
 from localprop.state import TrainingState
 from localprop.trainer import Trainer
@@ -31,7 +32,7 @@ def settings(output):
 def command_in(line):
     """The settings of the command at the end of an error's line."""
     words = shlex.split(line.partition(": localprop train ")[2])
-    return _parse(TrainConfig, "train", words, TrainConfig())
+    return parse(TrainConfig, "train", words, TrainConfig())
 
 
 @pytest.fixture(scope="module")

@@ -203,7 +203,7 @@ def test_impossible_batches_are_refused_at_once(settings, batch_size, error, wor
         ({"data": "."}, "did you mean 'folder:.'"),
         ({"data": "folder:"}, "write folder:PATH"),
         ({"hflip": 1.5}, "--hflip is 1.5"),
-        ({"crop_pad": -1}, "--crop-pad is -1; with images of 8 pixels it must be from 0 to 7"),
+        ({"crop_pad": -1}, "--crop-pad is -1; it must be at least 0"),
         ({"crop_pad": 8}, "--crop-pad is 8"),
     ],
 )

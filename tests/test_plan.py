@@ -13,9 +13,10 @@ import timm
 import torch
 
 from localprop import localize, plan
-from localprop.cli import _parse, main
+from localprop.cli import main
 from localprop.config import LocalConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig, parse_bytes
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
+from localprop.flags import parse
 from localprop.flat import to_flags
 from localprop.simulation import PARTS, simulate_step
 from tiny import SIZE, build
@@ -137,11 +138,11 @@ def test_a_mistake_is_one_line(options, error, words):
 
 def test_the_fastest_that_fits_is_chosen():
     model = vit(2)
-    whole, checkpointed, two = (row.trace.peak for row in small_plan((2, 99), model=model).rows)
+    whole, checkpointed, two = (row.trace.peak for row in small_plan((2, 99), 32, model).rows)
     assert max(checkpointed, two) < whole
 
     def choice(budget, modules=(2, 99)):
-        return small_plan(modules, model=model, budget=budget).choice
+        return small_plan(modules, 32, model, budget=budget).choice
 
     assert choice(whole).setting.name == "end-to-end"
     assert choice(whole - 1).setting.name == "K=2, max"  # faster than checkpointing
@@ -232,7 +233,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS)
 def test_flags_give_the_settings_that_they_are_made_of(config):
     words = shlex.split(shlex.join(to_flags(config)))
-    assert _parse(TrainConfig, "train", words, TrainConfig()) == config
+    assert parse(TrainConfig, "train", words, TrainConfig()) == config
 
 
 @pytest.mark.parametrize(
@@ -260,8 +261,8 @@ def test_the_printed_command_trains_what_was_chosen(command, flags):
     assert line == report["command"] + " --data folder:PATH"
     words = shlex.split(line)
     assert words[:2] == ["localprop", "train"]
-    config = _parse(TrainConfig, "train", words[2:], TrainConfig())
-    choice, plan_config = report["choice"], _parse(PlanConfig, "plan", [*MODEL, *flags], PlanConfig())
+    config = parse(TrainConfig, "train", words[2:], TrainConfig())
+    choice, plan_config = report["choice"], parse(PlanConfig, "plan", [*MODEL, *flags], PlanConfig())
     assert choice["peak"] <= report["budget"] == parse_bytes(plan_config.local.budget)
     assert config.backbone == plan_config.backbone
     assert config.local.budget is None

@@ -16,6 +16,7 @@ from rich.table import Table
 from localprop.commands import command
 from localprop.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
 from localprop.errors import BenchError, ConfigError, LocalpropError, listing, suggestion
+from localprop.flags import parse
 from localprop.flat import from_flat, to_flat
 from localprop.startup import release_interrupts
 from localprop.trust import require_typed
@@ -78,31 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parse(kind: Any, command: str, argv: Sequence[str], default: Any = tyro.MISSING) -> Any:
-    """Reads flags into a dataclass; its default, where given, holds the flags' defaults."""
-    options, unknown = tyro.cli(
-        kind,
-        prog=f"localprop {command}",
-        args=argv,
-        **({} if default is tyro.MISSING else {"default": default}),
-        config=(tyro.conf.OmitArgPrefixes,),
-        return_unknown_args=True,
-    )
-    if unknown:
-        flags = ["--" + name.replace("_", "-") for name in to_flat(options)]
-        hint = suggestion(unknown[0].partition("=")[0], flags)
-        hint = hint if hint.startswith("did") else f"see localprop {command} --help"
-        raise ConfigError(f"{command} has no option {unknown[0]!r}; {hint}")
-    return options
-
-
 def _train(argv: Sequence[str]) -> int:
     """Train a model by local learning. -c FILE.yaml sets defaults; flags win."""
     flags = argv
     argv, files = _take_config_files(argv)
     argv = _bare_resume(argv)
     words = ("train", *flags)
-    config: TrainConfig = _parse(TrainConfig, "train", argv, _over(TrainConfig(), files, words))
+    config: TrainConfig = parse(TrainConfig, "train", argv, _over(TrainConfig(), files, words))
     if config.run.resume is None:
         return _start(config, None, flags)
     from localprop.runfolder import CONFIG, is_unbegun, newest_run, read_config
@@ -111,7 +94,7 @@ def _train(argv: Sequence[str]) -> int:
     own = read_config(folder, _named_plugin(folder, config.backbone.plugin, words))
     if is_unbegun(folder):  # else the weights that it began with are not loaded again
         require_typed({"model_kwargs": own.backbone.model_kwargs}, str(folder / CONFIG), words)
-    config = _parse(TrainConfig, "train", argv, _over(own, files, words))
+    config = parse(TrainConfig, "train", argv, _over(own, files, words))
     before, after = to_flat(own), to_flat(config)
     free = set(_FREE_ON_RESUME)
     if all(settings["data"].startswith("folder:") for settings in (before, after)):
@@ -147,7 +130,7 @@ def _plan(argv: Sequence[str]) -> int:
 
     words = ("plan", *argv)
     argv, files = _take_config_files(argv)
-    config: PlanConfig = _parse(PlanConfig, "plan", argv, _over(PlanConfig(), files, words))
+    config: PlanConfig = parse(PlanConfig, "plan", argv, _over(PlanConfig(), files, words))
     for path in (config.picture, config.json):
         if path and not path.resolve().parent.is_dir():
             raise ConfigError(f"{path} cannot be written: there is no folder {path.resolve().parent}; make it first")
@@ -179,13 +162,13 @@ def _bench(argv: Sequence[str]) -> int:
         console.out("\nlocalprop bench SUITE runs one; see localprop bench --help", highlight=False)
         return 0
     if argv[0] == "report":
-        report: ReportOptions = _parse(ReportOptions, "bench report", argv[1:])
+        report: ReportOptions = parse(ReportOptions, "bench report", argv[1:])
         for path in write_report(report.folder):
             console.out(path, highlight=False)
         return 0
     if not argv[0].startswith("-"):
         find_suite(argv[0], "report")  # before its flags: a misspelt name is what is wrong
-    options: BenchConfig = _parse(BenchConfig, "bench", argv)
+    options: BenchConfig = parse(BenchConfig, "bench", argv)
     words = ("bench", *argv)
     suite = load_suite(options.suite, options.set, words)
     known = {run.config.data.data for run in suite.runs}
@@ -253,7 +236,7 @@ class EvalOptions:
 def _eval(argv: Sequence[str]) -> int:
     from localprop.evaluation import evaluate_run
 
-    options: EvalOptions = _parse(EvalOptions, "eval", argv)
+    options: EvalOptions = parse(EvalOptions, "eval", argv)
     changes = {k: getattr(options, k) for k in ("data", "data_dir", "batch_size", "val_split", "download", "device")}
     plugin = _named_plugin(options.run, options.plugin, ("eval", *argv))
     result, notes = evaluate_run(options.run, {k: v for k, v in changes.items() if v is not None}, plugin)
@@ -282,7 +265,7 @@ class ExportOptions:
 def _export(argv: Sequence[str]) -> int:
     from localprop.evaluation import export_run
 
-    options: ExportOptions = _parse(ExportOptions, "export", argv)
+    options: ExportOptions = parse(ExportOptions, "export", argv)
     plugin = _named_plugin(options.run, options.plugin, ("export", *argv))
     folder, notes = export_run(options.run, options.output, plugin)
     _note(notes)
@@ -303,7 +286,7 @@ def _chain(argv: Sequence[str]) -> int:
     from localprop.chain import chain
     from localprop.experiment import create_backbone
 
-    options: ChainOptions = _parse(ChainOptions, "chain", argv)
+    options: ChainOptions = parse(ChainOptions, "chain", argv)
     model, _ = create_backbone(options, None)
     units = chain(model, (3, options.img_size, options.img_size) if options.img_size else None)
     channels, height, width = units.input_size

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from localprop.bounds import require_within_bounds
 from localprop.commands import resume_command
 from localprop.errors import ConfigError
 from localprop.lock import LOCK
@@ -46,6 +47,9 @@ class ModelConfig:
     plugin: OptionalPath = None
     """A Python file to run first, which may add methods, heads, decoders and timm models."""
 
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
 
 @dataclass(frozen=True)
 class LocalConfig:
@@ -78,9 +82,7 @@ class LocalConfig:
     """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
 
     def __post_init__(self) -> None:
-        for name, value, least in (("modules", self.modules, 1), ("min_depth", self.min_depth, 0)):
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        require_within_bounds(self)
         if self.budget is not None:
             parse_bytes(self.budget)
 
@@ -120,6 +122,9 @@ class DataConfig:
     bad_images: int = 10
     """Unreadable training images that are skipped before the run stops."""
 
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -158,6 +163,9 @@ class OptimConfig:
     offload_optimizer: bool = False
     """Keep the optimizer states of modules at rest in the host's memory; needs CUDA. Trains bit for bit the same."""
 
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -193,6 +201,9 @@ class RunConfig:
     """Record when each process of --parallel computes, waits and sends, in the last steps: trace.json and
     timeline.png."""
 
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
     def require_new_folder(self) -> None:
         """Raises a ConfigError where the run folder has been named and there is something in it already."""
         folder = self.output / self.experiment if self.experiment else None
@@ -218,33 +229,10 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        optim, data, run = self.optim, self.data, self.run
-        for name, value, least in [
-            ("epochs", optim.epochs, 1),
-            ("batch_size", optim.batch_size, 1),
-            ("micro_batches", optim.micro_batches, 1),
-            ("img_size", self.backbone.img_size, 1),
-            ("checkpoint_steps", run.checkpoint_steps, 1),
-            ("checkpoint_hist", run.checkpoint_hist, 1),
-            ("nproc", run.nproc, 1),
-            ("workers", data.workers, 0),
-            ("warmup_epochs", optim.warmup_epochs, 0),
-            ("val_interval", run.val_interval, 1),
-            ("lr", optim.lr, 0),
-            ("weight_decay", optim.weight_decay, 0),
-            ("mixup", data.mixup, 0),
-            ("cutmix", data.cutmix, 0),
-            ("bad_images", data.bad_images, 0),
-        ]:
-            if value is not None and not value >= least:
-                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        optim, run = self.optim, self.run
         require_equal_parts(optim.batch_size, optim.micro_batches)
         if optim.warmup_epochs is not None and optim.warmup_epochs > optim.epochs:
             raise ConfigError(f"--warmup-epochs is {optim.warmup_epochs:g}, longer than --epochs {optim.epochs}")
-        if not 0 <= data.smoothing < 1:
-            raise ConfigError(f"--smoothing is {data.smoothing}; it must be at least 0 and below 1")
-        if optim.clip_grad is not None and optim.clip_grad <= 0:
-            raise ConfigError(f"--clip-grad is {optim.clip_grad}; it must be above 0")
         if run.nproc is not None and run.parallel is None:
             raise ConfigError(f"--nproc is {run.nproc}, but nothing is parallel; add --parallel modules")
         if run.trace and run.parallel is None:
@@ -285,8 +273,7 @@ class BenchConfig:
     """The Python files that the suite names as plugins: they run only if they are named here too."""
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ConfigError(f"--jobs is {self.jobs}; it must be at least 1")
+        require_within_bounds(self)
         if self.time_limit is not None:
             parse_duration(self.time_limit)
 
@@ -330,15 +317,7 @@ class PlanConfig:
     """Where to draw the picture."""
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("batch-size", self.batch_size),
-            ("micro-batches", self.micro_batches),
-            ("img-size", self.backbone.img_size),
-            ("num-classes", self.num_classes),
-            ("nproc", self.nproc),
-        ):
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}; it must be at least 1")
+        require_within_bounds(self)
         require_equal_parts(self.batch_size, self.micro_batches)
         if self.parallel and self.nproc is None:
             raise ConfigError("--parallel needs --nproc, the number of processes")

@@ -181,8 +181,8 @@ def _device(config: TrainConfig) -> torch.device:
     name = config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
+        torch.ones(1, device=device).item()  # a meta device has tensors, but no numbers
+    except (RuntimeError, AssertionError, ImportError):
         count = torch.cuda.device_count()
         raise ConfigError(f"--device {name!r}: this machine has a cpu and {count} CUDA devices") from None
     if config.optim.amp and config.optim.amp_dtype == "float16" and device.type != "cuda":

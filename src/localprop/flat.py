@@ -69,4 +69,7 @@ def _with(base: Any, settings: dict[str, Any], source: str) -> Any:
             values[f.name] = _with(value, settings, source)
         elif f.name in settings:
             values[f.name] = typed(f.name, settings[f.name], f.type, source)
-    return dataclasses.replace(base, **values)
+    try:
+        return dataclasses.replace(base, **values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None

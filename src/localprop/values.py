@@ -34,9 +34,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: it is no such amount.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([kmgt])i?b?|b)?\s*", text, re.IGNORECASE)
+    # No more digits than exabytes have: floats end, and so does what Python reads as a number.
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d*)?)\s*(?:([kmgt])i?b?|b)?\s*", text, re.IGNORECASE | re.ASCII)
     if not match or not float(match[1]):
-        raise ConfigError(f"{text!r} is no number of bytes; write 8GiB or 500MiB")
+        raise ConfigError(f"{short(text)} is no number of bytes; write 8GiB or 500MiB")
     return int(float(match[1]) * 1024 ** (" kmgt".index(match[2].lower()) if match[2] else 0))
 
 
@@ -46,12 +47,12 @@ def parse_duration(text: str) -> float:
     Raises:
         ConfigError: it is no such time.
     """
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", text.strip(), re.IGNORECASE)
     seconds = (
         sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
     )
     if not seconds:
-        raise ConfigError(f"{text!r} is no time; write 9m or 1h30m")
+        raise ConfigError(f"{short(text)} is no time; write 9m or 1h30m")
     return float(seconds)
 
 
@@ -93,7 +94,7 @@ def typed(key: str, value: Any, hint: Any, source: str) -> Any:
         else:
             names.append(kind.__name__)
             if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, OverflowError):
                     return float(value)
             elif kind is tuple and isinstance(value, (list, tuple)):
                 return tuple(str(item) for item in value)
@@ -101,7 +102,16 @@ def typed(key: str, value: Any, hint: Any, source: str) -> Any:
                 return kind(str(value))
             elif type(value) is kind:
                 return value
-    raise ConfigError(f"{source}: {key} is {value!r}, expected {' or '.join(names)}")
+    raise ConfigError(f"{source}: {key} is {short(value)}, expected {' or '.join(names)}")
+
+
+def short(value: object) -> str:
+    """A value as Python writes it, cut after a few dozen characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write whole numbers of thousands of digits
+        return "a very large number"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
