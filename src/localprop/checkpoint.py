@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,12 +36,24 @@ from localprop.files import (
     written_aside,
 )
 from localprop.nested import KINDS, Unknown, join, split
+from localprop.reading import (
+    COUNT,
+    MAPPING,
+    TEXT,
+    Malformed,
+    check,
+    parse_json,
+    read_text,
+    require_once,
+    require_regular,
+)
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
 FORMAT = 2
 # "step-00001234.old" exists only while a checkpoint of the same step takes its place.
 _NAME = re.compile(r"step-(\d{8,})(\.old)?")
+_PART = re.compile(r"[\w-][\w.-]*\.safetensors")
 # What an interrupted save leaves; version 0.1 had no random part in the name.
 _LEFTOVER = re.compile(r"\.step-\d{8,}(\.[0-9a-f]{16})?\.tmp")
 _UNTOUCHED = "; earlier checkpoints are untouched, go on with --resume"
@@ -191,12 +203,10 @@ def load_checkpoint(
         CheckpointError: a file is missing or damaged, or a part has a flaw; the line names it.
     """
     try:
-        lines = (path / CHECKSUMS).read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_text(path / CHECKSUMS).split("\n")
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
         _verify(path / MANIFEST, sums)
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path} is of another version of localprop; resume it with that version")
+        manifest = _read_manifest(path)
         files = [path / name for name in manifest["parts"]]
         for file in files:
             _verify(file, sums)
@@ -208,10 +218,15 @@ def load_checkpoint(
                 if flaw and (reason := flaw(part)):
                     raise CheckpointError(f"{path}: {reason}; resume from another checkpoint")
                 parts |= part if wanted else {}
+        meta = join(manifest["meta"], {})
+    except Malformed as error:
+        raise CheckpointError(f"{path} is damaged: {error}; resume from another checkpoint") from None
+    except CheckpointError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         cause = "is missing" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
         raise CheckpointError(f"{error.filename or path} {cause}; resume from another checkpoint") from None
-    return Checkpoint(manifest["step"], join(manifest["meta"], {}), parts, path)
+    return Checkpoint(manifest["step"], meta, parts, path)
 
 
 def newest_checkpoint(
@@ -219,8 +234,16 @@ def newest_checkpoint(
     device: str | torch.device = "cpu",
     only: Collection[str] | None = None,
     flaw: Callable[[dict[str, Any]], str | None] | None = None,
+    accept: Callable[[Checkpoint], str | None] | None = None,
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Reads the newest valid checkpoint of `folder`; the other arguments are as in `load_checkpoint`.
+    """Reads the newest valid checkpoint of `folder`.
+
+    Args:
+        folder: holds the checkpoints of one run.
+        device: see `load_checkpoint`, as for the next two.
+        only: names of parts.
+        flaw: says of a part what is wrong with it.
+        accept: takes a checkpoint over, or says why it cannot be.
 
     Returns:
         It, or None, and for each newer one that was passed over a line that says why.
@@ -228,7 +251,10 @@ def newest_checkpoint(
     passed_over: list[str] = []
     for path in _newest_first(folder):
         try:
-            return load_checkpoint(path, device, only, flaw), passed_over
+            checkpoint = load_checkpoint(path, device, only, flaw)
+            if accept is None or not (reason := accept(checkpoint)):
+                return checkpoint, passed_over
+            passed_over.append(f"{path}: {reason}")
         except CheckpointError as error:
             passed_over.append(str(error))
     return None, passed_over
@@ -280,12 +306,37 @@ def _split(value: Any, place: str, tensors: dict[str, Tensor] | None) -> Any:
         raise CheckpointError(f"cannot save the {error}; a checkpoint takes tensors (not in meta), {KINDS}") from None
 
 
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = parse_json(read_text(path / MANIFEST))
+    check(manifest, {"format": COUNT}, MANIFEST)
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path} is of another version of localprop; resume it with that version")
+    check(manifest, {"step": COUNT, "parts": [TEXT], "meta": MAPPING}, MANIFEST)
+    require_once(manifest["parts"], f"{MANIFEST}: ")
+    for name in manifest["parts"]:
+        if not _PART.fullmatch(name):
+            raise Malformed(f"{MANIFEST} has a part called {name[:40]!r}, which is no file of a checkpoint")
+    number = _NAME.fullmatch(path.name)
+    if number and int(number[1]) != manifest["step"]:
+        raise Malformed(f"{MANIFEST} is of step {manifest['step']}")
+    return manifest
+
+
 def _read_part(path: Path, device: str | torch.device) -> Any:
+    try:
+        return _read_tensors(path, device)
+    except (Malformed, SafetensorError) as error:
+        raise Malformed(f"{path.name}: {error}") from None
+
+
+def _read_tensors(path: Path, device: str | torch.device) -> Any:
     with safe_open(path, framework="pt") as file:
         # The copy frees memory from the file, which may be removed, and aligns it as torch does: misaligned
         # tensors may take other kernels than before the interruption, with other rounding.
         tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
-        return join(json.loads(file.metadata()["structure"]), tensors)
+        metadata = file.metadata()
+        check(metadata, {"structure": TEXT}, "header")
+        return join(parse_json(metadata["structure"]), tensors)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -319,6 +370,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    require_regular(path)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

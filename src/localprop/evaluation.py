@@ -17,6 +17,8 @@ from localprop.files import folder_aside
 from localprop.finite import non_finite
 from localprop.flat import from_flat
 from localprop.metrics import evaluate
+from localprop.reading import Malformed, require_regular
+from localprop.restoring import check_part
 from localprop.runfolder import evaluated_as, evaluation_of, read_config, read_description
 from localprop.state import whole_weights
 from localprop.trainer import CHECKPOINTS, WEIGHTS
@@ -88,7 +90,10 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     description = read_description(folder)
     own = read_config(folder, plugin).backbone
     own_kwargs = without_starting_weights(description["model_kwargs"])
-    model, kwargs = create_backbone(replace(own, pretrained=False, model_kwargs=own_kwargs), None)
+    try:
+        model, kwargs = create_backbone(replace(own, pretrained=False, model_kwargs=own_kwargs), None)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from None
     load_weights(folder, model)
     settings: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
     if not own.pretrained:
@@ -103,7 +108,11 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     arguments = {key: value for key, value in kwargs.items() if key not in ("num_classes", *DESCRIPTIONS)}
     with folder_aside(place) as aside:
         labels = {"label_names": description["classes"]}
-        save_for_hf(model, str(aside), model_config=labels, model_args=arguments, safe_serialization=True)
+        try:
+            save_for_hf(model, str(aside), model_config=labels, model_args=arguments, safe_serialization=True)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            line = str(error).partition("\n")[0]
+            raise ConfigError(f"{folder}: timm cannot export a model of {arguments}: {line}") from None
     return output, notes
 
 
@@ -116,17 +125,28 @@ def load_weights(folder: Path, model: nn.Module) -> str:
     path = folder / WEIGHTS
     try:
         if path.exists():
+            require_regular(path)
             weights = load_file(path)
         else:
-            checkpoint, _ = newest_checkpoint(folder / CHECKPOINTS)
+            checkpoint, notes = newest_checkpoint(folder / CHECKPOINTS, flaw=_flaw)
             if checkpoint is None:
-                raise CheckpointError(f"{folder} has no weights yet; train it: {resume_command(folder)}")
+                reasons = f" ({'; '.join(notes)})" if notes else ""
+                raise CheckpointError(f"{folder} has no weights yet{reasons}; train it: {resume_command(folder)}")
             path, weights = checkpoint.path, whole_weights(checkpoint.parts)
         infinite = non_finite(dict(model.named_buffers(remove_duplicate=False)))
         model.load_state_dict(weights)
-    except (SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, Malformed) as error:
         line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{path} does not fit the model or is damaged ({line}); export it anew") from None
     if bad := [name for name in non_finite(weights) if name not in infinite]:
         raise NonFiniteWeightError(f"{path}: {bad[0]} is not finite; resume from an earlier checkpoint or train anew")
     return str(path)
+
+
+def _flaw(parts: dict[str, Any]) -> str | None:
+    try:
+        for part in parts.values():
+            check_part(part)
+    except Malformed as error:
+        return str(error)
+    return None

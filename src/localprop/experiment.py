@@ -159,7 +159,8 @@ def create_backbone(config: ModelConfig, num_classes: int | None) -> tuple[nn.Mo
         except TypeError as error:
             if "img_size" in str(error) and i + 1 < len(attempts):
                 continue
-            raise ConfigError(f"{config.model} cannot be built with --model-kwargs {kwargs}: {error}") from None
+            line = str(error).partition("\n")[0]  # torch adds where in its own code it was
+            raise ConfigError(f"{config.model} cannot be built with --model-kwargs {kwargs}: {line}") from None
         except Exception as error:  # whatever a model's own code, or the hub's client, may raise
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if config.pretrained:

@@ -6,6 +6,7 @@ from typing import Any
 
 from localprop.config import TrainConfig
 from localprop.errors import ConfigError, suggestion
+from localprop.reading import Malformed, require_once
 from localprop.values import read_pairs, typed
 
 
@@ -53,12 +54,28 @@ def from_flat(settings: dict[str, Any], source: str, base: Any = None) -> Any:
         ConfigError: an unknown key or an impossible value; the line names `source`.
     """
     base = base or TrainConfig()
-    settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
+    settings = plain_keys(settings, source)
     known = to_flat(base)
     for key in settings:
         if key not in known:
             raise ConfigError(f"{source}: unknown setting {key!r}; {suggestion(key, known)}")
-    return _with(base, settings, source)
+    try:
+        return _with(base, settings, source)
+    except ConfigError as error:
+        raise error if source in str(error) else ConfigError(f"{source}: {error}") from None
+
+
+def plain_keys(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """The settings, keyed by flag names with underscores: a file may write them as flags.
+
+    Raises:
+        ConfigError: one of them is there twice.
+    """
+    try:
+        require_once(str(key).replace("-", "_") for key in settings)
+    except Malformed as error:
+        raise ConfigError(f"{source}: {error}; remove one") from None
+    return {str(key).replace("-", "_"): value for key, value in settings.items()}
 
 
 def _with(base: Any, settings: dict[str, Any], source: str) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from localprop.errors import CheckpointError
+from localprop.reading import Malformed
 
 KINDS = "dicts with str or int keys, lists, tuples, None, bool, int, float, str, torch.dtype and torch.Size"
 """What a nested value may be made of, beside tensors."""
@@ -63,29 +64,41 @@ def join(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Puts together what `split` took apart.
 
     Raises:
+        Malformed: it is nothing that `split` gives.
         CheckpointError: it names a type of numbers, or a class of tensors, that is not known here.
     """
+    try:
+        return _join(value, tensors)
+    except RecursionError:
+        raise Malformed("it is nested too deep") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as error:
+        # What is described may be anything, and classes of tensors raise what they like.
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise Malformed(f"a value in it cannot be put together ({type(error).__name__}: {line[:80]})") from None
+
+
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return [join(item, tensors) for item in value]
+        return [_join(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     match next(iter(value.items()), None):
         case ("$tensor", name):
             return tensors[name]
         case ("$wrapper", items):
-            kind, *description = (join(item, tensors) for item in items)
+            kind, *description = (_join(item, tensors) for item in items)
             return _wrapper_class(kind).__tensor_unflatten__(*description)
         case ("$size", items):
             return torch.Size(items)
         case ("$dict", items):
-            return {key: join(item, tensors) for key, item in items}
+            return {key: _join(item, tensors) for key, item in items}
         case ("$tuple", items):
-            return tuple(join(item, tensors) for item in items)
+            return tuple(_join(item, tensors) for item in items)
         case ("$float", text):
             return float(text)
         case ("$dtype", name):
             return dtype_named(name)
-    return {key: join(item, tensors) for key, item in value.items()}
+    return {key: _join(item, tensors) for key, item in value.items()}
 
 
 def dtype_named(name: Any) -> torch.dtype:

@@ -16,17 +16,57 @@ from localprop.data import Data, evaluation_record, read_evaluation, require_sam
 from localprop.errors import CheckpointError, ConfigError, LocalpropError
 from localprop.experiment import Experiment
 from localprop.files import write_text
-from localprop.flat import from_flat, to_flat
+from localprop.flat import from_flat, plain_keys, to_flat
 from localprop.metrics import Scores
 from localprop.network import LocalNetwork
 from localprop.plugins import load_plugin, plugin_record
 from localprop.provenance import provenance
+from localprop.reading import (
+    COUNT,
+    MAPPING,
+    NULL,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    Kind,
+    Malformed,
+    check,
+    parse_json,
+    read_text,
+)
 from localprop.trainer import CHECKPOINTS, RESULTS, WEIGHTS
 from localprop.values import read_yaml
 
 CONFIG = "config.yaml"
 RUN = "run.json"
-# Where a run runs, not what it is: it may go on otherwise.
+_PROVENANCE = {"commit": (TEXT, NULL), "versions": MAPPING, "date": TEXT, "threads": COUNT}
+_SIZE = Kind("three whole numbers", lambda value: isinstance(value, list) and [type(n) for n in value] == [int] * 3)
+_DESCRIPTION = {
+    "model": TEXT,
+    "model_kwargs": MAPPING,
+    "input_size": _SIZE,
+    "mean?": [NUMBER],
+    "std?": [NUMBER],
+    "crop_pct?": NUMBER,
+    "interpolation?": TEXT,
+    "evaluation?": MAPPING,
+    "classes": [TEXT],
+    "modules": [[TEXT]],
+    "parameters": COUNT,
+    "auxiliary_parameters": [COUNT],
+    "data": TEXT,
+    "data_identity?": MAPPING,
+    "evaluated_on": TEXT,
+    "train_images": POSITIVE,
+    "evaluated_images": POSITIVE,
+    "steps": POSITIVE,
+    "device": TEXT,
+    "provenance": _PROVENANCE,
+    "resumed_with?": [_PROVENANCE],
+    "plugin?": {"path": TEXT, "sha256": TEXT},
+    "job?": TEXT,
+}
+# Where a run runs, not what it is: it may be resumed elsewhere.
 _WHERE = ("resume", "parallel", "nproc", "trace")
 
 
@@ -278,7 +318,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}")
-    settings = {str(key).replace("-", "_"): value for key, value in read_yaml(path).items()}
+    settings = plain_keys(read_yaml(path), str(path))
     plugin = settings.get("plugin")
     if not isinstance(plugin, str | None):
         raise ConfigError(f"{path}: plugin is {plugin!r}, expected a path")
@@ -291,10 +331,15 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    path = folder / RUN
     try:
-        return json.loads((folder / RUN).read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is no run folder: its {RUN} is missing or damaged") from None
+        description = parse_json(read_text(path))
+        check(description, _DESCRIPTION)
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no run folder: {path}: {error.strerror}") from None
+    except Malformed as error:
+        raise CheckpointError(f"{path} is damaged: {error}; restore it, or start a new run") from None
+    return description
 
 
 def newest_run(output: Path) -> Path:

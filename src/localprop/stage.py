@@ -89,6 +89,10 @@ class Stage:
         """Saves a checkpoint of all stages; arguments as of `save_checkpoint`, `meta` being that of who reports."""
         return save_checkpoint(folder, step, parts, meta, keep)
 
+    def agree(self, reason: str | None) -> str | None:
+        """Why some process cannot take a checkpoint over, whose `reason` is given; None if all can."""
+        return reason
+
     def highest(self, peak: int | None) -> int | None:
         """The largest `peak` memory of a process, in bytes; None if none is known."""
         return peak

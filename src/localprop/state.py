@@ -16,6 +16,8 @@ from localprop.memory import plain_tensors
 from localprop.network import LocalNetwork
 from localprop.offload import Offload
 from localprop.optimizers import create_optimizer, create_scheduler
+from localprop.reading import Malformed
+from localprop.restoring import check_part, load_optimizer
 
 _UNTOUCHED = "weights from this module on are as before this step, and nothing is saved"
 
@@ -239,7 +241,15 @@ class TrainingState:
         return parts
 
     def flaw(self, parts: dict[str, Any]) -> str | None:
-        """What in the parts of a checkpoint, of any modules, is not finite and was not when the network was built."""
+        """What is wrong with parts of a checkpoint, of any modules; None if nothing is.
+
+        They may have another form, or hold something that is not finite and was when the network was built.
+        """
+        for own, part in parts.items():
+            try:
+                check_part(part)
+            except Malformed as error:
+                return f"{own}: {error}"
         for k in range(len(self.net.local_modules)):
             if name := self._non_finite(k, parts.get(part_name(k), {})):
                 return f"{name} in module {self._describe(k)} is not finite"
@@ -282,15 +292,15 @@ class TrainingState:
                 part = parts[part_name(k)]
                 _load_share(self.net.backbone, part["backbone"], shares[k])
                 self.net.local_modules[k].auxiliary.load_state_dict(part["auxiliary"])
-                self.optimizers[i].load_state_dict(part["optimizer"])
+                load_optimizer(self.optimizers[i], part["optimizer"])
                 if self.offload:
                     self.offload.release(i)
                 if self.ema:
                     _load_share(self.ema.module, part["ema"], shares[k])
                 if scaler := self.scalers[i]:
                     scaler.load_state_dict(part["scaler"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
                 f"the checkpoint does not fit the network ({reason}); resume with the versions of localprop and timm "
                 "that the run was started with"

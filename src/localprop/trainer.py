@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from localprop.carry import Carry
-from localprop.checkpoint import newest_checkpoint, save_weights
+from localprop.checkpoint import Checkpoint, newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError, listing
@@ -22,6 +22,7 @@ from localprop.gauge import Gauge
 from localprop.lock import FolderLock
 from localprop.memory import is_out_of_memory
 from localprop.metrics import Scores, Tally, count_hits
+from localprop.reading import AMOUNT, COUNT, NULL, NUMBER, TEXT, Malformed, check
 from localprop.report import EpochRow, LossCurve, Progress, draw_curves, read_results, write_results
 from localprop.seeding import derive_seed
 from localprop.stage import Stage
@@ -32,6 +33,15 @@ RESULTS = "results.csv"
 LOSSES = "losses.csv"
 CURVES = "curves.png"
 WEIGHTS = "model.safetensors"
+_POSITION = {
+    "epoch": COUNT,
+    "batch": COUNT,
+    "seconds": AMOUNT,
+    "epoch_seconds": AMOUNT,
+    "loss_sums": [NUMBER],
+    "peak": (COUNT, NULL),
+    "layout": TEXT,
+}
 _REDRAW_SECONDS = 30  # drawing the curves takes as long as a short epoch
 
 
@@ -125,21 +135,51 @@ class Trainer:
         if self.stage.reports:
             remove_leftovers(self.folder)
         own = [part_name(k) for k in self.stage.modules]
-        checkpoint, notes = newest_checkpoint(self.folder / CHECKPOINTS, only=own, flaw=self.state.flaw)
+        checkpoint, notes = newest_checkpoint(
+            self.folder / CHECKPOINTS, only=own, flaw=self.state.flaw, accept=self._accept
+        )
         if checkpoint is None:
             reasons = f" ({listing(notes)})" if notes else ""
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
-        self.state.load(checkpoint.parts, checkpoint.step)
-        self.position = Position(**checkpoint.meta["position"])
         if self.position.layout != self.stage.name:
             self.position.layout, self.position.peak = self.stage.name, None
         self.gauge.peak = self.position.peak
-        self.curve.load(checkpoint.meta.get("curve", {}))
         results = self.folder / RESULTS
         if results.exists():
             self.rows = [row for row in read_results(results) if row.epoch <= self.position.epoch]
+            count = len(self.net.local_modules)
+            if self.rows and len(self.rows[0].train_losses) != count:
+                raise CheckpointError(f"{results} has not the losses of {count} modules; restore it, or delete it")
         where = f"epoch {self.position.epoch + 1}, batch {self.position.batch + 1}"
         return [*notes, f"resumed from {checkpoint.path}, at {where}"]
+
+    def _accept(self, checkpoint: Checkpoint) -> str | None:
+        """Takes a checkpoint over; says what is wrong with it, here or in another process, where it cannot be."""
+        reason = None
+        try:
+            self.position = self._position(checkpoint)
+            if "curve" in checkpoint.meta:
+                self.curve.load(checkpoint.meta["curve"])
+            self.state.load(checkpoint.parts, checkpoint.step)
+        except (Malformed, CheckpointError) as error:
+            reason = str(error)
+        return self.stage.agree(reason)
+
+    def _position(self, checkpoint: Checkpoint) -> Position:
+        """Where the run stood; raises a Malformed where it cannot have stood there."""
+        check(checkpoint.meta, {"position": _POSITION})
+        saved = checkpoint.meta["position"]
+        if unknown := saved.keys() - _POSITION.keys():
+            raise Malformed(f"position has {str(min(unknown, key=str))[:40]!r}, which is unknown")
+        position, steps = Position(**saved), self.steps_per_epoch
+        if len(position.loss_sums) != len(self.net.local_modules):
+            raise Malformed(f"position.loss_sums has {len(position.loss_sums)} entries")
+        ends = position.epoch + (position.batch > 0) > self.config.optim.epochs
+        if ends or position.batch >= steps or checkpoint.step != position.epoch * steps + position.batch:
+            raise Malformed(f"epoch {position.epoch}, batch {position.batch} is not step {checkpoint.step} of this run")
+        if checkpoint.step and not position.epoch_seconds:
+            raise Malformed("position.epoch_seconds is 0 after steps")
+        return position
 
     def run(self, progress: Progress) -> list[EpochRow]:
         """Trains to the last epoch, and writes results, curves and weights into the run folder.

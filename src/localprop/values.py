@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from localprop.errors import ConfigError
+from localprop.reading import MIB, Malformed, parse_yaml, read_text
 
 
 def read_pairs(words: list[str]) -> dict[str, Any]:
@@ -99,7 +99,11 @@ def typed(key: str, value: Any, hint: Any, source: str) -> Any:
             elif kind is tuple and isinstance(value, (list, tuple)):
                 return tuple(str(item) for item in value)
             elif kind in (str, Path) and isinstance(value, (str, int, Path)):
-                return kind(str(value))
+                if "\0" not in str(value):
+                    return kind(str(value))
+            elif kind is dict:
+                if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+                    return value
             elif type(value) is kind:
                 return value
     raise ConfigError(f"{source}: {key} is {short(value)}, expected {' or '.join(names)}")
@@ -121,13 +125,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or not a mapping of settings.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = parse_yaml(read_text(path, MIB))
     except OSError as error:
         raise ConfigError(f"cannot read settings from {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where} is not valid YAML; write one 'key: value' per line") from None
+    except Malformed as error:
+        raise ConfigError(f"{path}: {error}; write one 'key: value' per line") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):

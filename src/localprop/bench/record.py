@@ -2,15 +2,30 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from localprop.commands import command
 from localprop.config import TrainConfig
-from localprop.errors import BenchError
+from localprop.errors import BenchError, ConfigError
 from localprop.files import write_text
-from localprop.flat import to_flat
+from localprop.flat import from_flat, to_flat
+from localprop.reading import (
+    AMOUNT,
+    COUNT,
+    FLAG,
+    MAPPING,
+    NULL,
+    NUMBER,
+    PERCENT,
+    POSITIVE,
+    TEXT,
+    Malformed,
+    check,
+    parse_json,
+    read_text,
+)
 
 FORMAT = 1
 # Where a run happens and how often it is saved: places of one machine, which decide no result.
@@ -18,6 +33,49 @@ _LOCAL = (
     *("output", "experiment", "resume", "data_dir", "device", "workers", "download"),
     *("checkpoint_hist", "checkpoint_steps", "trace"),
 )
+_PROVENANCE = {
+    "commit?": (TEXT, NULL),
+    "dirty?": (FLAG, NULL),
+    "versions?": (MAPPING, NULL),
+    "cpu?": (TEXT, NULL),
+    "gpu?": (TEXT, NULL),
+}
+_SHAPE = {
+    "suite": TEXT,
+    "run": TEXT,
+    "axes": MAPPING,
+    "result": {
+        "evaluated_on": TEXT,
+        "accuracy": (PERCENT, NULL),
+        "module_accuracies": [(PERCENT, NULL)],
+        "top5": (PERCENT, NULL),
+        "loss": (NUMBER, NULL),
+        "epochs": POSITIVE,
+        "steps": POSITIVE,
+        "curve": ({"step": [COUNT], "loss": [[(NUMBER, NULL)]]}, NULL),
+    },
+    "cost": {
+        "predicted_memory": (COUNT, NULL),
+        "peak_memory": (COUNT, NULL),
+        "seconds_per_step": (AMOUNT, NULL),
+        "processor_seconds_per_step?": (AMOUNT, NULL),
+        "images_per_second": (AMOUNT, NULL),
+        "seconds": AMOUNT,
+        "jobs?": COUNT,
+        "device?": TEXT,
+    },
+    "network": {"modules": [[TEXT]], "parameters?": COUNT, "auxiliary_parameters?": [COUNT]},
+    "data": {
+        "name": TEXT,
+        "source?": TEXT,
+        "train_images": COUNT,
+        "evaluated_images": POSITIVE,
+        "img_size": POSITIVE,
+        "classes": COUNT,
+    },
+    "config": {"method": TEXT, "seed": COUNT},
+    "provenance": {**_PROVENANCE, "resumed_with?": [_PROVENANCE]},
+}
 
 
 @dataclass(frozen=True)
@@ -82,16 +140,33 @@ def read_record(path: Path) -> Record:
         BenchError: the file is missing, damaged or of another version.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
+        check(content, {"format": COUNT})
         if content.pop("format") != FORMAT:
             raise BenchError(f"{path} is of another version of localprop; move it away to run it again")
+        check(content, _SHAPE)
+        names = {field.name for field in fields(Record)}
+        if unknown := sorted(content.keys() - names):
+            raise Malformed(f"it has {unknown[0]!r}, which is unknown")
+        _check_lengths(content)
         # Settings that came later have defaults with which everything is as before.
         content["config"] = settings_of(TrainConfig()) | content["config"]
+        known = to_flat(TrainConfig())
+        from_flat({key: value for key, value in content["config"].items() if key in known}, "config")
         return Record(**content)
     except OSError as error:
         raise BenchError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BenchError(f"{path} is no result of a run, or damaged; delete it to run it again") from None
+    except (Malformed, ConfigError) as error:
+        raise BenchError(f"{path} is no result of a run, or damaged; delete it to run it again ({error})") from None
+
+
+def _check_lengths(content: dict[str, Any]) -> None:
+    result, modules = content["result"], len(content["network"]["modules"])
+    curve = result["curve"] or {"step": [], "loss": []}
+    if len(result["module_accuracies"]) != modules:
+        raise Malformed(f"result.module_accuracies has {len(result['module_accuracies'])} entries of {modules} modules")
+    if len(curve["step"]) != len(curve["loss"]) or any(len(losses) != modules for losses in curve["loss"]):
+        raise Malformed("result.curve has not a loss of each module for each step")
 
 
 def read_records(folder: Path) -> list[Record]:

@@ -26,7 +26,7 @@ from typing import Any
 from localprop.config import TrainConfig
 from localprop.decoders import DECODERS
 from localprop.errors import BenchError, listing, suggestion
-from localprop.flat import from_flat, to_flat
+from localprop.flat import from_flat, plain_keys, to_flat
 from localprop.heads import HEADS
 from localprop.methods import check_method
 from localprop.trust import require_typed
@@ -36,6 +36,7 @@ _FOLDER = Path(__file__).parent / "suites"
 # Where and how far a run goes is the bench's own affair.
 _OWN = ("output", "experiment", "resume")
 _KEYS = ("description", "base", "settings", "runs")
+_MOST_RUNS = 10_000
 _LONGEST_NAME = 200  # a file's has at most 255, and gets a suffix
 # What a run is named after wherever it differs, in this order.
 _NAMING = ("data", "model", "method", "modules", "partition", "decoder", "head")
@@ -118,7 +119,9 @@ def load_suite(name: str, changes: dict[str, Any] | None = None, words: Sequence
     description, settings, blocks = _read(path, ())
     if changes:
         from_flat(changes, "--set")  # else the suite's file would be blamed
-    flats = [flat | (changes or {}) for flat in _expand(settings, blocks)]
+    flats = [flat | (changes or {}) for flat in itertools.islice(_expand(settings, blocks), _MOST_RUNS + 1)]
+    if len(flats) > _MOST_RUNS:
+        raise BenchError(f"{path} comes to more than {_MOST_RUNS} runs; divide it into several suites")
     if own := set(_OWN) & {key for flat in flats for key in flat}:
         raise BenchError(f"{path}: {min(own)} is not for a suite to set; leave it out")
     configs = [from_flat(flat, str(path)) for flat in flats]
@@ -154,7 +157,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[str, dict[str, Any], lis
     if path in above:
         raise BenchError(f"{path} is its own base; leave that out")
     content = read_yaml(path)
-    if unknown := set(content) - set(_KEYS):
+    if unknown := {str(key) for key in content} - set(_KEYS):
         raise BenchError(f"{path}: unknown key {min(unknown)!r}; a suite has {listing(_KEYS)}")
     based: tuple[str, dict[str, Any], list[dict[str, Any]]] = ("", {}, [])
     if "base" in content:
@@ -165,7 +168,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> tuple[str, dict[str, Any], lis
         raise BenchError(f"{path} is no suite; it needs 'settings', a mapping, and 'runs', a list of mappings")
     if not based[2] + runs:
         raise BenchError(f"{path} has no runs; write one under 'runs'")
-    return str(content.get("description") or ""), based[1] | _normal(settings), [*based[2], *map(_normal, runs)]
+    own, runs = plain_keys(settings, str(path)), [plain_keys(run, str(path)) for run in runs]
+    return str(content.get("description") or ""), based[1] | own, [*based[2], *runs]
 
 
 def check_run_name(name: str, source: str) -> None:
@@ -190,10 +194,6 @@ def _check(config: TrainConfig, source: str) -> None:
         for kind, name, known in (("head", local.head, HEADS), ("decoder", local.decoder, DECODERS)):
             if name not in known:
                 raise BenchError(f"{source}: unknown {kind} {name!r}; {suggestion(name, known)}")
-
-
-def _normal(settings: dict[str, Any]) -> dict[str, Any]:
-    return {str(key).replace("-", "_"): value for key, value in settings.items()}
 
 
 def _expand(settings: dict[str, Any], blocks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -54,7 +54,7 @@ def read_evaluation(record: Any) -> tuple[int, Channels, Channels, View]:
     if not isinstance(record, dict):
         raise ValueError("it is no mapping")
     size = record.get("input_size")
-    if not (isinstance(size, list) and size == [3, size[-1], size[-1]] and type(size[1]) is int and size[1] > 0):
+    if not (isinstance(size, list) and size[1:] and size == [3, size[-1], size[-1]] and _is_side(size[-1])):
         raise ValueError(f"input_size is {size!r}")
     mean, std = (_channels(record, key, least) for key, least in (("mean", -math.inf), ("std", 0)))
     view = View(*(record.get(key) for key in ("interpolation", "crop_pct", "crop_mode")))  # type: ignore[arg-type]
@@ -72,6 +72,10 @@ def _channels(record: dict[str, Any], key: str, least: float) -> Channels:
     if not (isinstance(values, list) and len(values) == 3 and all(_is_finite(v) and v > least for v in values)):
         raise ValueError(f"{key} is {values!r}")
     return values[0], values[1], values[2]
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _is_finite(value: Any) -> bool:

@@ -171,6 +171,10 @@ class PipelineStage(Stage):
             self._job.wait_for_all()
         return path
 
+    def agree(self, reason: str | None) -> str | None:
+        """See `Stage.agree`."""
+        return next((other for other in self._job.gather(reason) if other), None)
+
     def highest(self, peak: int | None) -> int | None:
         """See `Stage.highest`."""
         return max(filter(None, self._job.gather(peak)), default=None)

@@ -1,6 +1,7 @@
 """losses.csv: the training loss of every module and the time per step, at about a hundred moments of a run."""
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 from localprop.errors import CheckpointError
 from localprop.files import written_aside
+from localprop.reading import AMOUNT, COUNT, NUMBER, Malformed, check, read_text
 
 MOMENTS = 100
 COLUMNS = ("step", "seconds_per_step", "processor_seconds_per_step")  # before a column for each module
+_STATE = {"rows": [[NUMBER]], "count": COUNT, "seconds": AMOUNT, "processor": AMOUNT, "sums": [NUMBER]}
 
 
 @dataclass
@@ -58,9 +61,17 @@ class LossCurve:
         return {name: getattr(self, name) for name in ("rows", "count", "seconds", "processor", "sums")}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Goes back to what `state` gave."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Goes back to what `state` gave.
+
+        Raises:
+            Malformed: it is not what `state` gives.
+        """
+        check(state, _STATE, "curve")
+        widths = {len(row) - len(COLUMNS) for row in state["rows"]} | ({len(state["sums"])} if state["sums"] else set())
+        if widths - {self.modules}:
+            raise Malformed(f"the curve has losses of another number of modules than {self.modules}")
+        for name in _STATE:
+            setattr(self, name, state[name])
 
     def write(self, path: Path) -> None:
         """Writes the rows to a CSV file, in place of what was there; floats so that reading gives the same bits."""
@@ -77,11 +88,19 @@ def read_losses(path: Path) -> list[list[float]]:
         CheckpointError: the file is missing, or a line of it is not a row of numbers.
     """
     try:
-        with path.open(newline="") as file:
-            table = csv.reader(file)
-            next(table, None)
-            return [[float(cell) for cell in row] for row in table]
+        table = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except Malformed as error:
+        raise CheckpointError(f"{path} is damaged: {error}; delete it") from None
+    rows: list[list[float]] = []
+    try:
+        width = len(next(table, COLUMNS))
+        for cells in table:
+            rows.append([float(cell) for cell in cells])
+            check(rows[-1], [NUMBER])
+            if len(cells) != width or width <= len(COLUMNS) or rows[-1][0] <= (rows[-2][0] if len(rows) > 1 else 0):
+                raise ValueError
+    except (ValueError, csv.Error):
         raise CheckpointError(f"{path} line {table.line_num} is not a row of losses; delete the file") from None
+    return rows

@@ -1,6 +1,7 @@
 """results.csv: a row per epoch."""
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,23 @@ from pathlib import Path
 
 from localprop.errors import CheckpointError
 from localprop.files import written_aside
+from localprop.reading import AMOUNT, COUNT, NULL, NUMBER, PERCENT, POSITIVE, Malformed, check, read_text
 
 COLUMNS_BEFORE = ("epoch", "step", "lr")
 COLUMNS_AFTER = ("test_top5", "test_loss", "images_per_second", "predicted_memory", "peak_memory", "seconds")
+_ROW = {
+    "epoch": POSITIVE,
+    "step": POSITIVE,
+    "lr": AMOUNT,
+    "train_losses": [NUMBER],
+    "test_accuracies": [(PERCENT, NULL)],
+    "test_top5": (PERCENT, NULL),
+    "test_loss": (NUMBER, NULL),
+    "images_per_second": AMOUNT,
+    "predicted_memory": (COUNT, NULL),
+    "peak_memory": (COUNT, NULL),
+    "seconds": AMOUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -72,25 +87,31 @@ def read_results(path: Path) -> list[EpochRow]:
     Raises:
         CheckpointError: the file is missing, or a line of it is not a row of results.
     """
-    rows = []
+    rows: list[EpochRow] = []
     try:
-        with path.open(newline="") as file:
-            table = csv.DictReader(file)
-            for cells in table:
-                try:
-                    rows.append(_row_of(cells))
-                except (KeyError, TypeError, ValueError):
-                    where = f"{path} line {table.line_num}"
-                    raise CheckpointError(f"{where} is not a row of results; correct or delete the line") from None
+        table = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     except OSError as error:
         raise CheckpointError(f"cannot read results from {path}: {error.strerror}") from None
+    except Malformed as error:
+        raise CheckpointError(f"{path} is damaged: {error}; delete it") from None
+    try:
+        for cells in table:
+            rows.append(_row_of(cells))
+            if len(rows) > 1:
+                _require_order(*rows[-2:])
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        where = f"{path} line {table.line_num} is not a row of results"
+        reason = f" ({error})" if isinstance(error, Malformed) else ""
+        raise CheckpointError(f"{where}{reason}; correct or delete the line") from None
     return rows
 
 
 def _row_of(cells: Mapping[str, str]) -> EpochRow:
     modules = range(1, sum(str(name).startswith("train_loss_") for name in cells) + 1)
+    if not modules or None in cells:
+        raise ValueError("it has cells without a column, or no losses")
     accuracies = [cells[f"test_acc_{k}"] for k in modules]
-    return EpochRow(
+    row = EpochRow(
         epoch=int(cells["epoch"]),
         step=int(cells["step"]),
         lr=float(cells["lr"]),
@@ -103,6 +124,14 @@ def _row_of(cells: Mapping[str, str]) -> EpochRow:
         peak_memory=_optional(cells["peak_memory"]),
         seconds=float(cells["seconds"]),
     )
+    losses, own = list(row.train_losses), list(row.test_accuracies)
+    check({**vars(row), "train_losses": losses, "test_accuracies": own}, _ROW)
+    return row
+
+
+def _require_order(before: EpochRow, row: EpochRow) -> None:
+    if row.epoch <= before.epoch or len(row.train_losses) != len(before.train_losses):
+        raise Malformed(f"epoch {row.epoch} after epoch {before.epoch}")
 
 
 def _optional(cell: str) -> int | None:
