@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -56,8 +57,15 @@ def leave(code: int) -> NoReturn:
     for worker in multiprocessing.active_children():
         worker.kill()
     with suppress(OSError):  # the disk may be full
-        shutil.rmtree(get_temp_dir())  # multiprocessing's own, which os._exit leaves behind
+        _remove_temporaries()
     os._exit(code)
+
+
+def _remove_temporaries() -> None:
+    """Removes folders that libraries would remove at the end of the interpreter, which os._exit leaves out."""
+    shutil.rmtree(get_temp_dir())  # multiprocessing's
+    if torchs := getattr(sys.modules.get("torch.distributed.nn.jit.instantiator"), "_TEMP_DIR", None):
+        torchs.cleanup()
 
 
 class Ranks(NamedTuple):
