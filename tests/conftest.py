@@ -14,7 +14,7 @@ from ranks import FORKER, Forker, flags
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forker():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", FORKER], **pipes) as process:
@@ -22,7 +22,7 @@ def forker():
         process.stdin.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(forker, tmp_path_factory):
     """Gives the output folder of a finished run in one process, by its flags."""
     done = {}
