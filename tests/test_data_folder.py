@@ -92,6 +92,8 @@ def test_small_images_of_many_sizes_are_brought_to_one(small):
     assert [tuple(image.shape) for image in data.store.test_images] == [(3, SMALL, SMALL)] * 6
     assert (data.store.train_images[0].flatten(1).float().mean(1) == torch.tensor([10.0, 20, 30])).all()
     assert folder(small, img_size=224).store.train_images.shape == (16, 3, 96, 96)
+    note = f"images in {small} are of several sizes, or not square; they are squeezed to be square"
+    assert data.notes == [note]
 
 
 def test_validation_folder_hidden_files_and_grey_images(small):

@@ -197,6 +197,15 @@ def test_what_is_passed_over_is_named_in_one_line(root):
     )
 
 
+def test_names_break_no_line_and_command_no_terminal(root):
+    shutil.copytree(root / "train" / "cat", root / "test" / "a\n\x1b[2Jb")
+    (root / "test" / "c\nd").mkdir()
+    with pytest.raises(DataError) as caught:
+        load_data(DataConfig(data=f"folder:{root}"), 8, 0)
+    assert str(caught.value).isprintable()
+    assert "c\\nd" in str(caught.value)
+
+
 def test_a_folder_that_may_not_be_read_is_said(root, monkeypatch):
     locked, scan = root / "train" / "cat" / "locked", os.scandir
     locked.mkdir()

@@ -1,6 +1,8 @@
 """What a run is evaluated with is what its export says: timm alone comes to the same accuracy."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from localprop.cli import main
+from localprop.config import DataConfig
+from localprop.data import load_data
 from localprop.report import read_results
 
 CLASSES = ["bottom", "left", "right", "top"]
@@ -87,6 +91,42 @@ def test_other_data_are_evaluated_as_the_run_recorded(trained, tmp_path, capsys)
         accuracy, loss = scores_by_timm(trained / "export", data / "test")
         result = evaluated(capsys, str(trained / "run"), "--data", f"folder:{data}")
         assert (result["top1"], result["loss"]) == (pytest.approx(accuracy, abs=1e-3), pytest.approx(loss, abs=2e-5))
+
+
+DAMAGE = [
+    *(("input_size", value) for value in (None, [], [3, 32], [3, 32, 16], [1, 32, 32], [3, 0, 0], [3, 1.5, 1.5])),
+    *(("input_size", value) for value in ([3, True, True], [3, 64, 64], "332")),
+    *((key, value) for key in ("mean", "std") for value in (None, [0.5], ["a", "b", "c"], [math.nan] * 3, 0.5)),
+    *(("std", [0.5, 0.5, 0]), ("interpolation", "sinc"), ("interpolation", []), ("crop_mode", "wide")),
+    *(("crop_pct", value) for value in (0, -1, 1.5, math.nan, "1", None)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), DAMAGE)
+def test_a_damaged_record_is_refused(key, value):
+    data = load_data(DataConfig(), 32, 0)
+    assert data.evaluated_as(data.evaluation).evaluation == data.evaluation
+    with pytest.raises(ValueError, match=key):
+        data.evaluated_as({**data.evaluation, key: value})
+    for record in (None, [], 5):
+        with pytest.raises(ValueError, match="no mapping"):
+            data.evaluated_as(record)
+
+
+def test_a_damaged_record_is_one_line_and_adds_nothing_to_an_export(trained, tmp_path, capsys):
+    run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
+    description = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(description | {"evaluation": {"input_size": "large"}}))
+    for command in (["eval", str(run)], ["export", str(run)], ["train", "--resume", str(run)]):
+        capsys.readouterr()
+        assert main(command) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "damaged in what it says of evaluation: input_size is 'large'" in message
+    more = {**description["evaluation"], "url": "https://example.org/weights", "file": "/etc/passwd"}
+    (run / "run.json").write_text(json.dumps(description | {"evaluation": more}))
+    assert main(["export", str(run), "--output", str(tmp_path / "export")]) == 0
+    assert not {"url", "file"} & set(json.loads((tmp_path / "export" / "config.json").read_text())["pretrained_cfg"])
 
 
 def test_what_is_recorded_decides(trained, tmp_path, capsys):

@@ -9,7 +9,13 @@ from collections.abc import Iterable
 
 
 class LocalpropError(Exception):
-    """A mistake of the user, or of the surroundings, with its remedy."""
+    """A mistake of the user, or of the surroundings, with its remedy.
+
+    Its text is one line, whatever the names of files and classes in it.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(LocalpropError):
@@ -64,10 +70,12 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def listing(words: Iterable[object], most: int = 5) -> str:
-    """Names things in a message: the first `most` of them, then how many more there are.
-
-    What would break the line, or is read by a terminal as a command, is written as an escape.
-    """
+    """Names things in a message: the first `most` of them, then how many more there are."""
     names = [str(word) for word in words]
-    shown = ", ".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names[:most])
+    shown = printable(", ".join(names[:most]))
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def printable(text: str) -> str:
+    """The text with escapes for what would break the line, or what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

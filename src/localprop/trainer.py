@@ -381,7 +381,7 @@ class Trainer:
 
     def _note_skipped(self, progress: Progress) -> None:
         for path in self.data.skipped[self._skipped_noted :]:
-            progress.note(f"skipped an unreadable training image: {path}")
+            progress.note(f"skipped an unreadable training image: {listing([path])}")
         self._skipped_noted = len(self.data.skipped)
 
     def _stop_if_asked(self, stop: int) -> None:

@@ -125,8 +125,10 @@ def _opened(root: Path, found: Listing, config: DataConfig, img_size: int | None
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     name, identity, store = root.resolve().name, _identity(root, found), stores[0]
     final = stores[1] if found.final else None
-    view, img_size = store.view, store.img_size
-    return Data(name, found.classes, img_size, mean, std, store, config, seed, identity, view, found.notes, final)
+    view, img_size, notes = store.view, store.img_size, found.notes
+    if found.train and view == SQUASHED:
+        notes = [*notes, f"images in {root} are of several sizes, or not square; they are squeezed to be square"]
+    return Data(name, found.classes, img_size, mean, std, store, config, seed, identity, view, notes, final)
 
 
 def _streamed(root: Path, found: Listing, config: DataConfig, img_size: int, seed: int) -> list[StreamStore]:

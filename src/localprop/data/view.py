@@ -54,7 +54,7 @@ def read_evaluation(record: Any) -> tuple[int, Channels, Channels, View]:
     if not isinstance(record, dict):
         raise ValueError("it is no mapping")
     size = record.get("input_size")
-    if not (isinstance(size, list) and size[1:] and size == [3, size[-1], size[-1]] and _is_side(size[-1])):
+    if not (isinstance(size, list) and len(size) == 3 and size == [3, size[1], size[1]] and _is_side(size[1])):
         raise ValueError(f"input_size is {size!r}")
     mean, std = (_channels(record, key, least) for key, least in (("mean", -math.inf), ("std", 0)))
     view = View(*(record.get(key) for key in ("interpolation", "crop_pct", "crop_mode")))  # type: ignore[arg-type]

@@ -15,13 +15,15 @@ from torch.utils.data import DataLoader
 from localprop.errors import DataError
 from localprop.processes import end_with_parent
 
+_TO_A_GROUP = (signal.SIGTERM, signal.SIGINT)
 _running: dict[BaseProcess, int] = {}  # and the process that started them: one that it forks inherits the table
 
 
 def set_up_worker(number: int) -> None:
     """Leaves signals that reach a whole group to the process that trains, which still wants batches; ends with it."""
-    for other in (signal.SIGTERM, signal.SIGINT):
+    for other in _TO_A_GROUP:
         signal.signal(other, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_A_GROUP)
     end_with_parent(signal.SIGKILL)
 
 
@@ -29,16 +31,11 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
     """What a loader gives. However that ends, its workers do not run on, not even one that hangs.
 
     Raises:
-        DataError: a worker was killed.
+        DataError: a worker was killed. That is noticed within five seconds of waiting for its batch.
     """
-    get_temp_dir()  # for the workers' sockets: each would make one that stays behind when it is killed
-    before = set(active_children())
-    with _ChildSignals():
-        batches = iter(loader)
-    workers = set(active_children()) - before
-    _running.update(dict.fromkeys(workers, os.getpid()))
+    workers: set[BaseProcess] = set()
     try:
-        yield from batches
+        yield from _started(loader, workers)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
@@ -51,18 +48,21 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
         _end(workers)
 
 
-class _ChildSignals:
-    """Keeps what SIGCHLD does: torch would raise an error wherever the process is, in a checkpoint being saved too.
-
-    That a worker is gone is noticed within five seconds of waiting for its batch.
-    """
-
-    def __enter__(self) -> None:
-        self._before = signal.getsignal(signal.SIGCHLD)
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, self._before)
+def _started(loader: DataLoader, workers: set[BaseProcess]) -> Iterator[Any]:
+    """Starts a loader; `workers` gets those that it has started, also when that fails, before a signal can come."""
+    get_temp_dir()  # for the workers' sockets: each would make one that stays behind when it is killed
+    before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
+    # Workers inherit this, until they ignore these signals.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_A_GROUP)
+    try:
+        return iter(loader)
+    finally:
+        workers |= set(active_children()) - before
+        _running.update(dict.fromkeys(workers, os.getpid()))
+        # torch would raise an error wherever this process is when a worker is killed, in a checkpoint being saved too.
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @atexit.register
