@@ -1,11 +1,13 @@
 """Code of the user's own, run before methods and models are looked up."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 import localprop
 from localprop.bench import load_suite
@@ -58,6 +60,38 @@ def test_cifar_resnets_are_those_of_the_paper_and_can_be_cut_into_sixteen():
     out = net.backward(torch.randn(4, 3, 32, 32), torch.arange(4))
     assert out.losses.shape == (16,)
     assert out.losses.isfinite().all()
+
+
+PLAIN = """
+from timm.models import register_model
+from torch import nn
+
+@register_model
+def plain_cnn(pretrained=False, num_classes=10, **kwargs):
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
+    )
+"""
+
+
+@pytest.mark.parametrize("pretrained", [[], ["--pretrained"]])
+def test_a_model_without_pretrained_cfg_is_trained_evaluated_and_exported(tmp_path, pretrained, capsys):
+    plugin = tmp_path / "plain.py"
+    plugin.write_text(PLAIN)
+    flags, place = ["--plugin", str(plugin), "--device", "cpu"], str(tmp_path / "run")
+    rest = ["--modules", "2", "--method", "greedy", "--epochs", "1", "--batch-size", "512", "--output", str(tmp_path)]
+    assert main(["train", *flags, "--model", "plain_cnn", *pretrained, *rest, "--experiment", "run"]) == 0
+    assert main(["eval", place, *flags]) == 0
+    assert main(["export", place, *flags[:2]]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    found = {}
+    exec(captured.out.rpartition(f"{place}/export\n")[2], found)  # the printed code
+    weights = load_file(f"{place}/model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in found["model"].state_dict().items())
+    description = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert (description["architecture"], description["num_classes"]) == ("plain_cnn", 10)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ itself, outside the modules it calls, follows the mode (train or eval) of the ba
 """
 
 import logging
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.proxy import TraceError
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from localprop.blocks import block_names, splittable
@@ -36,7 +37,7 @@ class Unit:
     Attributes:
         name: qualified name of the block in the backbone, or of the part of a block.
         shape: shape of the output, batch axis left out.
-        parameters: qualified names of the parameters it uses.
+        parameters: qualified names of the parameters it used when it was traced; see `used`.
         depth: number of blocks, or parts of split blocks, in it; 0 for a stem, a downsampling, the classifier. In a
             model without lists of blocks, 1.
         buffers: qualified names of the buffers it uses, such as batch norm's statistics.
@@ -49,6 +50,34 @@ class Unit:
     switches: tuple[str, ...] = field(repr=False)  # modules on which timm's set_grad_checkpointing sets a flag
     depth: int = 1
     buffers: tuple[str, ...] = ()
+    modules: tuple[str, ...] = field(default=(), repr=False)  # that it calls
+    tensors: tuple[str, ...] = field(default=(), repr=False)  # that it takes from the backbone beside those
+
+    def used(self, backbone: nn.Module, members: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[Tensor]:
+        """The parameters or buffers that it uses as the backbone is now: adapters may have been added since.
+
+        Args:
+            backbone: the model.
+            members: `nn.Module.parameters` or `nn.Module.buffers`.
+
+        Raises:
+            ChainError: a module that it calls is no longer there.
+        """
+        try:
+            for name in self.modules:
+                yield from members(backbone.get_submodule(name))
+            for name in self.tensors:
+                place, _, leaf = name.rpartition(".")
+                owner = backbone.get_submodule(place)
+                if is_parametrized(owner, leaf):
+                    yield from members(owner.parametrizations[leaf])  # type: ignore[index, arg-type]
+                else:
+                    yield getattr(owner, leaf)
+        except AttributeError as error:
+            raise ChainError(
+                f"the backbone was changed where unit {self.name} uses it ({error}); call localize again, after the "
+                "change"
+            ) from None
 
     def __call__(
         self, backbone: nn.Module, features: Tensor, context: dict[str, Any], grad_checkpointing: bool = False
@@ -161,6 +190,7 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, spli
             switches,
             _depth(model, used[i]),
             tuple(forwards[True].buffers(segment)),
+            *map(tuple, forwards[True].uses(segment)),
         )
         for i, (name, segment) in enumerate(zip(names, segments[True], strict=True))
     )

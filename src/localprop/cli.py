@@ -267,10 +267,9 @@ def _export(argv: Sequence[str]) -> int:
 
     options: ExportOptions = parse(ExportOptions, "export", argv)
     plugin = _named_plugin(options.run, options.plugin, ("export", *argv))
-    folder, notes = export_run(options.run, options.output, plugin)
+    folder, code, notes = export_run(options.run, options.output, plugin)
     _note(notes)
-    name = f"local-dir:{folder}"
-    print(f"{folder}\n\nimport timm\nmodel = timm.create_model({name!r}, pretrained=True)")
+    print(f"{folder}\n\n{code}")
     return 0
 
 

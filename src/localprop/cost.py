@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.attention import kernels_of
 from localprop.chain import Chain
+from localprop.constants import KeepConstants
+from localprop.errors import batch_norm_told
 from localprop.recompute import recomputing
 from localprop.tracing import fake_copy
 from localprop.tracking import MACHINES, Tracker
@@ -106,7 +108,8 @@ def unit_costs(model: nn.Module, chain: Chain, circumstances: Circumstances) -> 
         def run(x: Tensor, unit: Any = unit) -> Tensor:
             return unit(duplicate, x, context, circumstances.grad_checkpointing)
 
-        cost, features = _measure(mode, run, features, parameters, circumstances)
+        with batch_norm_told(f"unit {unit.name}", circumstances.batch_size):
+            cost, features = _measure(mode, run, features, parameters, circumstances)
         costs.append(cost)
     return costs
 
@@ -131,7 +134,8 @@ def auxiliary_cost(
     def run(x: Tensor) -> Tensor:
         return duplicate(x, inputs, images, labels)[0]
 
-    return _measure(mode, run, features, duplicate.parameters(), circumstances)[0]
+    with batch_norm_told("an auxiliary net", batch):
+        return _measure(mode, run, features, duplicate.parameters(), circumstances)[0]
 
 
 class Costs:
@@ -187,7 +191,7 @@ def _measure(
     """Runs a part forward and backward; gives its cost, and a tensor like its output."""
     parameters = [p for p in parameters if p.requires_grad]
     tracker, dtype = Tracker(MACHINES[circumstances.device]), circumstances.amp_dtype
-    with mode, torch.enable_grad():
+    with mode, KeepConstants(), torch.enable_grad():
         leaf = source.detach().requires_grad_(circumstances.input_gradient)
         with tracker:
             waiting = [torch.empty_like(p) for p in parameters] if circumstances.gradients_wait else []

@@ -1,8 +1,10 @@
 """Where a traced forward can be cut, and the code of the parts."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -34,11 +36,41 @@ class Code:
         function: (backbone, features, *values read) -> output, or (output, values written).
         reads: names of the values that earlier segments hand along.
         writes: names of the values that it hands along.
+        source: of the function.
+        scope: what names in it stand for.
     """
 
     function: Callable[..., Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    source: str = field(default="", repr=False)
+    scope: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def generate(cls, source: str, scope: dict[str, Any], reads: tuple[str, ...], writes: tuple[str, ...]) -> "Code":
+        """Code from the source of a function called `forward`, and what its names stand for."""
+        names = dict(scope)
+        exec(source, names)
+        return cls(names["forward"], reads, writes, source, scope)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A generated function cannot be pickled, but generated again. Modules such as torch are imported again.
+        scope = {name: _Module(v.__name__) if isinstance(v, ModuleType) else v for name, v in self.scope.items()}
+        return _regenerate, (self.source, scope, self.reads, self.writes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
+        return self  # it holds no tensors
+
+
+class _Module(NamedTuple):
+    """Stands for a Python module in a pickle."""
+
+    name: str
+
+
+def _regenerate(source: str, scope: dict[str, Any], reads: tuple[str, ...], writes: tuple[str, ...]) -> Code:
+    whole = {name: import_module(v.name) if isinstance(v, _Module) else v for name, v in scope.items()}
+    return Code.generate(source, whole, reads, writes)
 
 
 class Forward:
@@ -145,6 +177,13 @@ class Forward:
                     result[name] = None
         return list(result)
 
+    def uses(self, segment: Segment) -> tuple[list[str], list[str]]:
+        """Names of the modules that a segment calls, and of the tensors that it takes from the backbone itself."""
+        nodes = self._needs(segment)[0]
+        kinds = ("call_module", "get_attr")
+        modules, tensors = (list(dict.fromkeys(str(n.target) for n in nodes if n.op == kind)) for kind in kinds)
+        return modules, tensors
+
     def compile(self, segments: list[Segment]) -> list[Code]:
         """Generates the code of consecutive segments."""
         needs = [self._needs(segment) for segment in segments]
@@ -152,8 +191,10 @@ class Forward:
         for i, (segment, (nodes, reads)) in enumerate(zip(segments, needs, strict=True)):
             wanted = {node for _, later in needs[i + 1 :] for node in later}
             writes = [node for node in segment.nodes if node in wanted]
-            function = _function([segment.source, *reads], nodes, segment.result, writes)
-            result.append(Code(function, tuple(n.name for n in reads), tuple(n.name for n in writes)))
+            graph = _graph([segment.source, *reads], nodes, segment.result, writes)
+            code = graph.python_code("self")
+            names = (tuple(node.name for node in group) for group in (reads, writes))
+            result.append(Code.generate(code.src, code.globals, *names))
         return result
 
     def _needs(self, segment: Segment) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -170,19 +211,14 @@ class Forward:
         return sorted(run, key=self._order.__getitem__), sorted(reads, key=self._order.__getitem__)
 
 
-def _function(
-    inputs: list[fx.Node], nodes: list[fx.Node], result: fx.Node, writes: list[fx.Node]
-) -> Callable[..., Any]:
-    """Generates a function of the backbone and `inputs` that runs `nodes`."""
+def _graph(inputs: list[fx.Node], nodes: list[fx.Node], result: fx.Node, writes: list[fx.Node]) -> fx.Graph:
+    """The graph of a function of the backbone and `inputs` that runs `nodes`."""
     graph = fx.Graph()
     copies = {node: graph.placeholder(node.name) for node in inputs}
     for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output((copies[result], [copies[node] for node in writes]) if writes else copies[result])
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(code.src, scope)
-    return scope["forward"]
+    return graph
 
 
 def _sizes_first(nodes: list[fx.Node]) -> list[fx.Node]:

@@ -5,7 +5,8 @@ and exits with code 2. An error of any other type is a defect of localprop and k
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LocalpropError(Exception):
@@ -60,6 +61,25 @@ class NonFiniteGradientError(NonFiniteLossError):
 
 class NonFiniteWeightError(CheckpointError):
     """A weight or a buffer that is NaN or infinite, and so is neither saved nor loaded."""
+
+
+@contextmanager
+def batch_norm_told(place: str, images: int) -> Iterator[None]:
+    """Turns what torch raises where batch norm is to train on one value per channel into a ConfigError.
+
+    Args:
+        place: what has the batch norm.
+        images: in the batch, or micro-batch.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise ConfigError(
+            f"{place} has a batch norm with one value per channel, which cannot be trained: a batch, or micro-batch, "
+            f"has {images} image{'s' * (images != 1)}; raise the batch size or take fewer micro-batches"
+        ) from None
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

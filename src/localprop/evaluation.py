@@ -70,13 +70,13 @@ def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = No
     return {**result, "loss": round(scores.loss, 5)}, data.notes + notes
 
 
-def export_run(folder: Path, output: Path | None, plugin: Path | None = None) -> tuple[Path, list[str]]:
+def export_run(folder: Path, output: Path | None, plugin: Path | None = None) -> tuple[Path, str, list[str]]:
     """Writes a run's weights and a config.json that `timm.create_model("local-dir:...", pretrained=True)` loads.
 
     What `timm.data.resolve_data_config` reads there is what the run was evaluated with.
 
     Returns:
-        The folder, and lines for the user.
+        The folder, Python code that loads what is in it, and lines for the user.
 
     Raises:
         CheckpointError: no run folder, or no weights in it.
@@ -95,7 +95,8 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
     load_weights(folder, model)
-    settings: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    loads = hasattr(model, "pretrained_cfg")  # else it is a plugin's, not built by what loads weights in timm
+    settings = _described(model, own.model, len(description["classes"]))
     if not own.pretrained:
         # The weights are new: timm's tag and licence are those of weights that have no part in them.
         for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description"):
@@ -113,7 +114,30 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             line = str(error).partition("\n")[0]
             raise ConfigError(f"{folder}: timm cannot export a model of {arguments}: {line}") from None
-    return output, notes
+    code = f"import timm\n{_code(output, own.model, kwargs, loads)}"
+    return output, code, notes
+
+
+def _code(output: Path, name: str, kwargs: dict[str, Any], loads: bool) -> str:
+    """Python code that gives an exported model."""
+    if loads:
+        return f"model = timm.create_model({f'local-dir:{output}'!r}, pretrained=True)"
+    arguments = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in kwargs.items())])
+    weights = str(output / "model.safetensors")
+    return (
+        f"from safetensors.torch import load_file\nmodel = timm.create_model({arguments})  # with its plugin loaded\n"
+        f"model.load_state_dict(load_file({weights!r}))"
+    )
+
+
+def _described(model: nn.Module, name: str, classes: int) -> dict[str, Any]:
+    """A copy of a model's pretrained_cfg. One that is not timm's own gets what `save_for_hf` asks of it."""
+    settings: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
+    widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
+    for attribute, value in (("num_classes", classes), ("num_features", widths[-1] if widths else 0)):
+        if not hasattr(model, attribute):
+            setattr(model, attribute, value)
+    return {"architecture": name, **settings}
 
 
 def load_weights(folder: Path, model: nn.Module) -> str:

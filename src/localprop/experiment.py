@@ -1,6 +1,7 @@
 """From settings to things: data, backbone and network."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import timm
@@ -46,12 +47,6 @@ class Experiment:
             ConfigError, ChainError: the settings do not fit the model, or there is no compiler that they need.
         """
         local, data, optim = self.config.local, self.data, self.config.optim
-        smoothing = data.config.smoothing
-
-        def criterion(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            # With mixup and cutmix the labels are smoothed already.
-            return F.cross_entropy(logits, labels, label_smoothing=0.0 if labels.is_floating_point() else smoothing)
-
         net = localize(
             self.backbone,
             local.modules,
@@ -69,7 +64,7 @@ class Experiment:
             batch_size=optim.batch_size,
             micro_batches=optim.micro_batches,
             amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
-            criterion=criterion,
+            criterion=partial(_criterion, smoothing=data.config.smoothing),
             mean=data.mean,
             std=data.std,
             method_kwargs=local.method_kwargs,
@@ -90,6 +85,11 @@ class Experiment:
     def title(self) -> str:
         """What is trained on what, for a heading."""
         return f"{self.config.local.method}, {self.config.backbone.model} on {self.data.name}"
+
+
+def _criterion(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    # With mixup and cutmix the labels are smoothed already.
+    return F.cross_entropy(logits, labels, label_smoothing=0.0 if labels.is_floating_point() else smoothing)
 
 
 def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None = None) -> Experiment:
@@ -118,8 +118,9 @@ def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None
     kwargs = without_starting_weights(kwargs)
     if model.pretrained:
         # Pretrained weights expect the normalisation that they were trained with.
-        settings = backbone.pretrained_cfg
-        data = replace(data, mean=tuple(settings["mean"]), std=tuple(settings["std"]))  # type: ignore[index]
+        settings: Any = getattr(backbone, "pretrained_cfg", None) or {}  # a plugin's model may have none
+        if settings.get("mean") and settings.get("std"):
+            data = replace(data, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
     return Experiment(replace(config, backbone=model), data, backbone.to(device), kwargs, device)
 
 

@@ -94,6 +94,8 @@ def localize(
             raise ConfigError(f"unknown {kind} {name!r}; {suggestion(name, known)}")
     if min_depth < 0:
         raise ConfigError(f"min_depth is {min_depth}; it must be at least 0")
+    if num_classes == 0 or getattr(model, "num_classes", None) == 0:
+        raise ChainError("the model has no classifier (num_classes=0); build it with the number of labels")
     costs = costs or Costs(model, chain(model, input_size, split_blocks))
     units = costs.chain
     classes = units[-1].shape[-1]
@@ -241,7 +243,7 @@ class _Division:
                     self.circumstances.grad_checkpointing,
                 )
             )
-        return LocalNetwork(self.model, local_modules)
+        return LocalNetwork(self.model, local_modules, self.units.input_size)
 
     def _shape(self, position: int) -> tuple[int, ...]:
         return self.units[position - 1].shape if position else self.units.input_size

@@ -1,7 +1,7 @@
 """A backbone divided into gradient-isolated local modules, and the one place where gradients are cut."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from localprop.carry import Carry
 from localprop.chain import Unit
+from localprop.errors import ChainError, batch_norm_told
 from localprop.features import Layout
 from localprop.recompute import recomputing
 from localprop.seeding import derive_seed
@@ -129,8 +130,6 @@ class LocalModule(nn.Module):
         # In tuples, so that the backbone is not registered a second time: its state_dict keys stay its own.
         self._backbone = (backbone,)
         self._units = tuple(units)
-        used = {name for unit in units for name in unit.parameters}
-        self._parameter_names = [name for name, _ in backbone.named_parameters() if name in used]
         self.auxiliary = auxiliary
         self.output = output
         self.recompute = recompute
@@ -144,7 +143,24 @@ class LocalModule(nn.Module):
     @property
     def buffers_used(self) -> list[str]:
         """Names of the backbone's buffers that the units use."""
-        return [name for unit in self._units for name in unit.buffers]
+        used = self._used(nn.Module.buffers)
+        return [name for name, buffer in self._backbone[0].named_buffers() if id(buffer) in used]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its share of the backbone has parameters, none of which is to be trained: then it only runs."""
+        trained = None
+        for parameter in self._each(nn.Module.parameters):
+            trained = parameter.requires_grad
+            if trained:
+                break  # nearly always the first
+        return trained is False
+
+    def _each(self, members: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[Tensor]:
+        return (tensor for unit in self._units for tensor in unit.used(self._backbone[0], members))
+
+    def _used(self, members: Callable[[nn.Module], Iterable[Tensor]]) -> set[int]:
+        return set(map(id, self._each(members)))
 
     @property
     def reads(self) -> set[str]:
@@ -170,10 +186,15 @@ class LocalModule(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this module trains: its share of the backbone, under the backbone's names, and the auxiliary net."""
+        """What this module trains: its share of the backbone, under the backbone's names, and the auxiliary net.
+
+        Looked up at each call, so that adapters and parametrizations that were added since are among them.
+        """
         prefix = f"{prefix}." if prefix else ""
-        for name in self._parameter_names:
-            yield prefix + name, self._backbone[0].get_parameter(name)
+        used = self._used(nn.Module.parameters)
+        for name, parameter in self._backbone[0].named_parameters():
+            if id(parameter) in used:
+                yield prefix + name, parameter
         yield from self.auxiliary.named_parameters(f"{prefix}auxiliary", recurse, remove_duplicate)
 
 
@@ -203,17 +224,26 @@ class LocalNetwork(nn.Module):
     Attributes:
         backbone: the very model that was passed in.
         local_modules: its local modules, in order.
+        input_size: (channels, height, width) of the images that it is made for, where that is known; others are
+            refused.
     """
 
     local_modules: Sequence[LocalModule]
 
-    def __init__(self, backbone: nn.Module, local_modules: Sequence[LocalModule]) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        local_modules: Sequence[LocalModule],
+        input_size: tuple[int, int, int] | None = None,
+    ) -> None:
         super().__init__()
+        self.input_size = input_size
         self.backbone = backbone
         self.local_modules = nn.ModuleList(local_modules)  # type: ignore[assignment]
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits (B, C), as the backbone gives them, differentiable from end to end."""
+        self._require_size(images)
         context: dict[str, Any] = {}
         features = images
         for module in self.local_modules:
@@ -222,6 +252,7 @@ class LocalNetwork(nn.Module):
 
     def module_logits(self, images: Tensor) -> list[Tensor | None]:
         """The logits (B, C) of every module's head (None where there is none); the last are the network's."""
+        self._require_size(images)
         context: dict[str, Any] = {}
         features, logits = images, []
         for module in self.local_modules:
@@ -273,6 +304,8 @@ class LocalNetwork(nn.Module):
     ) -> Tensor | None:
         """Forward and local backward of module k alone; `carry` comes to it and is brought to the next module.
 
+        A module whose share of the backbone is frozen only runs: its auxiliary net is not trained either.
+
         Args:
             k: the module.
             carry: the batch, behind module k-1.
@@ -282,21 +315,37 @@ class LocalNetwork(nn.Module):
 
         Returns:
             Logits (B, C) of the module's head, detached; None where it has none.
+
+        Raises:
+            ConfigError: batch norm is to train on a single value per channel.
         """
         module = self.local_modules[k]
+        if k == 0:
+            self._require_size(carry.features)
         if seed is not None:
             torch.manual_seed(derive_seed(seed, "module", k))
         if not any(later.auxiliary.uses_images for later in self.local_modules[k:]):
             carry.images = None
-        with recomputing(module.recompute):
+        frozen = module.frozen
+        place = f"module {k + 1} of {len(self.local_modules)} ({module.units[0]} ... {module.units[-1]})"
+        with batch_norm_told(place, len(carry.labels)), torch.no_grad() if frozen else recomputing(module.recompute):
             output = module(carry.features, carry.context)
             loss, logits = module.auxiliary(output, carry.features, carry.images, carry.labels)
-        share = loss / parts if parts > 1 else loss
-        _backward(scaler.scale(share) if scaler else share)
+        if loss.requires_grad:
+            share = loss / parts if parts > 1 else loss
+            _backward(scaler.scale(share) if scaler else share)
         carry.losses.append(loss.detach())
         # Gradient isolation. Everywhere: no other line cuts gradients, and nothing else crosses with one.
         carry.features = output.detach()
         return None if logits is None else logits.detach()
+
+    def _require_size(self, images: Tensor) -> None:
+        if self.input_size and images.shape[1:] != self.input_size:
+            expected, found = ("x".join(map(str, size)) for size in (self.input_size, images.shape[1:]))
+            raise ChainError(
+                f"the network is made for images of {expected}, and these have {found}; resize them, or call localize "
+                "with another input_size"
+            )
 
     def shares(self) -> list[list[str]]:
         """The keys of the backbone's state dict, by the module that trains or changes them.

@@ -24,6 +24,8 @@ def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opti
     Raises:
         ConfigError: no optimizer of that name, or the library it needs is missing.
     """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return torch.optim.SGD([{"params": []}], lr=config.lr)  # nothing to step, but a learning rate to schedule
     if config.opt in LOW_BIT:
         return _low_bit(module, config)
     known = [str(name) for name in list_optimizers()]

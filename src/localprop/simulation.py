@@ -18,6 +18,7 @@ from localprop.attention import kernels_of
 from localprop.averaging import average
 from localprop.carry import Carry
 from localprop.config import OptimConfig
+from localprop.constants import KeepConstants
 from localprop.errors import LocalpropError, PlanError
 from localprop.memory import plain_tensors, total_bytes
 from localprop.network import LocalNetwork
@@ -134,7 +135,7 @@ def fake_training(
     try:
         fake = fake_copy(net, mode).train()
         assert isinstance(fake, LocalNetwork)
-        with mode, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with mode, KeepConstants(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # Copies for a moving average ask for the address of tensors that have none.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             with mixed:
@@ -181,8 +182,9 @@ def _arrivals(
 def _prime(state: TrainingState) -> None:
     """Gives the optimizers the state that they have after a first step."""
     for k, optimizer in zip(state.modules, state.optimizers, strict=True):
-        for parameter in state.net.local_modules[k].parameters():
-            if parameter.requires_grad:
+        module = state.net.local_modules[k]
+        for parameter in module.parameters():
+            if parameter.requires_grad and not module.frozen:
                 parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

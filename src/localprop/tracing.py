@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
 
 from localprop.blocks import container_classes, holds_blocks
+from localprop.constants import KeepConstants
 
 _ROOT = "backbone"
 BATCHES = {"value": 2, "twin": 3}  # key of a node's meta: size of the batch it is computed for
@@ -285,7 +286,8 @@ class _ConcreteTracer(fx.Tracer):
             return getattr(self.root.get_submodule(owner), name)
         args, kwargs = _concrete(node.args, key), _concrete(node.kwargs, key)
         if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+            with KeepConstants():
+                return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
