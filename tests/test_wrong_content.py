@@ -104,7 +104,10 @@ def one_line(error, *names):
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    """A trainer of the run of version 0.1, and a checkpoint of it before the one that is there."""
+    """A trainer of the run of version 0.1, and a checkpoint of it before the one that is there.
+
+    That one is as a signal behind the last batch of an epoch leaves it.
+    """
     folder = Path(shutil.copytree(FIXTURES / "run-0.1", tmp_path_factory.mktemp("trainer") / "run"))
     experiment = prepare(read_config(folder), weights=False)
     config, data = experiment.config, experiment.data
@@ -112,7 +115,7 @@ def trainer(tmp_path_factory):
     made = Trainer(state, data, config, folder, experiment.device, "", 1)
     made.resume()
     meta = load_checkpoint(folder / "checkpoints" / "step-00000030").meta
-    meta["position"] |= {"epoch": 1, "batch": 0}
+    meta["position"] |= {"epoch": 0, "batch": 22}
     save_checkpoint(folder / "before", 22, state.parts(), meta, keep=1)
     (folder / "before" / "step-00000022").rename(folder / "checkpoints" / "step-00000022")
     return made

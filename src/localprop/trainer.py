@@ -175,7 +175,8 @@ class Trainer:
         if len(position.loss_sums) != len(self.net.local_modules):
             raise Malformed(f"position.loss_sums has {len(position.loss_sums)} entries")
         ends = position.epoch + (position.batch > 0) > self.config.optim.epochs
-        if ends or position.batch >= steps or checkpoint.step != position.epoch * steps + position.batch:
+        # A signal may come behind the last batch of an epoch, which is not finished then.
+        if ends or position.batch > steps or checkpoint.step != position.epoch * steps + position.batch:
             raise Malformed(f"epoch {position.epoch}, batch {position.batch} is not step {checkpoint.step} of this run")
         if checkpoint.step and not position.epoch_seconds:
             raise Malformed("position.epoch_seconds is 0 after steps")
