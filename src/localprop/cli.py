@@ -12,10 +12,11 @@ from typing import Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from localprop.commands import command
 from localprop.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
-from localprop.errors import BenchError, ConfigError, LocalpropError, listing, suggestion
+from localprop.errors import BenchError, ConfigError, LocalpropError, listing, printable, suggestion
 from localprop.flags import parse
 from localprop.flat import from_flat, to_flat
 from localprop.startup import release_interrupts
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except LocalpropError as error:
-        print(f"localprop: {error}", file=sys.stderr)
+        print(f"localprop: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # outside of training, which saves a checkpoint first
         print("localprop: stopped", file=sys.stderr)
@@ -179,7 +180,7 @@ def _bench(argv: Sequence[str]) -> int:
         suite = suite.only(options.only)
     if options.list:
         for run in suite.runs:
-            console.out(run.name, highlight=False)
+            console.out(printable(run.name), highlight=False)
         return 0
     folder = options.output or Path("bench", suite.name)
     places = {name: getattr(options, name) for name in ("data_dir", "device", "download")}
@@ -195,7 +196,7 @@ def _bench(argv: Sequence[str]) -> int:
     if left:
         console.out(f"{len(left)} of {len(jobs)} runs are left; the same command goes on", highlight=False)
         if failure:
-            print(f"localprop: {failure}", file=sys.stderr)
+            print(f"localprop: {printable(failure)}", file=sys.stderr)
         return 128 + runner.signal if runner.signal else UNFINISHED
     if failure:
         raise BenchError(failure)
@@ -289,11 +290,12 @@ def _chain(argv: Sequence[str]) -> int:
     model, _ = create_backbone(options, None)
     units = chain(model, (3, options.img_size, options.img_size) if options.img_size else None)
     channels, height, width = units.input_size
-    table = Table("", "unit", "output", "parameters", title=f"{options.model}, {channels}x{height}x{width}", box=None)
+    title = Text(printable(f"{options.model}, {channels}x{height}x{width}"))
+    table = Table("", "unit", "output", "parameters", title=title, box=None)
     table.columns[0].justify = table.columns[2].justify = table.columns[3].justify = "right"
     for i, unit in enumerate(units, 1):
         count = sum(model.get_parameter(name).numel() for name in unit.parameters)
-        table.add_row(str(i), unit.name, " x ".join(map(str, unit.shape)), f"{count:,}")
+        table.add_row(str(i), Text(printable(unit.name)), " x ".join(map(str, unit.shape)), f"{count:,}")
     Console().print(table)
     return 0
 

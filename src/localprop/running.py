@@ -16,7 +16,15 @@ from localprop.checkpoint import has_checkpoint
 from localprop.commands import resume_command
 from localprop.config import TrainConfig, require_equal_parts
 from localprop.data import Data
-from localprop.errors import ConfigError, LocalpropError, NonFiniteLossError, OutOfMemory, ParallelError, PlanError
+from localprop.errors import (
+    ConfigError,
+    LocalpropError,
+    NonFiniteLossError,
+    OutOfMemory,
+    ParallelError,
+    PlanError,
+    printable,
+)
 from localprop.experiment import Experiment, prepare
 from localprop.launched import Ranks, describe_ranks, leave, leave_word
 from localprop.layout import Layout, arrange
@@ -223,7 +231,7 @@ def _tell(error: LocalpropError, job: Job) -> int:
     if job.first_to_fail():
         line = f"rank {job.rank} ends: {error}" if lost else str(error)
         if not (lost and leave_word(line)):
-            print(f"localprop: {line}", file=sys.stderr)
+            print(f"localprop: {printable(line)}", file=sys.stderr)
     return 1 if lost else 2
 
 
@@ -292,8 +300,8 @@ def _folder(config: TrainConfig, data: Data, resumed: Path | None, job: Job) -> 
 def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
     side, count = experiment.data.img_size, len(net.local_modules)
     modules = f"{count} module{'s' * (count > 1)}"
-    console.out(f"{experiment.title} at {side}x{side}: {modules}, {place}", highlight=False)
-    console.out(f"run folder: {folder}", highlight=False)
+    console.out(printable(f"{experiment.title} at {side}x{side}: {modules}, {place}"), highlight=False)
+    console.out(printable(f"run folder: {folder}"), highlight=False)
 
 
 def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from localprop.bench.labels import setting_labels
 from localprop.bench.record import Record
 from localprop.bench.settings import Setting, Spread, difference
+from localprop.report import shortened
 
 BASELINE = "end-to-end"
 # What has to be the same before two accuracies, peaks or times say anything about each other.
@@ -121,10 +122,10 @@ def _task_name(conditions: dict[str, Any], varied: list[str]) -> str:
     for key, value in conditions.items():
         if key in ("data", "model"):
             # Where only one of them differs, the other goes without saying.
-            words += [str(value)] if key in varied or not {"data", "model"} & set(varied) else []
+            words += [shortened(value)] if key in varied or not {"data", "model"} & set(varied) else []
         elif key in varied:
-            words.append(f"{value} px" if key == "img_size" else f"{key.replace('_', ' ')} {value}")
-    return ", ".join(words)
+            words.append(f"{value} px" if key == "img_size" else f"{key.replace('_', ' ')} {shortened(value)}")
+    return shortened(", ".join(words), 120)
 
 
 def _identity(record: Record) -> dict[str, Any]:

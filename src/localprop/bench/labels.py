@@ -6,6 +6,7 @@ from typing import Any
 
 from localprop.config import TrainConfig
 from localprop.flat import to_flat
+from localprop.report import shortened
 
 DEFAULTS = to_flat(TrainConfig())
 _KINDS = ("decoder", "head", "partition")  # their values are words that need a noun: "conv decoder"
@@ -37,12 +38,16 @@ def setting_labels(configs: Sequence[dict[str, Any]], shared: Collection[str]) -
         words = [word for key in named if (word := _word(key, config.get(key)))]
         short = [word.rpartition(" ")[0] if bare and word.endswith(_KINDS) else word for word in words]
         if method == "end-to-end":
-            labels.append((", ".join([method, *words]), ", ".join([method, *short])))
+            labels.append(_cut([method, *words], [method, *short]))
             continue
         count = f"K={config['modules']}"
         long = [method, *([count] if len(counts) > 1 else []), *words]
-        labels.append((", ".join(long), ", ".join([count, *short])))
+        labels.append(_cut(long, [count, *short]))
     return labels
+
+
+def _cut(long: Sequence[str], short: Sequence[str]) -> tuple[str, str]:
+    return shortened(", ".join(long), 120), shortened(", ".join(short))
 
 
 def _differ(key: str, configs: Sequence[dict[str, Any]]) -> bool:

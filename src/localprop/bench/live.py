@@ -13,7 +13,7 @@ from rich.text import Text
 
 from localprop.bench.record import read_record
 from localprop.bench.runner import Job
-from localprop.errors import LocalpropError
+from localprop.errors import LocalpropError, printable
 from localprop.report import format_accuracy, format_bytes, format_duration, read_losses, read_results
 from localprop.runfolder import read_description
 from localprop.trainer import LOSSES, RESULTS
@@ -66,7 +66,9 @@ class SuiteView:
                 cells = _cells(job)
                 words = [f"{self._done()}/{len(jobs)}", job.state, job.run.name]
                 words += [f"{cells['accuracy']}%", cells["memory"], cells["time"]] if job.state == "done" else []
-                self._console.out("  ".join([*words, *([job.problem] if job.problem else [])]), highlight=False)
+                self._console.out(
+                    printable("  ".join([*words, *([job.problem] if job.problem else [])])), highlight=False
+                )
 
     def _done(self) -> int:
         return sum(job.state == "done" for job in self._jobs)
@@ -75,7 +77,7 @@ class SuiteView:
         done, passed = self._done(), time.monotonic() - self._started
         words = [f"{self._name}: {done} of {len(self._jobs)} runs done"]
         words += [f"{count} {state}" for state in ("running", "failed") if (count := self._count(state))]
-        return ", ".join([*words, format_duration(passed)])
+        return printable(", ".join([*words, format_duration(passed)]))
 
     def _count(self, state: str) -> int:
         return sum(job.state == state for job in self._jobs)
@@ -89,9 +91,9 @@ class SuiteView:
         for job in shown:
             cells = _cells(job)
             columns = [cells[name] for name in ("progress", "accuracy", "memory", "time")]
-            table.add_row(Text(job.run.name), *columns, style=_STYLES[job.state])
+            table.add_row(Text(printable(job.run.name)), *columns, style=_STYLES[job.state])
         hidden = len(self._jobs) - len(shown)
-        failed = [Text(f"{job.run.name}: {job.problem}", style="red") for job in shown if job.problem]
+        failed = [Text(printable(f"{job.run.name}: {job.problem}"), style="red") for job in shown if job.problem]
         rest = [Text(f"and {hidden} more", style="dim")] if hidden else []
         return Group(Text(self._heading(), style="bold"), table, *rest, *failed)
 

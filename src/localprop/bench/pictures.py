@@ -15,6 +15,7 @@ from localprop.bench.groups import BASELINE, Task, pareto_front
 from localprop.bench.placing import label_ends, label_points, text_size
 from localprop.bench.settings import Setting
 from localprop.files import written_aside
+from localprop.report import drawn as drawn_text
 
 MOST_PANELS = 4
 _COLORS = {
@@ -84,7 +85,7 @@ def draw_depth(path: Path, tasks: Sequence[Task], title: str) -> bool:
             ends.append((float(depths[-1]), float(values[known[-1]])))
         axes.set_xlim(0, 1)
         _finish(axes, "depth (module / K)", "accuracy of its head (%)")
-        label_ends(axes, ends, [s.short for s in drawn], _shades(drawn))
+        label_ends(axes, ends, [drawn_text(s.short) for s in drawn], _shades(drawn))
     _save(figure, path)
     return True
 
@@ -112,7 +113,7 @@ def draw_curves(path: Path, tasks: Sequence[Task], title: str) -> bool:
         margin = 0.05 * (max(highs) - min(lows)) or 0.1
         axes.set_ylim(min(lows) - margin, max(highs) + margin)
         _finish(axes, "step", "")
-        label_ends(axes, ends, [s.short for s in drawn], colors)
+        label_ends(axes, ends, [drawn_text(s.short) for s in drawn], colors)
     _save(figure, path)
     return True
 
@@ -145,7 +146,7 @@ def _pareto_panel(axes: Axes, task: Task) -> None:
     axes.plot(*line.T, color="0.72", linewidth=1.6, zorder=1)
     unit = "end-to-end = 1" if relative else "MiB"
     _finish(axes, f"peak memory of a training step ({unit})", "accuracy (%)")
-    label_points(axes, points, spreads, line, [setting.short for setting, *_ in known], colors)
+    label_points(axes, points, spreads, line, [drawn_text(setting.short) for setting, *_ in known], colors)
 
 
 def _memory_panel(axes: Axes, task: Task) -> None:
@@ -153,7 +154,7 @@ def _memory_panel(axes: Axes, task: Task) -> None:
     heights = [(setting.memory or 0) / 2**20 for setting in known]
     axes.barh(range(len(known)), heights, color=[_color(s.method) for s in known], height=0.62)
     axes.invert_yaxis()
-    axes.set_yticks(range(len(known)), [setting.short for setting in known])
+    axes.set_yticks(range(len(known)), [drawn_text(setting.short) for setting in known])
     for i, (setting, height) in enumerate(zip(known, heights, strict=True)):
         ratio = task.memory_ratio(setting)
         text = f" {height:.0f}" + (f"  ({ratio:.2f})" if ratio else "")
@@ -170,9 +171,14 @@ def _panels(tasks: Sequence[Task], title: str, side: float, left: float = 0.68) 
     width, head, cell = 10.0, 0.7, 4.5 if rows == 1 else 3.9
     height = head + rows * cell
     figure = Figure(figsize=(width, height), dpi=_DPI)
-    figure.suptitle(title, x=0.02, y=1 - 0.13 / height, ha="left", va="top", fontsize=11.5, fontweight="bold")
+    figure.suptitle(
+        drawn_text(title), x=0.02, y=1 - 0.13 / height, ha="left", va="top", fontsize=11.5, fontweight="bold"
+    )
     methods = dict.fromkeys(method for task in tasks for method in task.methods)
-    handles = [Line2D([], [], color=_color(m), marker="o", linewidth=1.6, markersize=5, label=m) for m in methods]
+    handles = [
+        Line2D([], [], color=_color(m), marker="o", linewidth=1.6, markersize=5, label=drawn_text(m, 40))
+        for m in methods
+    ]
     figure.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(0.012, 1 - 0.36 / height), ncols=len(handles),
         frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.6,
@@ -184,7 +190,7 @@ def _panels(tasks: Sequence[Task], title: str, side: float, left: float = 0.68) 
         y = height - head - (row + 1) * cell + 0.55
         size = (width / columns - left - side, cell - 0.55 - 0.3)
         axes = figure.add_axes((x / width, y / height, size[0] / width, size[1] / height))
-        axes.set_title(task.name, loc="left", fontsize=9.5)
+        axes.set_title(drawn_text(task.name), loc="left", fontsize=9.5)
         panels.append(axes)
     return figure, panels
 
@@ -209,7 +215,9 @@ def _finish(axes: Axes, across: str, up: str) -> None:
 
 def _color(method: str) -> str:
     # A method of the user's own gets a colour by its name, the same in every picture.
-    return _COLORS.get(method) or to_hex(colormaps["tab10"]([4, 6, 7, 8, 9][sum(method.encode()) % 5]))
+    return _COLORS.get(method) or to_hex(
+        colormaps["tab10"]([4, 6, 7, 8, 9][sum(method.encode("utf-8", "surrogatepass")) % 5])
+    )
 
 
 def _shades(settings: Sequence[Setting]) -> list[tuple[float, ...]]:

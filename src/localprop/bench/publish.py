@@ -13,10 +13,11 @@ from localprop.bench.groups import tasks_of
 from localprop.bench.pictures import draw_depth, draw_pareto
 from localprop.bench.published import OPEN, OPPOSITE, REPRODUCED, memory_comparison, orderings, paper_comparison
 from localprop.bench.record import Record, read_records
-from localprop.bench.report import how_measured, task_sections
+from localprop.bench.report import how_measured, task_sections, title_of
 from localprop.bench.tables import results_table, table
 from localprop.errors import BenchError
 from localprop.files import write_text
+from localprop.report import markdown
 from localprop.values import read_yaml
 
 START, END = "<!-- results -->", "<!-- /results -->"
@@ -47,7 +48,7 @@ def publish(folder: Path, published: Path, page: Path, readme: Path, images: str
     _, end, after = rest.partition(END)
     if not start or not end:
         raise BenchError(f"{readme} has no place for results; add the lines {START} and {END}")
-    tasks, title = tasks_of(records), ", ".join(dict.fromkeys(record.suite for record in records))
+    tasks, title = tasks_of(records), title_of(records)
     pictures = [page.with_name(f"{page.stem}-{name}.png") for name in ("pareto", "depth")]
     draws = (draw_pareto, draw_depth)
     pictures = [path for path, draw in zip(pictures, draws, strict=True) if draw(path, tasks, title)]
@@ -123,11 +124,13 @@ def _protocol(records: Sequence[Record], images: str) -> str:
     """What the runs have in common, in words."""
 
     def words(part: str, key: str) -> str:
-        return " and ".join(dict.fromkeys(str(getattr(record, part).get(key)) for record in records))
+        return " and ".join(dict.fromkeys(markdown(getattr(record, part).get(key)) for record in records))
 
     kwargs = [record.config.get("model_kwargs") for record in records]
     same = kwargs[0] if all(value == kwargs[0] for value in kwargs) else None
-    changes = " (" + ", ".join(f"{key} {value}" for key, value in same.items()) + ")" if same else ""
+    changes = (
+        " (" + ", ".join(f"{markdown(key)} {markdown(value)}" for key, value in same.items()) + ")" if same else ""
+    )
     epochs = words("result", "epochs")
     data = words("data", "name") + (f" ({images})" if images else "")
     return (

@@ -8,6 +8,7 @@ from localprop.bench.groups import BASELINE, Task, tasks_of
 from localprop.bench.record import Record
 from localprop.bench.settings import Setting, difference, paired
 from localprop.bench.tables import NONE, gap_text, ratio_text, table, typical
+from localprop.report import markdown
 
 # Dataset to method to test accuracy in percent; None where none was published.
 Figures = Mapping[str, Mapping[str, float | None]]
@@ -27,7 +28,7 @@ def paper_comparison(records: Sequence[Record], published: Figures, modules: int
         task = _task_of(tasks, data)
         for method, figure in figures.items():
             theirs = [NONE if figure is None else f"{figure:.2f}", _published_gap(figures, method)]
-            rows.append([data, method, *theirs, *_ours(task, method, modules)])
+            rows.append([markdown(data), markdown(method), *theirs, *_ours(task, method, modules)])
     return table(["data", "method", "published (%)", "gap", "here (%)", "gap", "seeds"], rows, words=2)
 
 
@@ -54,7 +55,16 @@ def orderings(records: Sequence[Record], published: Figures, modules: int = 4) -
             gap = difference(one, other) if one and other else None
             if one and other and gap:
                 seeds, verdict = str(gap.count) if gap.count else "unpaired", _verdict(one, other, gap.mean)
-                rows.append((data, f"{high} over {low}", f"{higher - lower:+.2f}", gap.text("+"), seeds, verdict))
+                rows.append(
+                    (
+                        markdown(data),
+                        f"{markdown(high)} over {markdown(low)}",
+                        f"{higher - lower:+.2f}",
+                        gap.text("+"),
+                        seeds,
+                        verdict,
+                    )
+                )
     return rows
 
 
@@ -71,7 +81,7 @@ def memory_comparison(records: Sequence[Record], published: Mapping[int, Mapping
             found = ((task, typical(task, method, modules)) for task in tasks_of(records))
             ratios = (task.memory_ratio(setting) for task, setting in found if setting)
             ours = next((ratio for ratio in ratios if ratio), None)
-            rows.append([method, str(modules), f"{figure:.2f}", ratio_text(ours) if ours else "not run"])
+            rows.append([markdown(method), str(modules), f"{figure:.2f}", ratio_text(ours) if ours else "not run"])
     return table(["method", "K", "published", "here"], rows)
 
 

@@ -12,7 +12,7 @@ from localprop.bench.tables import module_table, setting_table
 from localprop.config import TrainConfig
 from localprop.files import write_text
 from localprop.flat import from_flat, to_flags, to_flat
-from localprop.report import format_duration
+from localprop.report import code, format_duration, markdown, shortened
 
 _NOT_MACHINE = ("commit", "dirty", "date", "versions", "resumed_with")
 
@@ -31,8 +31,8 @@ def write_report(folder: Path) -> list[Path]:
     """
     records = read_records(folder)
     tasks = tasks_of(records)
-    title = ", ".join(dict.fromkeys(record.suite for record in records))
-    written, lines = [folder / "report.md"], [f"# {title}", ""]
+    title = title_of(records)
+    written, lines = [folder / "report.md"], [f"# {markdown(title)}", ""]
     for name, draw in PICTURES.items():
         if draw(folder / name, tasks, title):
             written.append(folder / name)
@@ -46,16 +46,21 @@ def write_report(folder: Path) -> list[Path]:
     return written
 
 
+def title_of(records: Sequence[Record]) -> str:
+    """The names of the suites that the records are of, in one line."""
+    return shortened(", ".join(dict.fromkeys(str(record.suite) for record in records)), 120)
+
+
 def task_sections(tasks: Sequence[Task]) -> list[str]:
     """Lines of Markdown: a section (`##`) per task with its two tables."""
     lines = []
     shared = common_settings([record for task in tasks for s in task.settings for record in s.records.values()])
     for task in tasks:
-        lines += [f"## {task.name}", "", setting_table(task), ""]
+        lines += [f"## {markdown(task.name)}", "", setting_table(task), ""]
         records = [record for s in task.settings for record in s.records.values()]
         own = {key: value for key, value in common_settings(records).items() if key not in shared}
         if own:
-            lines += [f"In all of these runs: `{shlex.join(_flags(own))}`", ""]
+            lines += [f"In all of these runs: {code(shlex.join(_flags(own)))}", ""]
         if notes := _notes(task):
             lines += [" ".join(notes), ""]
         if any(a is not None for setting in task.settings for a in setting.module_accuracies):
@@ -67,7 +72,7 @@ def how_measured(records: Sequence[Record]) -> list[str]:
     """Lines of Markdown: what the numbers mean, the settings that all records share, and what they were made on."""
     common, known = common_settings(records), to_flat(TrainConfig())
     flags = _flags(common)
-    others = [f", `{key}={value}`" for key, value in common.items() if key not in known]
+    others = [f", {code(f'{key}={value}')}" for key, value in common.items() if key not in known]
     begun = [record.provenance for record in records]
     provenances = [*begun, *(other for first in begun for other in first.get("resumed_with", []))]
     seconds = sum(record.cost.get("seconds") or 0 for record in records)
@@ -77,7 +82,7 @@ def how_measured(records: Sequence[Record]) -> list[str]:
         "training step: weights, optimizer state, gradients and activations. Ratios are to end-to-end's; the time is "
         "that of a step: processor time on a CPU, else on the clock.",
         "",
-        f"- in all runs: `{shlex.join(['localprop', 'train', *flags])}`{''.join(others)}",
+        f"- in all runs: {code(shlex.join(['localprop', 'train', *flags]))}{''.join(others)}",
         *dict.fromkeys(_data_line(record) for record in records),
         f"- {len(records)} {'runs' if len(records) > 1 else 'run'}, {format_duration(seconds)} in all; at once: "
         f"{_joined(record.cost.get('jobs') for record in records)}",
@@ -109,11 +114,12 @@ def _notes(task: Task) -> list[str]:
 
 
 def _data_line(record: Record) -> str:
-    data = record.data
+    data = {key: markdown(value) for key, value in record.data.items()}
+    part = markdown(record.result.get("evaluated_on"))
     source = " (a folder of images)" if data.get("source") == "folder" else ""
     return (
         f"- {data.get('name')}{source}: {data.get('train_images')} training images, evaluated on "
-        f"{data.get('evaluated_images')} {record.result.get('evaluated_on')} images; {data.get('img_size')} px, "
+        f"{data.get('evaluated_images')} {part} images; {data.get('img_size')} px, "
         f"{data.get('classes')} classes"
     )
 
@@ -134,4 +140,4 @@ def _words(value: Any) -> str:
 
 
 def _joined(values: Iterable[Any]) -> str:
-    return "; ".join(dict.fromkeys(str(value) for value in values))
+    return "; ".join(dict.fromkeys(markdown(value) for value in values))

@@ -6,15 +6,18 @@ from localprop.bench.groups import BASELINE, Task, tasks_of
 from localprop.bench.labels import DEFAULTS
 from localprop.bench.record import Record
 from localprop.bench.settings import Setting, Spread
-from localprop.report import format_accuracy
+from localprop.report import format_accuracy, markdown
 
 NONE = "-"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table, its first columns, of `words`, to the left and the others, of numbers, to the right."""
+    """A Markdown table, its first columns, of `words`, to the left and the others, of numbers, to the right.
+
+    Cells are Markdown; words that come from elsewhere have been through `markdown`.
+    """
     lines = [list(heads), [*["---"] * words, *["---:"] * (len(heads) - words)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def setting_table(task: Task, settings: Sequence[Setting] | None = None) -> str:
@@ -30,7 +33,7 @@ def setting_table(task: Task, settings: Sequence[Setting] | None = None) -> str:
         bold = s.method != BASELINE and s.accuracy is not None and s.accuracy.mean == best
         rows.append(
             [
-                s.label,
+                markdown(s.label),
                 str(s.modules),
                 f"**{accuracy}**" if bold else accuracy,
                 str(len(s.records)),
@@ -50,7 +53,7 @@ def module_table(task: Task) -> str:
     rows = []
     for setting in task.settings:
         *inner, last = (format_accuracy(a) for a in setting.module_accuracies)
-        rows.append([setting.label, *inner, *[""] * (most - 1 - len(inner)), last])
+        rows.append([markdown(setting.label), *inner, *[""] * (most - 1 - len(inner)), last])
     return table(["setting", *(str(k) for k in range(1, most)), "network"], rows)
 
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from localprop.files import written_aside
 from localprop.report.formats import format_accuracy, format_loss
 from localprop.report.results import EpochRow
+from localprop.report.texts import drawn
 
 # With more labels than this, leader lines would cross them; the colour leads to the line as well.
 MOST_LEADERS = 8
@@ -35,7 +36,7 @@ def draw_curves(path: Path, rows: Sequence[EpochRow], title: str, evaluated_on: 
     # A Figure of its own, not pyplot's: no global state, no window system.
     figure = Figure(figsize=(10, 4), dpi=140)
     figure.suptitle(
-        f"{title}, {counted}: {format_accuracy(rows[-1].accuracy)}% {evaluated_on} accuracy",
+        f"{drawn(title)}, {counted}: {format_accuracy(rows[-1].accuracy)}% {evaluated_on} accuracy",
         x=0.047, y=0.965, ha="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
     grid = {"left": 0.047, "right": 0.91, "bottom": 0.125, "top": 0.82, "wspace": 0.31}

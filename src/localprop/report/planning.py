@@ -16,6 +16,7 @@ from localprop.layout import numbers
 from localprop.pipelines import Processes
 from localprop.plan import Plan, PlanRow
 from localprop.report.formats import format_bytes
+from localprop.report.texts import drawn
 
 _GREY = "0.62"
 _HEADINGS = {
@@ -32,7 +33,7 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
     for row in plan.rows:
         trace, count = row.trace, len(row.module_units)
         table.add_row(
-            row.setting.name,
+            Text(row.setting.name),
             f"{trace.peak / 2**20:.0f}",
             f"{100 * plan.memory_ratio(row):.0f}",
             *(f"{trace.parts[part] / 2**20:.0f}" for part in _HEADINGS),
@@ -57,7 +58,7 @@ def processes_table(plan: Plan) -> RenderableType:
 
     def add(name: str, own: Processes, faster: float | None, against: float | None) -> None:
         table.add_row(
-            name,
+            Text(name),
             " | ".join(map(numbers, own.ranks)) + (f" x{own.replicas}" if own.replicas > 1 else ""),
             f"{own.peaks[own.largest] / 2**20:.0f}",
             str(own.largest),
@@ -83,7 +84,7 @@ def processes_table(plan: Plan) -> RenderableType:
 def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:
     """Draws memory over one training step, end-to-end above `row`'s local modules, as a PNG of 1400 x 900 pixels."""
     figure = Figure(figsize=(10, 6.4), dpi=140)
-    figure.suptitle(title, x=0.07, y=0.965, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(drawn(title), x=0.07, y=0.965, ha="left", fontsize=11, fontweight="bold")
     grid = {"left": 0.07, "right": 0.86, "bottom": 0.09, "top": 0.86, "hspace": 0.32}
     above, below = figure.subplots(2, 1, sharex=True, sharey=True, gridspec_kw=grid)
     scale = plan.baseline.trace.seconds
@@ -92,7 +93,7 @@ def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:
     colors = [colormaps["viridis"](x) for x in np.linspace(0.05, 0.9, count)]
     _draw_step(below, row, scale, colors)
     above.set_title("end-to-end: the sum of all activations", loc="left", fontsize=9.5)
-    what = f"{count} local modules: the largest, not the sum" if count > 1 else row.setting.name
+    what = f"{count} local modules: the largest, not the sum" if count > 1 else drawn(row.setting.name)
     below.set_title(what, loc="left", fontsize=9.5)
     below.set_xlabel("expected time in a training step (end-to-end = 1)", fontsize=9, color="0.35")
     highest = max(plan.baseline.trace.peak, row.trace.peak) / 2**30

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from localprop.errors import printable
 from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
 from localprop.report.results import EpochRow
 
@@ -149,7 +150,7 @@ class Progress:
 
     def note(self, line: str) -> None:
         """Prints a line, above the live display where there is one."""
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(printable(line)), soft_wrap=True)
 
     def _plain_line(self, row: EpochRow) -> str:
         memory = format_bytes(row.peak_memory) if row.peak_memory else ""

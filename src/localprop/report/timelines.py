@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from localprop.files import written_aside
+from localprop.report.texts import drawn
 from localprop.timeline import KINDS, WAITING, Lane, Span, Timeline
 
 STEPS = 10
@@ -47,7 +48,7 @@ def draw_timeline(path: Path, timeline: Timeline, title: str) -> None:
     lanes = timeline.lanes
     height = 1.55 + 0.55 * len(lanes)
     figure = Figure(figsize=(10, height), dpi=140)
-    figure.suptitle(title, x=0.012, y=1 - 0.14 / height, ha="left", va="top", fontsize=11, fontweight="bold")
+    figure.suptitle(drawn(title), x=0.012, y=1 - 0.14 / height, ha="left", va="top", fontsize=11, fontweight="bold")
     axes = figure.add_axes((0.15, 0.5 / height, 0.76, 0.55 * len(lanes) / height))
     axes.set_xlim(0, 1000 * (end - begin))
     axes.set_ylim(len(lanes) - 0.5, -0.5)
@@ -131,8 +132,11 @@ def _label(axes: Axes, timeline: Timeline, steady: range) -> None:
     axes.spines["bottom"].set_color("0.75")
     axes.tick_params(colors="0.35", labelsize=8.5, length=0)
     axes.set_xlabel("milliseconds", fontsize=9, color="0.35")
-    names = [lane.name.partition(":")[0].replace(", replica", "\nreplica") for lane in timeline.lanes]
-    axes.set_yticks(range(len(names)), [f"rank {rank}\n{name}" for rank, name in enumerate(names)])
+    names = [drawn(lane.name.partition(":")[0]).replace(", replica", "\nreplica") for lane in timeline.lanes]
+    axes.set_yticks(
+        range(len(names)),
+        [f"rank {rank}\n{name}" for rank, name in enumerate(names)],
+    )
     # The row's name stands where no lane is.
     place: dict[str, Any] = {
         "xycoords": ("axes fraction", "data"),
