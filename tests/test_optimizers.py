@@ -1,5 +1,6 @@
 """Optimizers by name: parameter groups, low-bit states of torchao; schedules."""
 
+import importlib
 import math
 import sys
 from dataclasses import replace
@@ -13,10 +14,11 @@ from checkpoint_states import bits
 from localprop.checkpoint import load_checkpoint, save_checkpoint
 from localprop.config import OptimConfig
 from localprop.errors import ConfigError
-from localprop.optimizers import LOW_BIT, create_optimizer, create_scheduler
+from localprop.optimizers import LOW_BIT, create_optimizer, create_scheduler, fill_tables
+from localprop.simulation import simulate_step
 from localprop.state import TrainingState
 from localprop.tracing import fake_copy
-from tiny import batch, split
+from tiny import SIZE, batch, split
 
 CPU = torch.device("cpu")
 CONFIG = OptimConfig(epochs=4, lr=1e-2, sched="cosine", warmup_epochs=0)
@@ -87,6 +89,19 @@ def test_low_bit_optimizers_learn(torchao, opt):
     assert all(losses[-1] < losses[0])
     assert type(state.lr) is float
     assert state.lr < CONFIG.lr  # the schedule reaches it
+
+
+@pytest.mark.parametrize("opt", LOW_BIT)
+def test_a_simulation_before_training_changes_nothing(torchao, opt):
+    before = steps(training(opt), 4)
+    # As in a new process, which simulates a step before the first real one.
+    fill_tables.cache_clear()
+    for name in ("subclass_8bit", "subclass_4bit"):
+        for function in vars(importlib.import_module(f"torchao.optim.{name}")).values():
+            getattr(function, "cache_clear", int)()
+    simulate_step(split("swin"), replace(CONFIG, opt=opt), 4, SIZE)
+    for a, b in zip(before, steps(training(opt), 4), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_eight_bits_take_the_same_path_as_thirty_two(torchao):

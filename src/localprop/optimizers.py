@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from localprop.errors import ConfigError, suggestion
 SCHEDULERS = ("cosine", "tanh", "constant", "poly", "wsd", "rsqrt", "none")
 LOW_BIT = {"adamw8bit": "AdamW8bit", "adamw4bit": "AdamW4bit", "adam8bit": "Adam8bit", "adam4bit": "Adam4bit"}
 """Flag to class of torchao: Adam whose moments take 8 or 4 bits, in tensors of 4096 elements and more."""
+_LOW_BIT_FROM = 4096
 
 
 def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -65,6 +67,20 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, step
         updates_per_epoch=1,
     )
     return scheduler
+
+
+@cache
+def fill_tables(opt: str) -> None:
+    """Steps an optimizer once on real tensors, if it is a low-bit one; call it before it steps on fake ones.
+
+    torchao computes the tables by which it quantizes at the first step, and keeps them: of fake tensors they would be
+    without meaning, for every later optimizer of the process.
+    """
+    if opt in LOW_BIT:
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.zeros(1, _LOW_BIT_FROM))  # no random numbers are drawn for it
+        module.weight.grad = torch.zeros_like(module.weight)
+        _low_bit(module, OptimConfig(opt=opt)).step()
 
 
 def _low_bit(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

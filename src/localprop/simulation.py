@@ -22,6 +22,7 @@ from localprop.constants import KeepConstants
 from localprop.errors import LocalpropError, PlanError
 from localprop.memory import plain_tensors, total_bytes
 from localprop.network import LocalNetwork
+from localprop.optimizers import fill_tables
 from localprop.state import TrainingState
 from localprop.tracing import fake_copy
 from localprop.tracking import MACHINES, Tracker
@@ -126,6 +127,7 @@ def fake_training(
 
     Gives the state, what watches it, and a function that makes a batch as it comes to the first of the `modules`.
     """
+    fill_tables(config.opt)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = device if device in MACHINES else "cpu"
     tracker = Tracker(MACHINES[device])
@@ -135,7 +137,8 @@ def fake_training(
     try:
         fake = fake_copy(net, mode).train()
         assert isinstance(fake, LocalNetwork)
-        with mode, KeepConstants(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        fake.train_module = _keeping_constants(fake.train_module)  # type: ignore[method-assign]
+        with mode, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # Copies for a moving average ask for the address of tensors that have none.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             with mixed:
@@ -155,6 +158,15 @@ def fake_training(
         raise PlanError(f"memory cannot be predicted: {type(error).__name__}: {line}") from error
 
 
+def _keeping_constants(train_module: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    # Of the modules only: an optimizer may keep the tables that it makes for its next, real step.
+    def run(*args: Any, **kwargs: Any) -> Tensor | None:
+        with KeepConstants():
+            return train_module(*args, **kwargs)
+
+    return run
+
+
 def _arrivals(
     net: LocalNetwork, batch_size: int, input_size: tuple[int, int, int], modules: range | None
 ) -> Callable[[], Carry]:
@@ -163,7 +175,7 @@ def _arrivals(
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
     first, context = torch.empty(batch_size, *input_size, dtype=dtype), dict[str, Any]()
     features = first
-    with torch.no_grad():
+    with torch.no_grad(), KeepConstants():
         for module in net.local_modules[: own.start]:
             features = module(features, context)
     wanted = {name for module in net.local_modules[own.start :] for name in module.reads}
