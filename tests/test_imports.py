@@ -146,7 +146,7 @@ def test_the_guards_that_the_design_names_exist():
         assert f"\ndef {test}(" in path.read_text(), f"{file}.py has no {test}"
 
 
-LINKING = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/guide.md", "docs/parallel.md"]
+LINKING = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/guide.md", "docs/parallel.md", "docs/security.md"]
 
 
 @pytest.mark.parametrize("path", LINKING)
