@@ -15,6 +15,7 @@ from PIL import Image
 
 from localprop.config import DataConfig
 from localprop.data import folder, load_data
+from localprop.data.workers import batches_of
 from localprop.errors import DataError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -108,6 +109,23 @@ def test_after_an_unexpected_error_the_process_ends_and_so_do_workers_that_hang(
     # At once; but there may be much else to do on this machine.
     assert os.waitstatus_to_exitcode(int(answer(cases))) == 1
     assert are_gone(workers)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+def test_interpreters_of_workers_run_no_code_of_the_current_folder(tmp_path, monkeypatch):
+    """multiprocessing starts them so where it does not fork, and gives them the path of this process afterwards."""
+    monkeypatch.chdir(tmp_path)
+    Path("pickle.py").write_text("open('ran', 'w')")
+    environment = dict(os.environ)
+
+    class Loader:
+        def __iter__(self):
+            subprocess.run([sys.executable, "-c", "from multiprocessing import spawn"], check=True)
+            return iter([])
+
+    assert list(batches_of(Loader())) == []
+    assert not Path("ran").exists()
+    assert dict(os.environ) == environment
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel of Linux alone ends them")

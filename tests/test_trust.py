@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from localprop import commands
 from localprop.bench import Runner, load_suite
 from localprop.cli import main
 from localprop.errors import ConfigError
@@ -248,3 +250,27 @@ def test_a_run_folder_decides_no_place_and_starts_no_processes(run, capsys):
         change(other, **setting)
         assert main(["train", "--resume", str(other)]) == 2
         assert "is not what a run is, only where it runs; remove that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["bench", "suite.yaml"], ["train", "--data", "folder:nothing", "--parallel", "data", "--nproc", "1"]],
+    ids=["bench", "nproc"],
+)
+def test_processes_run_no_code_of_the_current_folder(here, capfd, words):
+    for name in ("tyro", "torch", "timm", "localprop", "importlib"):
+        Path(f"{name}.py").write_text("from pathlib import Path\nPath('ran').touch()\nraise SystemExit(5)\n")
+    Path("suite.yaml").write_text("settings: {data: cifar10, data_dir: nothing}\nruns: [{method: greedy}]")
+    assert main(words) == 2
+    assert not Path("ran").exists()
+    assert "nothing" in capfd.readouterr().err  # the process came as far as its data
+
+
+def test_a_process_runs_the_code_of_the_one_that_starts_it(here, monkeypatch):
+    package = here / "elsewhere" / "localprop"
+    package.mkdir(parents=True)
+    package.joinpath("__init__.py").touch()
+    package.joinpath("cli.py").write_text("import sys\ndef main():\n    print(*sys.argv)\n    return 7\n")
+    monkeypatch.setattr(commands, "_PACKAGE", package)
+    done = subprocess.run(commands.interpreter_words("train", "it's"), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "localprop train it's\n", "")

@@ -1,7 +1,23 @@
-"""Commands as a person types them: what messages print can be pasted into a shell."""
+"""Commands: those that messages print can be pasted into a shell, and those that localprop starts itself."""
 
 import shlex
+import sys
 from pathlib import Path
+
+# `python -m localprop` would look for every module in the current folder first, and that may be a stranger's.
+_START = """\
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+from importlib.util import find_spec
+found = find_spec("localprop")
+if found is None or found.origin != {origin!r}:
+    sys.path.insert(0, {folder!r})
+sys.argv[0] = "localprop"
+from localprop.cli import main
+sys.exit(main())
+"""
+_PACKAGE = Path(__file__).parent
 
 
 def command(*words: str | Path) -> str:
@@ -17,3 +33,12 @@ def resume_command(folder: Path, plugin: Path | None = None) -> str:
 def plugin_words(plugin: Path | None) -> list[str]:
     """The flag that names a plugin: a run's own files are not enough to run its code."""
     return ["--plugin", str(plugin)] if plugin else []
+
+
+def interpreter_words(*words: str | Path) -> list[str]:
+    """The words that start a localprop command in a process of its own, which runs no code of the current folder.
+
+    The process runs the same code of localprop as this one, wherever this one found it.
+    """
+    code = _START.format(origin=str(_PACKAGE / "__init__.py"), folder=str(_PACKAGE.parent))
+    return [sys.executable, "-c", code, *map(str, words)]

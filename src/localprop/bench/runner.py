@@ -4,7 +4,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from localprop.bench.collect import collect, differing, settings_in
 from localprop.bench.record import read_record, write_record
 from localprop.bench.suite import Suite, SuiteRun, check_run_name
-from localprop.commands import plugin_words
+from localprop.commands import interpreter_words, plugin_words
 from localprop.config import DataConfig
 from localprop.data import folder_identity, named_settings, require_same
 from localprop.errors import BenchError, DataError, LocalpropError
@@ -176,7 +175,7 @@ class Runner:
         cores = max(1, (os.cpu_count() or 1) // self.jobs)
         with os.fdopen(open_to_write(job.log, os.O_APPEND), "a") as log:
             job.process = subprocess.Popen(
-                [sys.executable, "-m", "localprop", "train", *flags],
+                interpreter_words("train", *flags),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

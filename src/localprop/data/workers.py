@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import get_temp_dir
@@ -55,7 +56,8 @@ def _started(loader: DataLoader, workers: set[BaseProcess]) -> Iterator[Any]:
     # Workers inherit this, until they ignore these signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_A_GROUP)
     try:
-        return iter(loader)
+        with _safe_path():
+            return iter(loader)
     finally:
         workers |= set(active_children()) - before
         _running.update(dict.fromkeys(workers, os.getpid()))
@@ -63,6 +65,24 @@ def _started(loader: DataLoader, workers: set[BaseProcess]) -> Iterator[Any]:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keeps the current folder, which may be a stranger's, off the path of interpreters that multiprocessing starts.
+
+    They get the path of this one, but only after they have imported modules of their own. Python 3.10 has no such
+    variable; it forks workers on Linux.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @atexit.register

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,7 +38,7 @@ class Children:
         When one fails, the others are ended. SIGTERM and SIGINT are passed on.
 
         Args:
-            command: the words after the interpreter.
+            command: its words.
             count: number of processes.
             folder: where they meet.
 
@@ -63,7 +62,7 @@ class Children:
         for rank in range(count):
             try:
                 self._running[rank] = subprocess.Popen(
-                    [sys.executable, *command],
+                    list(command),
                     stdin=subprocess.DEVNULL,
                     env=os.environ | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     pass_fds=(pipe,),

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from localprop.commands import resume_command
+from localprop.commands import interpreter_words, resume_command
 from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ParallelError
 from localprop.launched import described_ranks, last_word
@@ -44,7 +44,7 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="localprop-"))  # for its owner alone
     children = Children()
     try:
-        children.run(["-m", "localprop", "train", *argv], processes, folder)
+        children.run(interpreter_words("train", *argv), processes, folder)
         return _exit_code(children, folder, config.backbone.plugin)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
