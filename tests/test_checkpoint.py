@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -213,12 +214,48 @@ def test_same_state_gives_the_same_bytes_in_any_layout(tmp_path):
     }
 
 
-def test_only_some_parts_are_read_and_all_are_verified(tmp_path):
+def test_only_the_parts_that_are_asked_for_are_verified_and_read(tmp_path):
     path = save(tmp_path, 5)
     assert list(load_checkpoint(path, only=["module-1"]).parts) == ["module-1"]
     flip(path / "module-0.safetensors")
+    assert list(load_checkpoint(path, only=["module-1"]).parts) == ["module-1"]
     with pytest.raises(CheckpointError, match=r"module-0\.safetensors is damaged"):
-        load_checkpoint(path, only=["module-1"])
+        load_checkpoint(path, only=["module-0"])
+
+
+def test_processes_that_read_different_parts_take_the_same_checkpoint(tmp_path):
+    """One finds its part damaged, the other cannot take the next one over: both take the third."""
+    for step in (5, 10, 15):
+        save(tmp_path, step, keep=3)
+    flip(tmp_path / "step-00000015" / "module-0.safetensors")
+    both = threading.Barrier(2, timeout=30)
+    told, found, accepted = [None, None], [None, None], [[], []]
+
+    def run(rank):
+        def agree(reason):
+            told[rank] = reason
+            both.wait()
+            result = told[0] or told[1]
+            both.wait()
+            return result
+
+        def accept(checkpoint):
+            accepted[rank].append(checkpoint.step)
+            return "it is of another network" if rank and checkpoint.step == 10 else None
+
+        own = [f"module-{rank}"]
+        found[rank] = newest_checkpoint(tmp_path, only=own, accept=accept, agree=agree)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert accepted == [[10, 5], [10, 5]]
+    assert [checkpoint.step for checkpoint, _ in found] == [5, 5]
+    for _, lines in found:
+        assert "module-0.safetensors is damaged" in lines[0]
+        assert lines[1].endswith("step-00000010: it is of another network")
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum")

@@ -95,7 +95,8 @@ def test_a_name_is_free_again_where_a_run_died_at_once(tmp_path):
         create_run_folder(config)
 
 
-def test_a_second_process_on_a_run_folder_is_refused(tmp_path, capsys):
+def test_a_second_process_on_a_run_folder_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("localprop.running.prepare", lambda *_, **__: pytest.fail("it loads data"))
     run = Path(shutil.copytree(RUN_OF_0_1, tmp_path / "run"))
     files = sorted(run.rglob("*"))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -116,7 +117,7 @@ def test_a_lock_is_never_opened_through_a_link(tmp_path):
     victim.write_text("precious")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).symlink_to(victim)
-    with pytest.raises(CheckpointError, match="it is a link"):
+    with pytest.raises(CheckpointError, match="is a link"):
         FolderLock(tmp_path / "run")
     assert victim.read_text() == "precious"
 

@@ -6,6 +6,7 @@ Each either works or gives one line that names the file; a bad newest checkpoint
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -17,11 +18,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bench_records import make_record
 from localprop import runfolder
 from localprop.bench import load_suite
-from localprop.bench.collect import collect
+from localprop.bench.collect import _finite, collect
 from localprop.bench.groups import tasks_of
-from localprop.bench.record import read_record, read_records
+from localprop.bench.record import read_record, read_records, write_record
 from localprop.bench.report import how_measured, task_sections, write_report
 from localprop.bench.suite import SuiteRun
 from localprop.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -32,7 +34,7 @@ from localprop.evaluation import export_run
 from localprop.experiment import prepare
 from localprop.flat import from_flat, to_flags
 from localprop.provenance import provenance
-from localprop.report import read_losses, read_results
+from localprop.report import LossCurve, read_losses, read_results, write_results
 from localprop.runfolder import note_resumption, read_config, read_description
 from localprop.state import TrainingState
 from localprop.trainer import Trainer
@@ -462,3 +464,30 @@ def test_a_bad_newest_checkpoint_is_passed_over_by_eval_too(trainer, newest, cap
 
 def test_defaults_are_settings_that_can_be_read():
     assert from_flat({}, "nothing") == TrainConfig()
+
+
+def test_what_a_run_with_a_skipped_step_writes_can_be_read_again(tmp_path, trainer, newest):
+    """With a loss scale, a step whose loss overflows is skipped: its loss is recorded as it is."""
+    curve = LossCurve(steps=2, modules=2)
+    for step, losses in ((1, [math.nan, math.inf]), (2, [1.0, 2.0])):
+        curve.add(step, losses, 0.1, 0.1)
+    curve.write(tmp_path / "losses.csv")
+    assert math.isnan(read_losses(tmp_path / "losses.csv")[0][3])
+    again = LossCurve(steps=2, modules=2)
+    again.load(curve.state())
+    assert str(again.rows) == str(curve.rows)
+    rows = read_results(FIXTURES / "run-0.1-finished" / "results.csv")
+    rows[-1] = replace(rows[-1], train_losses=(math.inf, 1.0), test_loss=math.nan)
+    write_results(tmp_path / "results.csv", rows)
+    assert str(read_results(tmp_path / "results.csv")) == str(rows)
+    checkpoint = load_checkpoint(newest)
+    checkpoint.meta["position"]["loss_sums"][0] = math.nan
+    assert trainer._accept(checkpoint) is None
+
+
+def test_the_record_of_a_run_with_any_seed_and_loss_can_be_read(tmp_path):
+    record = make_record(seed=-5)
+    record.result["loss"] = _finite(math.nan)
+    write_record(tmp_path / "a.json", record)
+    assert read_record(tmp_path / "a.json").config["seed"] == -5
+    assert read_record(tmp_path / "a.json").result["loss"] is None

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,9 +195,8 @@ def load_checkpoint(
     Args:
         path: the checkpoint's folder.
         device: where the tensors go.
-        only: names of the parts to read (default: all). All are verified, so that processes that read
-            different parts agree on what is valid.
-        flaw: says of a part, given by its name, what is wrong with it; None if nothing is. It sees all parts.
+        only: names of the parts to verify and read (default: all).
+        flaw: says of a part, given by its name, what is wrong with it; None if nothing is.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a part has a flaw; the line names it.
@@ -208,16 +207,12 @@ def load_checkpoint(
         _verify(path / MANIFEST, sums)
         manifest = _read_manifest(path)
         files = [path / name for name in manifest["parts"]]
+        files = [file for file in files if only is None or file.stem in only]
         for file in files:
             _verify(file, sums)
-        parts: dict[str, Any] = {}
-        for file in files:
-            wanted = only is None or file.stem in only
-            if wanted or flaw:
-                part = {file.stem: _read_part(file, device if wanted else "cpu")}
-                if flaw and (reason := flaw(part)):
-                    raise CheckpointError(f"{path}: {reason}; resume from another checkpoint")
-                parts |= part if wanted else {}
+        parts = {file.stem: _read_part(file, device) for file in files}
+        if flaw and (reason := flaw(parts)):
+            raise CheckpointError(f"{path}: {reason}; resume from another checkpoint")
         meta = join(manifest["meta"], {})
     except Malformed as error:
         raise CheckpointError(f"{path} is damaged: {error}; resume from another checkpoint") from None
@@ -235,8 +230,12 @@ def newest_checkpoint(
     only: Collection[str] | None = None,
     flaw: Callable[[dict[str, Any]], str | None] | None = None,
     accept: Callable[[Checkpoint], str | None] | None = None,
+    agree: Callable[[str | None], str | None] = lambda reason: reason,
+    names: Sequence[str] | None = None,
 ) -> tuple[Checkpoint | None, list[str]]:
     """Reads the newest valid checkpoint of `folder`.
+
+    Several processes that read their parts of it call this together, and all take the same one.
 
     Args:
         folder: holds the checkpoints of one run.
@@ -244,20 +243,31 @@ def newest_checkpoint(
         only: names of parts.
         flaw: says of a part what is wrong with it.
         accept: takes a checkpoint over, or says why it cannot be.
+        agree: given why this process cannot take a checkpoint, or None, says why any process cannot.
+        names: of the checkpoints to try, in this order (default: all, the newest first).
 
     Returns:
         It, or None, and for each newer one that was passed over a line that says why.
     """
     passed_over: list[str] = []
-    for path in _newest_first(folder):
+    for name in checkpoint_names(folder) if names is None else names:
         try:
-            checkpoint = load_checkpoint(path, device, only, flaw)
-            if accept is None or not (reason := accept(checkpoint)):
-                return checkpoint, passed_over
-            passed_over.append(f"{path}: {reason}")
+            checkpoint, reason = load_checkpoint(folder / name, device, only, flaw), None
         except CheckpointError as error:
-            passed_over.append(str(error))
+            checkpoint, reason = None, str(error)
+        reason = agree(reason)
+        if checkpoint and not reason and accept:
+            reason = accept(checkpoint)
+            reason = agree(reason and f"{folder / name}: {reason}")
+        if checkpoint and not reason:
+            return checkpoint, passed_over
+        passed_over.append(str(reason))
     return None, passed_over
+
+
+def checkpoint_names(folder: Path) -> list[str]:
+    """Names of the checkpoints in `folder`, valid or not, the newest first."""
+    return [path.name for path in _newest_first(folder)]
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -135,6 +135,8 @@ def _plan(argv: Sequence[str]) -> int:
     for path in (config.picture, config.json):
         if path and not path.resolve().parent.is_dir():
             raise ConfigError(f"{path} cannot be written: there is no folder {path.resolve().parent}; make it first")
+        if path and path.exists() and not path.is_file():  # such as /dev/stdout, which must not be replaced
+            raise ConfigError(f"{path} is no regular file; name a file to write")
     console = Console()
     with console.status("") as status:
         result, title = plan_model(config, lambda setting: status.update(f"simulating {setting.name} ..."))

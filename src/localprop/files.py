@@ -58,7 +58,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         sync(temporary / path.name)
         os.replace(temporary / path.name, path)
         sync(path.parent)
-        shutil.rmtree(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)  # the file is in its place: what stays is removed another time
     _remove_forgotten(path)
 
 

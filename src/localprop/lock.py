@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from localprop.errors import CheckpointError
+from localprop.files import open_to_write
 
 LOCK = ".lock"
 # Some file systems of clusters have no locks at all.
@@ -56,12 +57,7 @@ class FolderLock:
         os.close(self._file)
 
     def _acquire(self) -> None:
-        try:
-            # A link put there by somebody else is not followed.
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            cause = "it is a link" if error.errno == errno.ELOOP else error.strerror
-            raise CheckpointError(f"cannot lock {self._path}: {cause}; choose another folder") from None
+        self._file = open_to_write(self._path)
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

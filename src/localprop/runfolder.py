@@ -26,6 +26,7 @@ from localprop.reading import (
     MAPPING,
     NULL,
     NUMBER,
+    PERCENT,
     POSITIVE,
     TEXT,
     Kind,
@@ -64,6 +65,7 @@ _DESCRIPTION = {
     "provenance": _PROVENANCE,
     "resumed_with?": [_PROVENANCE],
     "plugin?": {"path": TEXT, "sha256": TEXT},
+    "test?": {"images": POSITIVE, "accuracy": PERCENT},
     "job?": TEXT,
 }
 # Where a run runs, not what it is: it may be resumed elsewhere.
@@ -137,9 +139,9 @@ def left_by(job: str, config: TrainConfig) -> Path | None:
     try:
         named = config.run.experiment
         folder = config.run.output / named if named else newest_run(config.run.output)
-        same = read_description(folder).get("job") == job and (folder / CONFIG).read_text() == _settings(config)
+        same = read_description(folder).get("job") == job and read_text(folder / CONFIG) == _settings(config)
         return folder if same else None
-    except (LocalpropError, OSError):
+    except (LocalpropError, OSError, Malformed):
         return None
 
 
@@ -157,8 +159,6 @@ def data_of_run(folder: Path, data: Data) -> tuple[Data, list[str]]:
         DataError: they are not those that the run began with.
         CheckpointError: run.json is damaged.
     """
-    if not (folder / RUN).exists():  # it ended before it began
-        return data, []
     description = read_description(folder)
     notes = _compare(folder, description, data)
     evaluation, _ = evaluation_of(folder, description)
@@ -238,11 +238,7 @@ def tested_before(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: run.json is missing or damaged.
     """
-    found = read_description(folder).get("test")
-    known = found or {"images": 0, "accuracy": 0}
-    if not (isinstance(known, dict) and all(isinstance(known.get(key), int | float) for key in ("images", "accuracy"))):
-        raise CheckpointError(f"{folder / RUN} is damaged in what it says of test images: {found!r}")
-    return found
+    return read_description(folder).get("test")
 
 
 def note_resumption(folder: Path) -> None:

@@ -5,7 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from localprop import advice
 from localprop.checkpoint import has_checkpoint
 from localprop.commands import resume_command
 from localprop.config import TrainConfig, require_equal_parts
-from localprop.data import Data
 from localprop.errors import (
+    CheckpointError,
     ConfigError,
     LocalpropError,
     NonFiniteLossError,
@@ -86,27 +86,35 @@ def run(config: TrainConfig, resumed: Path | None) -> int:
 
 
 def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
-    console = Console()
-    experiment, notes = _prepare(config, resumed, console)
+    with ExitStack() as locks:
+        # Before anything is loaded: what the folder holds must not change meanwhile.
+        lock = locks.enter_context(FolderLock(resumed)) if resumed else None
+        return _run_locked(config, resumed, lock, locks)
+
+
+def _run_locked(config: TrainConfig, resumed: Path | None, lock: FolderLock | None, locks: ExitStack) -> int:
+    """Trains in this process alone; `lock` is on the folder that is resumed, and `locks` takes that of a new one."""
+    console, anew = Console(), resumed is None or is_unbegun(resumed)
+    experiment, notes = _prepare(config, resumed, anew, console)
     config = experiment.config
     net = experiment.localize()
     headroom = advice.Headroom(experiment)
     predicted, warning = advice.predict(experiment, net, headroom)
     state = TrainingState(net, config.optim, _steps(experiment), experiment.device)
     folder = resumed or create_run_folder(config)
-    with FolderLock(folder) as lock:
-        data = experiment.data
-        trainer = Trainer(state, data, config, folder, experiment.device, experiment.title, predicted, lock=lock)
-        notes += _begin(trainer, experiment, resumed is None or is_unbegun(folder), resumed)
-        _announce(console, experiment, net, folder, str(experiment.device))
-        try:
-            _train(trainer, experiment, console, [*notes, *warning])
-        except Interrupted as stop:
-            _tell_how_to_resume(stop, trainer)
-            return stop.exit_code
-        except MemoryError as error:
-            del trainer, state, net
-            raise headroom.explain(error, predicted) from None
+    lock = lock or locks.enter_context(FolderLock(folder))
+    data, device = experiment.data, experiment.device
+    trainer = Trainer(state, data, config, folder, device, experiment.title, predicted, lock=lock)
+    notes += _begin(trainer, experiment, anew, resumed)
+    _announce(console, experiment, net, folder, str(device))
+    try:
+        _train(trainer, experiment, console, [*notes, *warning])
+    except Interrupted as stop:
+        _tell_how_to_resume(stop, trainer)
+        return stop.exit_code
+    except MemoryError as error:
+        del trainer, state, net
+        raise headroom.explain(error, predicted) from None
     return 0
 
 
@@ -142,7 +150,8 @@ def _tell_how_to_resume(stop: Interrupted, trainer: Trainer) -> None:
 
 def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     placed = replace(config, run=replace(config.run, device=str(job.device)))
-    experiment, notes = _prepare(placed, resumed, Console(quiet=job.rank > 0))
+    anew = job.gather(resumed is None or is_unbegun(resumed))[0]
+    experiment, notes = _prepare(placed, resumed, anew, Console(quiet=job.rank > 0))
     experiment = replace(experiment, config=replace(experiment.config, run=config.run))
     config = experiment.config
     if line := difference(job.gather(data_facts(experiment.data.identity))):
@@ -153,7 +162,7 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     stage = PipelineStage(job, layout, net, config.run.trace)
     names = [_describe(net, layout, rank) for rank in range(job.size)]
     with _blamed(job, names):
-        trainer, more = _set_up(experiment, net, layout, stage, resumed, job)
+        trainer, more = _set_up(experiment, net, layout, stage, resumed, anew, job)
         if job.rank == 0:
             describe_ranks(Ranks(names, str(trainer.folder), str(trainer.folder / CHECKPOINTS)))
     # What all processes would say, one does; an image that cannot be read is told of by who reads it.
@@ -178,7 +187,13 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
 
 
 def _set_up(
-    experiment: Experiment, net: LocalNetwork, layout: Layout, stage: PipelineStage, resumed: Path | None, job: Job
+    experiment: Experiment,
+    net: LocalNetwork,
+    layout: Layout,
+    stage: PipelineStage,
+    resumed: Path | None,
+    anew: bool,
+    job: Job,
 ) -> tuple[Trainer, list[str]]:
     """What trains in this process, at the place where the run goes on; and lines for the user."""
     config, device = experiment.config, experiment.device
@@ -186,10 +201,17 @@ def _set_up(
     if not stage.needs_images:
         experiment.data.release()
     state = TrainingState(net, config.optim, _steps(experiment), device, stage.modules, stage.average, stage.doing)
-    found = _folder(config, experiment.data, resumed, job) if stage.reports else None
-    name, anew = job.gather(found)[layout.reporter]
+    lock = None
+    if stage.reports:
+        left = left_by(job.name, config) if job.attempt and not resumed else None
+        lock = FolderLock(resumed or left or create_run_folder(config))
+        if left and not is_unbegun(left):
+            anew = False
+            data_of_run(left, experiment.data)
+        if resumed and is_unbegun(resumed) != anew:
+            raise CheckpointError(f"another process has used {resumed} meanwhile; start the same command again")
+    name, anew = job.gather([str(lock.folder), anew] if lock else None)[layout.reporter]
     folder = Path(name)
-    lock = FolderLock(folder) if stage.reports else None
     trainer = Trainer(state, experiment.data, config, folder, device, experiment.title, predicted, stage, lock)
     return trainer, notes + _begin(trainer, experiment, anew, resumed, job.name)
 
@@ -235,11 +257,10 @@ def _tell(error: LocalpropError, job: Job) -> int:
     return 1 if lost else 2
 
 
-def _prepare(config: TrainConfig, resumed: Path | None, console: Console) -> tuple[Experiment, list[str]]:
-    begun = resumed is not None and not is_unbegun(resumed)
-    experiment = prepare(config, weights=not begun)
+def _prepare(config: TrainConfig, resumed: Path | None, anew: bool, console: Console) -> tuple[Experiment, list[str]]:
+    experiment = prepare(config, weights=anew)
     notes = experiment.data.notes
-    if resumed and begun:
+    if resumed and not anew:
         data, more = data_of_run(resumed, experiment.data)
         experiment, notes = replace(experiment, data=data), notes + more
     if not config.local.budget or resumed:
@@ -285,16 +306,6 @@ def _predict(experiment: Experiment, net: LocalNetwork, layout: Layout, job: Job
     return peaks[rank], [
         f"peak memory of a step: {format_bytes(peaks[rank])} at most in a process, rank {rank} (predicted)"
     ]
-
-
-def _folder(config: TrainConfig, data: Data, resumed: Path | None, job: Job) -> tuple[str, bool]:
-    """The run folder, and whether there is no checkpoint in it to return to."""
-    left = left_by(job.name, config) if job.attempt and not resumed else None
-    folder = resumed or left or create_run_folder(config)
-    anew = is_unbegun(folder)
-    if left and not anew:
-        data_of_run(left, data)
-    return str(folder), anew
 
 
 def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:

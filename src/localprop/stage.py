@@ -93,6 +93,10 @@ class Stage:
         """Why some process cannot take a checkpoint over, whose `reason` is given; None if all can."""
         return reason
 
+    def shared(self, names: list[str]) -> list[str]:
+        """The names that the process which reports has: another may not see the same files yet."""
+        return names
+
     def highest(self, peak: int | None) -> int | None:
         """The largest `peak` memory of a process, in bytes; None if none is known."""
         return peak

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from localprop.carry import Carry
-from localprop.checkpoint import Checkpoint, newest_checkpoint, save_weights
+from localprop.checkpoint import Checkpoint, checkpoint_names, newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
 from localprop.errors import CheckpointError, listing
@@ -22,7 +22,7 @@ from localprop.gauge import Gauge
 from localprop.lock import FolderLock
 from localprop.memory import is_out_of_memory
 from localprop.metrics import Scores, Tally, count_hits
-from localprop.reading import AMOUNT, COUNT, NULL, NUMBER, TEXT, Malformed, check
+from localprop.reading import AMOUNT, COUNT, LOSS, NULL, TEXT, Malformed, check
 from localprop.report import EpochRow, LossCurve, Progress, draw_curves, read_results, write_results
 from localprop.seeding import derive_seed
 from localprop.stage import Stage
@@ -38,7 +38,7 @@ _POSITION = {
     "batch": COUNT,
     "seconds": AMOUNT,
     "epoch_seconds": AMOUNT,
-    "loss_sums": [NUMBER],
+    "loss_sums": [LOSS],
     "peak": (COUNT, NULL),
     "layout": TEXT,
 }
@@ -135,8 +135,14 @@ class Trainer:
         if self.stage.reports:
             remove_leftovers(self.folder)
         own = [part_name(k) for k in self.stage.modules]
+        place = self.folder / CHECKPOINTS
         checkpoint, notes = newest_checkpoint(
-            self.folder / CHECKPOINTS, only=own, flaw=self.state.flaw, accept=self._accept
+            place,
+            only=own,
+            flaw=self.state.flaw,
+            accept=self._accept,
+            agree=self.stage.agree,
+            names=self.stage.shared(checkpoint_names(place)),
         )
         if checkpoint is None:
             reasons = f" ({listing(notes)})" if notes else ""
@@ -154,16 +160,16 @@ class Trainer:
         return [*notes, f"resumed from {checkpoint.path}, at {where}"]
 
     def _accept(self, checkpoint: Checkpoint) -> str | None:
-        """Takes a checkpoint over; says what is wrong with it, here or in another process, where it cannot be."""
-        reason = None
+        """Takes a checkpoint over; says what is wrong with it where it cannot be."""
         try:
             self.position = self._position(checkpoint)
+            self.curve = LossCurve(self.curve.steps, self.curve.modules)  # without what a bad checkpoint has left
             if "curve" in checkpoint.meta:
                 self.curve.load(checkpoint.meta["curve"])
             self.state.load(checkpoint.parts, checkpoint.step)
         except (Malformed, CheckpointError) as error:
-            reason = str(error)
-        return self.stage.agree(reason)
+            return str(error)
+        return None
 
     def _position(self, checkpoint: Checkpoint) -> Position:
         """Where the run stood; raises a Malformed where it cannot have stood there."""

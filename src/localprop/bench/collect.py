@@ -1,5 +1,6 @@
 """From a finished run folder to its record."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,11 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
             "accuracy": None if meaningless else last.accuracy,
             "module_accuracies": [None if meaningless else value for value in last.test_accuracies],
             "top5": None if meaningless else last.test_top5,
-            "loss": last.test_loss,
+            "loss": _finite(last.test_loss),
             "epochs": last.epoch,
             "steps": last.step,
             **({"test": description["test"]} if "test" in description else {}),
-            "curve": {"step": [int(row[0]) for row in losses], "loss": [row[3:] for row in losses]},
+            "curve": {"step": [int(row[0]) for row in losses], "loss": [list(map(_finite, row[3:])) for row in losses]},
         },
         cost=_cost(rows, losses) | {"jobs": jobs, "device": description["device"]},
         network={key: description[key] for key in ("model", "model_kwargs", "modules", "parameters")}
@@ -87,6 +88,11 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
         config=settings_in(folder, run),
         provenance=description["provenance"] | {"resumed_with": description.get("resumed_with", [])},
     )
+
+
+def _finite(loss: float | None) -> float | None:
+    """A loss as JSON can hold it; None for one that overflowed in a step that the loss scale skipped."""
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _cost(rows: list[EpochRow], losses: list[list[float]]) -> dict[str, Any]:

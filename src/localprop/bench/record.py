@@ -21,6 +21,7 @@ from localprop.reading import (
     PERCENT,
     POSITIVE,
     TEXT,
+    WHOLE,
     Malformed,
     check,
     parse_json,
@@ -73,7 +74,7 @@ _SHAPE = {
         "img_size": POSITIVE,
         "classes": COUNT,
     },
-    "config": {"method": TEXT, "seed": COUNT},
+    "config": {"method": TEXT, "seed": WHOLE},
     "provenance": {**_PROVENANCE, "resumed_with?": [_PROVENANCE]},
 }
 

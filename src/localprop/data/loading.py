@@ -50,10 +50,6 @@ def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_s
         ConfigError: the name is unknown, or a setting has no meaning for it.
         DataError: the data are missing, damaged or inconsistent.
     """
-    if config.hflip is not None and not 0 <= config.hflip <= 1:
-        raise ConfigError(f"--hflip is {config.hflip}; a chance is between 0 and 1")
-    if not 0 <= config.val_split < 1:
-        raise ConfigError(f"--val-split is {config.val_split}; it must be at least 0 and below 1")
     if config.data.startswith(FOLDER):
         return _load_folder(config, img_size or default_img_size, seed)
     if config.data not in NAMED:
@@ -113,14 +109,15 @@ def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
 
 
 def _opened(root: Path, found: Listing, config: DataConfig, img_size: int | None, seed: int) -> Data:
-    # Images that are held out have their part in how all are held, so that a split changes nothing else.
-    sizes = small_sizes(found.train + (found.test if config.val_split or not found.train else []))
-    test_sizes = small_sizes(found.test) if sizes is not None else None
+    train_sizes = small_sizes(found.train)
+    test_sizes = small_sizes(found.test) if train_sizes is not None else None
     final_sizes = small_sizes(found.final) if test_sizes is not None else None
     stores: Sequence[StreamStore] | Sequence[MemoryStore]
-    if sizes is None or test_sizes is None or final_sizes is None:
+    if train_sizes is None or test_sizes is None or final_sizes is None:
         stores = _streamed(root, found, config, img_size or _USUAL_SIDE, seed)
     else:
+        # Images that are held out have their part in how all are held, so that a split changes nothing else.
+        sizes = train_sizes | test_sizes if config.val_split or not found.train else train_sizes
         stores = _held(found, config, img_size, seed, sizes, [test_sizes, final_sizes])
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     name, identity, store = root.resolve().name, _identity(root, found), stores[0]

@@ -175,6 +175,10 @@ class PipelineStage(Stage):
         """See `Stage.agree`."""
         return next((other for other in self._job.gather(reason) if other), None)
 
+    def shared(self, names: list[str]) -> list[str]:
+        """See `Stage.shared`."""
+        return self._job.gather(names)[self._layout.reporter]
+
     def highest(self, peak: int | None) -> int | None:
         """See `Stage.highest`."""
         return max(filter(None, self._job.gather(peak)), default=None)

@@ -9,11 +9,11 @@ from typing import Any
 
 from localprop.errors import CheckpointError
 from localprop.files import written_aside
-from localprop.reading import AMOUNT, COUNT, NUMBER, Malformed, check, read_text
+from localprop.reading import AMOUNT, COUNT, LOSS, Malformed, check, read_text
 
 MOMENTS = 100
 COLUMNS = ("step", "seconds_per_step", "processor_seconds_per_step")  # before a column for each module
-_STATE = {"rows": [[NUMBER]], "count": COUNT, "seconds": AMOUNT, "processor": AMOUNT, "sums": [NUMBER]}
+_STATE = {"rows": [[LOSS]], "count": COUNT, "seconds": AMOUNT, "processor": AMOUNT, "sums": [LOSS]}
 
 
 @dataclass
@@ -98,7 +98,7 @@ def read_losses(path: Path) -> list[list[float]]:
         width = len(next(table, COLUMNS))
         for cells in table:
             rows.append([float(cell) for cell in cells])
-            check(rows[-1], [NUMBER])
+            check(rows[-1][: len(COLUMNS)], [AMOUNT])
             if len(cells) != width or width <= len(COLUMNS) or rows[-1][0] <= (rows[-2][0] if len(rows) > 1 else 0):
                 raise ValueError
     except (ValueError, csv.Error):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from localprop.errors import CheckpointError
 from localprop.files import written_aside
-from localprop.reading import AMOUNT, COUNT, NULL, NUMBER, PERCENT, POSITIVE, Malformed, check, read_text
+from localprop.reading import AMOUNT, COUNT, LOSS, NULL, PERCENT, POSITIVE, Malformed, check, read_text
 
 COLUMNS_BEFORE = ("epoch", "step", "lr")
 COLUMNS_AFTER = ("test_top5", "test_loss", "images_per_second", "predicted_memory", "peak_memory", "seconds")
@@ -17,10 +17,10 @@ _ROW = {
     "epoch": POSITIVE,
     "step": POSITIVE,
     "lr": AMOUNT,
-    "train_losses": [NUMBER],
+    "train_losses": [LOSS],
     "test_accuracies": [(PERCENT, NULL)],
     "test_top5": (PERCENT, NULL),
-    "test_loss": (NUMBER, NULL),
+    "test_loss": (LOSS, NULL),
     "images_per_second": AMOUNT,
     "predicted_memory": (COUNT, NULL),
     "peak_memory": (COUNT, NULL),
