@@ -16,7 +16,7 @@ import torch
 
 from localprop.cli import main
 from localprop.errors import ParallelError
-from localprop.launched import Ranks, describe_ranks, leave_word
+from localprop.launched import Ranks, describe_ranks, leave_failure
 from localprop.parallel import Job
 from localprop.parallel.children import Children
 from ranks import CALM, LONG, MODULES, SECONDS, assert_same_run, flags, wait_for_step
@@ -91,7 +91,7 @@ def ending(monkeypatch, ended, word=None, run=None, saved=True, number=0, ended_
         if run:
             describe_ranks(Ranks(["module 1 of 2: a", "module 2 of 2: b"], str(run), str(checkpoints)))
         if word:
-            assert leave_word(word)
+            assert leave_failure(word)
         self.ended, self.signal, self.ended_by_us = ended, number, set(ended_by_us)
 
     monkeypatch.setattr(Children, "run", end)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from localprop.commands import interpreter_words
 from localprop.errors import ParallelError
 from localprop.parallel import loopback
 from localprop.parallel.loopback import loopback_interface
@@ -120,20 +121,29 @@ def test_nothing_listens_beyond_the_loopback_and_all_end_with_the_launcher(tmp_p
     assert [name for kind in ("localprop", "torchelastic", "pymp") for name in temporary.glob(f"{kind}*")] == []
 
 
-ORPHANED = """
+ABANDONED = """
 import multiprocessing, os, signal, time
 from pathlib import Path
 from localprop import launched
-launched._GRACE_SECONDS = 0.3
+launched._GRACE_SECONDS = 0.3  # of a job
 worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
 worker.start()
 Path("FOLDER.worker").write_text(str(worker.pid))
 reading, writing = os.pipe()
 os.environ |= {"LOCALPROP_JOB": "FOLDER", "LOCALPROP_PIPE": str(reading)}
-asked = []
-if IGNORES:
-    signal.signal(signal.SIGTERM, lambda *_: Path("FOLDER.asked").write_text("to stop"))
+
+def stop(*_):
+    Path("FOLDER.asked").write_text("to stop")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends a run that hangs
+if "WHEN" != "before training":
+    signal.signal(signal.SIGTERM, stop)
+    trains = launched.stops_cleanly()
+    trains.__enter__()
+if "WHEN" == "while it saves":  # the launcher has passed a SIGTERM on
+    os.kill(os.getpid(), signal.SIGTERM)
 launched.watch_launcher()
+started = time.monotonic()
+launched.leave = lambda code, leave=launched.leave: leave(code if time.monotonic() - started >= AT_LEAST else 1)
 os.close(writing)  # as when the launcher dies
 end = time.monotonic() + 60
 while time.monotonic() < end:  # a step that does not end
@@ -141,17 +151,32 @@ while time.monotonic() < end:  # a step that does not end
 """
 
 
-@pytest.mark.parametrize("ignores", [True, False])
-def test_a_process_that_does_not_stop_in_time_ends_anyway_with_its_workers(forker, tmp_path, ignores):
+@pytest.mark.parametrize(("when", "grace"), [("before training", 0), ("while it trains", 0.3), ("while it saves", 0.3)])
+def test_a_process_that_does_not_stop_in_time_ends_anyway_with_its_workers(forker, tmp_path, when, grace):
     folder = tmp_path / "job"
     folder.mkdir()
     (folder / "store").touch()
-    code = ORPHANED.replace("FOLDER", str(folder)).replace("IGNORES", str(ignores))
+    code = ABANDONED.replace("FOLDER", str(folder)).replace("WHEN", when).replace("AT_LEAST", str(grace))
     ranks = forker.start(tmp_path / "log", 1, code=code)
     assert ranks.wait() == [143], ranks.log.read_text()
-    assert (tmp_path / "job.asked").exists() == ignores
+    assert (tmp_path / "job.asked").exists() == (when != "before training")
     assert gone([int((tmp_path / "job.worker").read_text())]) == []
     assert not folder.exists()
+
+
+def test_a_process_ends_with_its_launcher_while_torch_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    reading, writing = os.pipe()
+    monkeypatch.setenv("LOCALPROP_PIPE", str(reading))
+    process = subprocess.Popen(interpreter_words("train"), pass_fds=[reading])
+    os.close(writing)
+    os.close(reading)
+    try:
+        assert process.wait(timeout=30) == 143
+    finally:
+        process.kill()
+        process.wait()
 
 
 STREAMS = """

@@ -134,7 +134,7 @@ def test_a_file_of_settings_does_not_choose_code(here, code, capsys, command):
 def test_a_suite_does_not_choose_code(here, code, capsys, monkeypatch):
     Path("theirs.yaml").write_text(f"settings: {{plugin: {code}, method: theirs}}\nruns: [{{modules: 2}}]")
     started = []
-    monkeypatch.setattr(Runner, "_start", lambda self, job, lock: started.append(job) or setattr(job, "state", "done"))
+    monkeypatch.setattr(Runner, "_start", lambda self, job, *_: started.append(job) or setattr(job, "state", "done"))
     assert main(["bench", "theirs.yaml", "--list"]) == 0  # which runs nothing
     typed = refused(["bench", "theirs.yaml"], capsys)
     assert typed == ["bench", "theirs.yaml", "--plugin", str(code)]

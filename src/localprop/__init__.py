@@ -1,9 +1,12 @@
 """Train transformers, and any other timm or torch model, without end-to-end backpropagation."""
 
 # ruff: noqa: E402
+from localprop.launched import watch_launcher as _watch_launcher
 from localprop.startup import catch_interrupts as _catch_interrupts
 
-_catch_interrupts()  # before torch is imported
+# Before torch is imported, which takes seconds.
+_catch_interrupts()
+_watch_launcher()
 
 from localprop.chain import Chain, Unit, chain
 from localprop.decoders import DECODERS

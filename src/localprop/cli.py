@@ -116,9 +116,6 @@ def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> i
         if config.run.nproc is None:
             raise ConfigError("--parallel needs --nproc, the number of processes, or a start by torchrun")
         return launch(config, config.run.nproc, flags)
-    from localprop.launched import watch_launcher
-
-    watch_launcher()  # before torch is imported, which takes seconds
     from localprop.running import run
 
     return run(config, resumed)

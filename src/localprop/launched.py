@@ -1,4 +1,7 @@
-"""What a process knows of the launcher that started it: where the others are met, and how it ends with the launcher."""
+"""What a process knows of the launcher that started it: where the others are met, and how it ends with the launcher.
+
+The launcher is `--nproc`, or a bench, which starts runs of one process.
+"""
 
 import json
 import multiprocessing
@@ -8,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -17,8 +21,11 @@ FOLDER = "LOCALPROP_JOB"
 """Names in the environment the folder, for its owner alone, in which the processes of a job on one machine meet."""
 PIPE = "LOCALPROP_PIPE"
 """Names in the environment the descriptor of a pipe whose other end the launcher alone holds."""
-_GRACE_SECONDS = 7  # after the launcher's death, for a step to end and its checkpoint to be saved
-_orphaned = threading.Event()
+# After the launcher's death, for a step to end and its checkpoint to be saved: of several processes, which hold ports,
+# and of a process alone.
+_GRACE_SECONDS, _GRACE_SECONDS_ALONE = 7, 120
+_launcher_gone = threading.Event()
+_stops_cleanly = threading.Event()
 
 
 def job_folder() -> Path | None:
@@ -26,24 +33,50 @@ def job_folder() -> Path | None:
     return Path(os.environ[FOLDER]) if FOLDER in os.environ else None
 
 
+@contextmanager
+def ends_with_us() -> Iterator[int]:
+    """A pipe whose end this process alone holds; gives the descriptor to pass on, which `PIPE` has to name.
+
+    Processes that get it are asked to stop as soon as the block is left, or this process has died.
+    """
+    reading, writing = os.pipe()  # `writing` is closed in processes that are started
+    try:
+        yield reading
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
 def watch_launcher() -> None:
     """Ends this process soon after the launcher that started it has died, in whatever way.
 
-    It is asked to stop first, as by SIGTERM, so that a checkpoint is saved if the step ends in time. To be called as
-    early as can be, by the main thread. Nothing happens in a process that was started otherwise.
+    While it trains, it is asked to stop first, as by SIGTERM, so that a checkpoint is saved if the step ends in time.
+    To be called as early as can be, by the main thread. Nothing happens in a process that was started otherwise.
     """
     pipe = os.environ.pop(PIPE, None)
     if pipe is not None:
         os.set_inheritable(int(pipe), False)
-        threading.Thread(target=_outlive, args=(int(pipe),), daemon=True).start()
+        threading.Thread(target=_wait_for_launcher, args=(int(pipe),), daemon=True).start()
 
 
-def _outlive(pipe: int) -> None:
+@contextmanager
+def stops_cleanly() -> Iterator[None]:
+    """Marks the part of a process in which it handles SIGTERM and needs time to stop after it."""
+    _stops_cleanly.set()
+    try:
+        yield
+    finally:
+        _stops_cleanly.clear()
+
+
+def _wait_for_launcher(pipe: int) -> None:
     os.read(pipe, 1)  # nothing is ever written: it returns when the other end is gone
-    _orphaned.set()
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_GRACE_SECONDS)
+    _launcher_gone.set()
+    if _stops_cleanly.is_set():
+        # The launcher may have passed a SIGTERM on before it died. Then this process is saving, and a second one kills.
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_SECONDS if job_folder() else _GRACE_SECONDS_ALONE)
     leave(128 + signal.SIGTERM)
 
 
@@ -52,7 +85,7 @@ def leave(code: int) -> NoReturn:
 
     The folder of the job is the launcher's to remove, and this process's where there is no launcher any more.
     """
-    if _orphaned.is_set() and (folder := job_folder()):
+    if _launcher_gone.is_set() and (folder := job_folder()):
         shutil.rmtree(folder, ignore_errors=True)
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -90,15 +123,15 @@ def described_ranks(folder: Path) -> Ranks | None:
         return None
 
 
-def leave_word(line: str) -> bool:
+def leave_failure(line: str) -> bool:
     """Leaves it to the launcher, if there is one, to say why the job has failed; whether there is."""
     folder = job_folder()
-    return folder is not None and _write(folder / "last word", line)
+    return folder is not None and _write(folder / "failure", line)
 
 
-def last_word(folder: Path) -> str | None:
-    """The line that `leave_word` left; None for none."""
-    path = folder / "last word"
+def failure_line(folder: Path) -> str | None:
+    """The line that `leave_failure` left; None for none."""
+    path = folder / "failure"
     return path.read_text() if path.exists() else None
 
 

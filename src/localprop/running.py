@@ -26,7 +26,7 @@ from localprop.errors import (
     printable,
 )
 from localprop.experiment import Experiment, prepare
-from localprop.launched import Ranks, describe_ranks, leave, leave_word
+from localprop.launched import Ranks, describe_ranks, leave, leave_failure
 from localprop.layout import Layout, arrange
 from localprop.lock import FolderLock
 from localprop.network import LocalNetwork
@@ -252,7 +252,7 @@ def _tell(error: LocalpropError, job: Job) -> int:
     lost = isinstance(error, Lost)
     if job.first_to_fail():
         line = f"rank {job.rank} ends: {error}" if lost else str(error)
-        if not (lost and leave_word(line)):
+        if not (lost and leave_failure(line)):
             print(f"localprop: {printable(line)}", file=sys.stderr)
     return 1 if lost else 2
 

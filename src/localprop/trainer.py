@@ -19,6 +19,7 @@ from localprop.data import Data
 from localprop.errors import CheckpointError, listing
 from localprop.files import refuse_link, remove_leftovers
 from localprop.gauge import Gauge
+from localprop.launched import stops_cleanly
 from localprop.lock import FolderLock
 from localprop.memory import is_out_of_memory
 from localprop.metrics import Scores, Tally, count_hits
@@ -407,7 +408,8 @@ class Trainer:
         for number in before:
             signal.signal(number, remember)
         try:
-            yield
+            with stops_cleanly():
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from localprop.data import folder_identity, named_settings, require_same
 from localprop.errors import BenchError, DataError, LocalpropError
 from localprop.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
 from localprop.flat import from_flat, to_flags, to_flat
-from localprop.processes import end_with_parent
+from localprop.launched import PIPE, ends_with_us
 from localprop.trainer import CHECKPOINTS
 from localprop.trust import require_plugins
 
@@ -94,7 +93,7 @@ class Runner:
         started = time.monotonic()
         wanted = [run.config.backbone.plugin for run in self.suite.runs]
         require_plugins(wanted, self.plugins, self.suite.name, self.words)
-        with self._alone() as lock, self._signals():
+        with self._alone() as lock, ends_with_us() as pipe, self._signals():
             remove_leftovers(self.folder)
             for name in (_RUNS, _LOGS):
                 make_folder(self.folder / name)
@@ -109,7 +108,7 @@ class Runner:
                 running = sum(job.process is not None for job in self.list)
                 waiting = [job for job in self.list if job.state == "waiting"]
                 for job in waiting[: self.jobs - running]:
-                    self._start(job, lock)
+                    self._start(job, lock, pipe)
                 show(self.list)
                 if not running and not waiting:
                     break
@@ -158,7 +157,7 @@ class Runner:
         except DataError as error:
             raise BenchError(str(error)) from None
 
-    def _start(self, job: Job, lock: int) -> None:
+    def _start(self, job: Job, lock: int, pipe: int) -> None:
         name, places = job.run.config.data.data, dict(self.places)
         if name in self.data:
             # A folder does not tell what a named dataset does.
@@ -179,10 +178,10 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(cores), **os.environ},
+                env={"OMP_NUM_THREADS": str(cores), **os.environ, PIPE: str(pipe)},
                 start_new_session=True,  # Ctrl-C is for the bench, which passes it on
-                pass_fds=(lock,),  # so that the folder stays locked until the last run has saved and ended
-                preexec_fn=partial(end_with_parent, signal.SIGTERM),  # or the next bench would find it still writing
+                # The folder stays locked until the last run has saved and ended, which it does when this process dies.
+                pass_fds=(lock, pipe),
             )
         job.state, job.started = "running", time.monotonic()
 

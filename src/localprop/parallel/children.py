@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from localprop.errors import ParallelError
-from localprop.launched import FOLDER, PIPE, described_ranks
+from localprop.launched import FOLDER, PIPE, described_ranks, ends_with_us, stops_cleanly
 
 _POLL_SECONDS = 0.05
 _NOTICE_SECONDS = 1  # in which processes see by themselves that one is gone
@@ -45,17 +45,15 @@ class Children:
         Raises:
             ParallelError: a process cannot be started.
         """
-        reading, writing = os.pipe()  # `writing` is closed in the children: it ends with this process
-        try:
-            with self._signals():
-                self._start(command, count, folder, reading)
-                self._wait(folder)
-        finally:
-            for child in self._running.values():  # only after an exception
-                child.kill()
-                child.wait()
-            os.close(reading)
-            os.close(writing)
+        with ends_with_us() as pipe:
+            try:
+                with self._signals():
+                    self._start(command, count, folder, pipe)
+                    self._wait(folder)
+            finally:
+                for child in self._running.values():  # only after an exception
+                    child.kill()
+                    child.wait()
 
     def _start(self, command: Sequence[str], count: int, folder: Path, pipe: int) -> None:
         own = {FOLDER: str(folder), PIPE: str(pipe), "WORLD_SIZE": str(count)}
@@ -109,7 +107,8 @@ class Children:
         for number in taken:
             signal.signal(number, lambda number, frame: self._came.append(number))
         try:
-            yield
+            with stops_cleanly():
+                yield
         finally:
             for number in taken:
                 signal.signal(number, before[number])

@@ -11,7 +11,7 @@ from pathlib import Path
 from localprop.commands import interpreter_words, resume_command
 from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ParallelError
-from localprop.launched import described_ranks, last_word
+from localprop.launched import described_ranks, failure_line
 from localprop.parallel.children import Children
 from localprop.plugins import load_plugin
 
@@ -36,7 +36,7 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
         ParallelError: so many processes cannot share the modules, or have no GPU each; or one was killed: the line says
             which, what it trained and by what; or they have lost each other.
     """
-    # Before torch is imported, here and there: its warnings of sockets mean nothing to a user.
+    # For the processes, which import torch after this: its warnings of sockets mean nothing to a user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     _check(config, processes)
@@ -82,16 +82,16 @@ def _exit_code(children: Children, folder: Path, plugin: Path | None) -> int:
     quiet = (-signal.SIGTERM, -signal.SIGINT)
     for rank, code in children.ended:
         if code < 0 and code not in quiet and rank not in children.ended_by_us:
-            raise ParallelError(_obituary(rank, -code, folder, plugin))
+            raise ParallelError(_killed_line(rank, -code, folder, plugin))
     if stop:
         print("localprop: stopped", file=sys.stderr)
         return stop
-    if line := last_word(folder):
+    if line := failure_line(folder):
         raise ParallelError(line)
     return max([code for code in codes if code > 0], default=128 + signal.SIGTERM)
 
 
-def _obituary(rank: int, number: int, folder: Path, plugin: Path | None) -> str:
+def _killed_line(rank: int, number: int, folder: Path, plugin: Path | None) -> str:
     from localprop.checkpoint import has_checkpoint
 
     name = signal.Signals(number).name
