@@ -14,9 +14,12 @@ from dataclasses import replace
 import pytest
 
 from localprop.bench import Runner, load_suite, shipped_suites
+from localprop.bench.collect import collect
 from localprop.bench.record import read_record, write_record
 from localprop.cli import main
+from localprop.config import TrainConfig
 from localprop.errors import BenchError
+from localprop.flags import parse
 from localprop.flat import to_flags
 from localprop.provenance import provenance
 from localprop.report import read_losses, read_results
@@ -161,6 +164,48 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(finished, tmp_path, 
     assert main(["bench", str(path), "--output", str(tmp_path / "out")]) == 2
     line = capsys.readouterr().err
     assert "runs/greedy-k3 is of other settings (epochs is 17 in the suite, and 16 there)" in line
+
+
+@pytest.fixture
+def in_two_processes(finished, tmp_path):
+    """A suite whose runs take two processes each; a run of it with a checkpoint lies in the folder beside it."""
+    path, run = tmp_path / "two.yaml", tmp_path / "out" / "runs" / "greedy-k3"
+    path.write_text(SUITE.replace("epochs: 16", "epochs: 16\n  parallel: modules\n  nproc: 2\n  trace: true"))
+    shutil.copytree(finished / "runs" / "greedy-k3", run)
+    return load_suite(str(path)).runs[0], Runner(load_suite(str(path)), tmp_path / "out", places={"download": True})
+
+
+def test_a_run_of_several_processes_is_resumed_in_as_many(in_two_processes, monkeypatch):
+    run, runner = in_two_processes
+    (runner.folder / "runs" / "greedy-k3" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: started.append(words))
+    (runner.folder / "logs").mkdir()
+    runner._start(runner._job(run), 0, 0)
+    (words,) = started
+    config = parse(TrainConfig, "train", words[words.index("train") + 1 :])
+    assert (config.run.parallel, config.run.nproc, config.run.trace) == ("modules", 2, True)
+    assert config.data.download
+    assert config.run.resume == str(runner.folder / "runs" / "greedy-k3")
+
+
+def test_a_result_of_several_processes_is_not_run_again(in_two_processes):
+    run, runner = in_two_processes
+    record = collect(runner.folder / "runs" / "greedy-k3", "two", run, 1)
+    write_record(runner.folder / "greedy-k3.json", record)
+    assert runner._job(run).state == "done"
+    assert (record.config["parallel"], record.config["nproc"]) == ("modules", 2)
+    write_record(runner.folder / "greedy-k3.json", replace(record, config=record.config | {"nproc": 4}))
+    with pytest.raises(BenchError, match="nproc is 2 in the suite, and 4 there"):
+        runner._job(run)
+
+
+def test_what_is_no_checkpoint_is_not_resumed(finished, suite_file, tmp_path):
+    run = tmp_path / "runs" / "greedy-k3"
+    shutil.copytree(finished / "runs" / "greedy-k3", run)
+    (run / "checkpoints" / "step-of-mine").mkdir(parents=True)
+    with pytest.raises(BenchError, match="was not made by this bench and has no checkpoint"):
+        Runner(load_suite(suite_file), tmp_path)._job(load_suite(suite_file).runs[0])
 
 
 def test_a_run_that_cannot_go_on_says_what_to_delete(finished, suite_file, tmp_path, capsys):

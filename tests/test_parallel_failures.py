@@ -17,7 +17,7 @@ import torch
 from localprop.cli import main
 from localprop.errors import ParallelError
 from localprop.launched import Ranks, describe_ranks, leave_failure
-from localprop.parallel import Job
+from localprop.parallel import Job, meet
 from localprop.parallel.children import Children
 from ranks import CALM, LONG, MODULES, SECONDS, assert_same_run, flags, wait_for_step
 
@@ -46,6 +46,7 @@ def test_a_job_started_again_leaves_other_runs_alone(forker, tmp_path):
     settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path)]
     assert forker.train(tmp_path, 2, *settings, attempt=0).wait() == [0, 0]
     (other,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert json.loads((other / "run.json").read_text())["job"] == "a job"
     before = (other / "model.safetensors").read_bytes()
     assert forker.train(tmp_path, 2, *settings, "--seed", "7", attempt=1).wait() == [0, 0]
     assert (other / "model.safetensors").read_bytes() == before
@@ -57,6 +58,17 @@ def test_a_job_takes_an_empty_folder_of_its_name(forker, tmp_path):
     settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path), "--experiment", "run"]
     assert forker.train(tmp_path, 2, *settings).wait() == [0, 0]
     assert (tmp_path / "run" / "model.safetensors").exists()
+    assert "job" not in json.loads((tmp_path / "run" / "run.json").read_text())  # which names torchrun's
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", [None, "", "two"])
+def test_variables_that_number_processes_must_be_set(tmp_path, monkeypatch, name, value):
+    own = {"LOCALPROP_JOB": str(tmp_path), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | {name: value}
+    for key, given in own.items():
+        monkeypatch.setenv(key, given) if given is not None else monkeypatch.delenv(key, raising=False)
+    with pytest.raises(ParallelError, match="RANK, LOCAL_RANK and WORLD_SIZE must be set"):
+        meet("cpu")
 
 
 def test_no_process_resumes_on_other_data(forker, tmp_path):

@@ -1,5 +1,6 @@
 """What listens where in a run of several processes, and how they end when their launcher is killed."""
 
+import errno
 import os
 import signal
 import socket
@@ -232,11 +233,13 @@ def test_the_loopback_interface_has_the_loopback_address():
 
 
 def test_the_loopback_interface_is_found_whatever_it_is_called(monkeypatch):
-    flags = {"eth0": 0x1043, "lo0": 0x49, "lo9": 0x8}
+    flags = {"veth0": 0x1043, "eth0": 0x1043, "lo0": 0x49, "lo9": 0x8}
     monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(flags)))
 
     def ioctl(_, request, packed):
         name = struct.unpack("16s16x", packed)[0].rstrip(b"\0").decode()
+        if name == "veth0":
+            raise OSError(errno.ENODEV, "No such device")  # it has vanished since it was listed
         return struct.pack("16sH14x", name.encode(), flags[name])
 
     monkeypatch.setattr(loopback.fcntl, "ioctl", ioctl)

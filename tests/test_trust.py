@@ -178,6 +178,33 @@ def test_a_file_does_not_choose_weights_or_other_places(here, capsys, settings):
         assert main(typed) == 0
 
 
+def test_what_a_line_says_to_type_keeps_what_was_typed(here, code, capsys):
+    other = here / "mine.py"
+    other.touch()
+    settings = "model: none, data_dir: /, download: true, model_kwargs: {checkpoint_path: /x}"
+    Path("theirs.yaml").write_text(f"settings: {{{settings}, plugin: {code}}}\nruns: [{{}}]")
+    own = ["bench", "theirs.yaml", "--set", "lr=1", "seed=3", "--jobs", "1"]
+    once = refused(own, capsys)
+    assert once[:4] == ["bench", "theirs.yaml", "--jobs", "1"]
+    assert once[4:] == ["--set", "lr=1", "seed=3", "model_kwargs={'checkpoint_path': '/x'}", "--data-dir", "/"]
+    assert main([*once, "--list"]) == 0
+    twice = refused([*once, "--plugin", "mine.py"], capsys)
+    assert twice == [*once, "--plugin", "mine.py", str(code)]
+    assert refused([*once, "--plugin=mine.py"], capsys) == twice
+
+
+def test_what_a_file_may_not_choose_is_said(here, capsys):
+    for settings, what in [
+        ({"output": "/x"}, "where results are written (output: /x)"),
+        ({"plugin": "x.py"}, "which code runs (plugin: x.py)"),
+        ({"model_kwargs": {"checkpoint_path": "/x"}}, "which weights are loaded (model_kwargs: {"),
+        ({"data_dir": "/x", "download": True}, "where data are written (data_dir: /x)"),
+    ]:
+        Path("theirs.yaml").write_text(yaml.safe_dump(settings))
+        assert main(["train", "-c", "theirs.yaml"]) == 2
+        assert f"theirs.yaml: a file may not choose {what}" in capsys.readouterr().err
+
+
 def test_plan_writes_no_file_that_a_file_names(here, capsys):
     for settings in ({"json": "setup.json"}, {"picture": "logo.png"}):
         Path("theirs.yaml").write_text(yaml.safe_dump(settings))

@@ -334,12 +334,12 @@ def _over(config: Any, files: list[str], words: Sequence[str]) -> Any:
 
 def _named_plugin(folder: Path, named: Path | None, words: Sequence[str]) -> Path | None:
     """The plugin of a run, if the command line names it; see `require_plugin`."""
-    from localprop.runfolder import recorded_plugin, require_plugin
+    from localprop.runfolder import require_plugin
 
     note = require_plugin(folder, named, words)
     if note and "RANK" not in os.environ:  # of several processes, who started them has said it
         _note([note])
-    return named if recorded_plugin(folder) else None
+    return named
 
 
 def _bare_resume(argv: list[str]) -> list[str]:

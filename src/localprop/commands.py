@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # `python -m localprop` would look for every module in the current folder first, and that may be a stranger's.
@@ -28,6 +29,26 @@ def command(*words: str | Path) -> str:
 def resume_command(folder: Path, plugin: Path | None = None) -> str:
     """The command that resumes a run; `plugin` is the one that its settings name."""
     return command("train", "--resume", folder, *plugin_words(plugin))
+
+
+def without_flag(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:
+    """The words of a command without a flag that takes several values, and the values that it has there.
+
+    Of a flag that is there twice the last one counts.
+    """
+    rest: list[str] = []
+    values: list[str] = []
+    inside = False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == flag:
+            values, inside = [value] if equals else [], not equals
+        elif inside and not word.startswith("-"):
+            values.append(word)
+        else:
+            rest.append(word)
+            inside = False
+    return rest, values
 
 
 def plugin_words(plugin: Path | None) -> list[str]:

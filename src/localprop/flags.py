@@ -77,7 +77,7 @@ def _problem(kind: Any, argv: Sequence[str]) -> str | None:
                 return f"{flag} is {short(value)}; {_remedy(value, field.type)}"
     # Without a default are those fields alone that are written without a flag.
     missing = [f.name.upper() for f in hints.values() if f.default is f.default_factory is dataclasses.MISSING]
-    return f"{missing[given]} is missing, a word without a flag" if given < len(missing) else None
+    return f"{missing[given]} is missing; write it without a flag" if given < len(missing) else None
 
 
 def _fields(kind: Any) -> Iterator[dataclasses.Field[Any]]:

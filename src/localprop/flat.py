@@ -1,6 +1,7 @@
 """Settings as a flat mapping, for YAML and results, and as flags; and back."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ def to_flat(config: Any) -> dict[str, Any]:
     return result
 
 
-def to_flags(config: TrainConfig) -> list[str]:
-    """The flags of `localprop train` that give these settings; defaults are left out."""
+def to_flags(config: TrainConfig, always: Collection[str] = ()) -> list[str]:
+    """The flags of `localprop train` that give these settings; defaults are left out, but for those in `always`."""
     default, words = to_flat(TrainConfig()), []
     for name, value in to_flat(config).items():
-        if value == default[name]:
+        if value == default[name] and name not in always:
             continue
         if isinstance(value, bool) and isinstance(default[name], bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")

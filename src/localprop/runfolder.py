@@ -68,8 +68,8 @@ _DESCRIPTION = {
     "test?": {"images": POSITIVE, "accuracy": PERCENT},
     "job?": TEXT,
 }
-# Where a run runs, not what it is: it may be resumed elsewhere.
-_WHERE = ("resume", "parallel", "nproc", "trace")
+WHERE = ("resume", "parallel", "nproc", "trace")
+"""Settings that config.yaml leaves out: where a run runs, not what it is. It may be resumed elsewhere."""
 
 
 def create_run_folder(config: TrainConfig) -> Path:
@@ -126,7 +126,7 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
 
 def _settings(config: TrainConfig) -> str:
     settings = to_flat(config)
-    for name in _WHERE:
+    for name in WHERE:
         del settings[name]
     return yaml.safe_dump(settings, sort_keys=False)
 
@@ -266,7 +266,7 @@ def read_config(folder: Path, plugin: Path | None = None) -> TrainConfig:
         ConfigError: a setting does not exist or has an impossible value.
     """
     settings = _read_settings(folder)
-    if misplaced := set(_WHERE) & settings.keys():
+    if misplaced := set(WHERE) & settings.keys():
         raise ConfigError(f"{folder / CONFIG}: {min(misplaced)} is not what a run is, only where it runs; remove that")
     # The data were there when the run began: fetching them again is the user's choice.
     return from_flat({**settings, "plugin": plugin, "download": False}, str(folder / CONFIG))
@@ -295,7 +295,7 @@ def require_plugin(folder: Path, named: Path | None, words: Sequence[str]) -> st
     if named is None:
         again = command(*words, "--plugin", str(path))
         raise ConfigError(
-            f"{folder} was trained with the plugin {path}, and a run folder does not decide which code runs; if you "
+            f"{folder} was trained with the plugin {path}, and a run folder may not choose which code runs; if you "
             f"trust it, type: {again}"
         )
     record = read_description(folder).get("plugin") if (folder / RUN).exists() else None

@@ -60,7 +60,7 @@ def run(config: TrainConfig, resumed: Path | None) -> int:
         LocalpropError: see there.
     """
     if not config.run.parallel:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and in_job():
+        if in_job() and os.environ["WORLD_SIZE"] != "1":
             raise ConfigError("torchrun started several processes, which would all do the same; add --parallel modules")
         return _run_alone(config, resumed)
     job = meet(config.run.device)
@@ -203,7 +203,7 @@ def _set_up(
     state = TrainingState(net, config.optim, _steps(experiment), device, stage.modules, stage.average, stage.doing)
     lock = None
     if stage.reports:
-        left = left_by(job.name, config) if job.attempt and not resumed else None
+        left = left_by(job.name, config) if job.name and job.attempt and not resumed else None
         lock = FolderLock(resumed or left or create_run_folder(config))
         if left and not is_unbegun(left):
             anew = False

@@ -1,4 +1,4 @@
-"""What a file may not decide: which code runs, which weights are loaded, and which other places are written to.
+"""What a file may not choose: which code runs, which weights are loaded, and which other places are written to.
 
 A file of settings, a suite or a run folder may be a stranger's. What the user types on the command line is meant.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from timm.models import build_model_with_cfg
 
-from localprop.commands import command
+from localprop.commands import command, without_flag
 from localprop.errors import ConfigError, listing
 from localprop.flat import flag_words
 
@@ -27,7 +27,7 @@ _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 
 
 def require_typed(settings: dict[str, Any], source: str, words: Sequence[str], typed: Sequence[str] = ()) -> None:
-    """Refuses what a file may not decide, unless the command line decides it.
+    """Refuses what a file may not choose, unless the command line decides it.
 
     Args:
         settings: flat settings as they were read.
@@ -42,10 +42,9 @@ def require_typed(settings: dict[str, Any], source: str, words: Sequence[str], t
     found = [item for item in _undecided(settings) if item[0] not in known]
     if found:
         name, value, what = found[0]
-        flags = [word for name, value, _ in found for word in _words(words[0], name, value)]
         raise ConfigError(
-            f"{source}: a file does not decide {what} ({name}: {value}); if you want that, type: "
-            f"{command(*words, *flags)}"
+            f"{source}: a file may not choose {what} ({name}: {value}); if you want that, type: "
+            f"{command(*_typed(words, found))}"
         )
 
 
@@ -58,9 +57,10 @@ def require_plugins(wanted: Sequence[Path | None], named: Sequence[Path], source
     known = {path.expanduser().resolve() for path in named}
     missing = dict.fromkeys(path for path in wanted if path and path.expanduser().resolve() not in known)
     if missing:
+        rest, _ = without_flag(words, "--plugin")
         raise ConfigError(
-            f"{source}: a file does not decide which code runs; if you trust {listing(missing)}, type: "
-            f"{command(*words, '--plugin', *named, *missing)}"
+            f"{source}: a file may not choose which code runs; if you trust {listing(missing)}, type: "
+            f"{command(*rest, '--plugin', *named, *missing)}"
         )
 
 
@@ -73,10 +73,16 @@ def without_starting_weights(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _words(command_name: str, name: str, value: Any) -> list[str]:
-    if command_name == "bench" and name == "model_kwargs":
-        return ["--set", f"{name}={value!r}"]
-    return flag_words(name, value)
+def _typed(words: Sequence[str], found: Sequence[tuple[str, Any, str]]) -> list[str]:
+    """The words of a command, with the settings that were found."""
+    result = list(words)
+    for name, value, _ in found:
+        if words[0] == "bench" and name == "model_kwargs":
+            rest, pairs = without_flag(result, "--set")
+            result = [*rest, "--set", *pairs, f"{name}={value!r}"]
+        else:
+            result += flag_words(name, value)
+    return result
 
 
 def _undecided(settings: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -92,7 +98,7 @@ def _undecided(settings: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     written = ["output", "experiment"] + (["data_dir"] if settings.get("download") else [])
     for name in written:
         if name in settings and _leaves(str(settings[name])):
-            yield name, settings[name], "that another place is written to"
+            yield name, settings[name], "where results are written" if name != "data_dir" else "where data are written"
     for name in ("json", "picture"):
         if name in settings:
             yield name, settings[name], "which file is written"

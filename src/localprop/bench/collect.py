@@ -8,8 +8,9 @@ from typing import Any
 from localprop.bench.record import Record, settings_of
 from localprop.bench.suite import SuiteRun
 from localprop.errors import BenchError
+from localprop.flat import to_flat
 from localprop.report import EpochRow, read_losses, read_results
-from localprop.runfolder import read_config, read_description, recorded_plugin
+from localprop.runfolder import WHERE, read_config, read_description, recorded_plugin
 from localprop.trainer import LOSSES, RESULTS
 
 # What a run fills in where the suite leaves it open.
@@ -27,12 +28,14 @@ def differing(found: dict[str, Any], run: SuiteRun) -> str | None:
 
 
 def settings_in(folder: Path, run: SuiteRun) -> dict[str, Any]:
-    """The settings of a run folder, under the name that the suite has for its data.
+    """The settings of a run folder, with the suite's name for its data, and with the suite's settings of `WHERE`.
 
     Raises:
         CheckpointError, ConfigError: it is no run folder, or damaged.
     """
-    return settings_of(read_config(folder)) | {"data": run.config.data.data, "plugin": recorded_plugin(folder)}
+    found, own = settings_of(read_config(folder)), to_flat(run.config)
+    found |= {name: own[name] for name in WHERE if name in found}
+    return found | {"data": run.config.data.data, "plugin": recorded_plugin(folder)}
 
 
 def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from localprop.bench.collect import collect, differing, settings_in
 from localprop.bench.record import read_record, write_record
 from localprop.bench.suite import Suite, SuiteRun, check_run_name
+from localprop.checkpoint import has_checkpoint
 from localprop.commands import interpreter_words, plugin_words
 from localprop.config import DataConfig
 from localprop.data import folder_identity, named_settings, require_same
@@ -21,6 +22,7 @@ from localprop.errors import BenchError, DataError, LocalpropError
 from localprop.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
 from localprop.flat import from_flat, to_flags, to_flat
 from localprop.launched import PIPE, ends_with_us
+from localprop.runfolder import WHERE
 from localprop.trainer import CHECKPOINTS
 from localprop.trust import require_plugins
 
@@ -125,7 +127,7 @@ class Runner:
             known = read_record(record)
             found, place, state = known.config, record, "done"
             self._require_same_data(run.config.data, known.data.get("identity"), record)
-        elif _has_checkpoint(folder):
+        elif has_checkpoint(folder / CHECKPOINTS):
             found, place, state = settings_in(folder, run), folder, "waiting"
         elif os.path.lexists(folder) and not job.log.is_file():
             # Every run that a bench starts has a log: what has none was put there by somebody else.
@@ -164,9 +166,10 @@ class Runner:
             own = to_flat(job.run.config)
             places |= {key: value for key, value in named_settings(name).items() if own[key] is None}
             places["data"] = f"folder:{self.data[name]}"
-        if _has_checkpoint(job.folder):
+        if has_checkpoint(job.folder / CHECKPOINTS):
             flags = ["--resume", str(job.folder), *plugin_words(job.run.config.backbone.plugin)]
-            flags += [word for key, value in places.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+            places |= {key: value for key, value in to_flat(job.run.config).items() if key in WHERE and value}
+            flags += to_flags(from_flat(places, "bench"), places)
         else:
             remove_tree(job.folder, self.folder / _RUNS)  # cut off before its first checkpoint
             places |= {"output": str(job.folder.parent), "experiment": job.folder.name, "checkpoint_hist": 1}
@@ -205,7 +208,7 @@ class Runner:
             # The weights stay; the optimizer's states, three times as large, have done their part.
             remove_tree(job.folder / CHECKPOINTS, job.folder)
         except LocalpropError as error:
-            again = f"; to begin it anew, delete {job.folder}" if _has_checkpoint(job.folder) else ""
+            again = f"; to begin it anew, delete {job.folder}" if has_checkpoint(job.folder / CHECKPOINTS) else ""
             job.state, job.problem = "failed", f"{error}{again} (log: {job.log})"
 
     def _stop(self) -> None:
@@ -256,7 +259,3 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return any(folder.glob(f"{CHECKPOINTS}/step-*"))

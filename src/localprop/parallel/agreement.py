@@ -96,7 +96,7 @@ def _numbers(ranks: list[int]) -> str:
 
 
 def _digest(*paths: Path) -> str:
-    """Of files, of which one may not be there, as loading it will tell."""
+    """The digest of files; 'no file' where one is missing, which loading will report."""
     digest = hashlib.sha256()
     for path in paths:
         if not path.is_file():

@@ -41,15 +41,14 @@ class Job:
         rank: this process's number, from 0.
         size: number of processes.
         attempt: how often torchrun has started the processes again after a failure.
-        name: of the job, the same in every attempt.
+        name: of torchrun's job, the same in every attempt; None where torchrun did not start it.
         device: what this process trains on.
     """
 
     def __init__(self, rank: int, size: int, store: dist.Store, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        folder = job_folder()
-        self.name = folder.name if folder else os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        self.name = None if job_folder() else os.environ.get("TORCHELASTIC_RUN_ID", "none")
         self._store = store
         self._control: dist.ProcessGroup | None = None
 
@@ -182,8 +181,12 @@ def meet(device: str | None) -> Job:
         device: "cpu", "cuda" or None for cuda if there is one: each process of a machine takes one of its GPUs.
 
     Raises:
-        ParallelError: there are more processes on this machine than GPUs, or the place is not found.
+        ParallelError: there are more processes on this machine than GPUs, the variables that number them are not set,
+            or the place is not found.
     """
+    unset = "" if job_folder() else "0"  # what is missing under torchrun, torch says
+    if not all(os.environ.get(name, unset).isdecimal() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        raise ParallelError("RANK, LOCAL_RANK and WORLD_SIZE must be set, to whole numbers")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = takes_gpu(device, local)
     place = torch.device("cuda", local) if cuda else torch.device("cpu")

@@ -19,7 +19,10 @@ def loopback_interface() -> str:
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
-            answer = fcntl.ioctl(asked, _FLAGS, struct.pack("16s16x", name.encode()))
+            try:
+                answer = fcntl.ioctl(asked, _FLAGS, struct.pack("16s16x", name.encode()))
+            except OSError:  # it has vanished since
+                continue
             (flags,) = struct.unpack("16xH14x", answer)
             if flags & _UP and flags & _LOOPBACK:
                 return name
