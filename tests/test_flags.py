@@ -9,7 +9,7 @@ from localprop.cli import main
 from localprop.config import BenchConfig, DataConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig
 from localprop.errors import ConfigError
 from localprop.flags import parse
-from localprop.flat import from_flat, to_flat
+from localprop.flat import free, from_flat, to_flat
 from localprop.values import parse_bytes, parse_duration
 
 
@@ -126,7 +126,7 @@ def test_code_meets_the_same_bounds():
         ("train --model-kwargs depth:3", "--model-kwargs is 'depth:3'; it must be KEY=VALUE"),
         ("train --warmup-epochs one", "--warmup-epochs is 'one'; it must be a number"),
         ("plan --precision fp64", "--precision is 'fp64'; did you mean 'fp"),
-        ("eval", "RUN is missing"),
+        ("eval", "RUN is missing; write it without a flag"),
         ("export --output x", "RUN is missing"),
         ("bench report", "FOLDER is missing"),
         ("eval run --batch-size many", "--batch-size is 'many'; it must be a whole number"),
@@ -163,3 +163,9 @@ def test_flags_that_are_right_are_read():
     config = parse(TrainConfig, "train", words)
     assert (config.optim.lr, config.local.cuts, config.backbone.model_kwargs) == (1.0, ("a", "b"), {"depth": 2})
     assert (config.optim.amp, config.data.hflip) == (True, None)
+
+
+def test_settings_that_are_free_somewhere_exist():
+    for where in ("resume", "config", "record", "processes"):
+        assert free(where)
+        assert free(where) <= to_flat(TrainConfig()).keys()

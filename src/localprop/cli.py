@@ -18,7 +18,7 @@ from localprop.commands import command
 from localprop.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
 from localprop.errors import BenchError, ConfigError, LocalpropError, listing, printable, suggestion
 from localprop.flags import parse
-from localprop.flat import from_flat, to_flat
+from localprop.flat import free, from_flat, to_flat
 from localprop.startup import release_interrupts
 from localprop.trust import require_typed
 from localprop.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, parse_duration, read_yaml
@@ -40,12 +40,6 @@ localprop COMMAND --help tells a command's options.
 
 NEWEST = "newest"
 UNFINISHED = 75  # the shell's EX_TEMPFAIL: call again
-# What may differ when a run goes on: where it runs, not what it computes.
-_FREE_ON_RESUME = {
-    *("resume", "device", "compile", "offload_optimizer"),
-    *("workers", "data_dir", "val_interval", "output", "checkpoint_steps", "checkpoint_hist", "download"),
-    *("parallel", "nproc", "trace"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,11 +91,11 @@ def _train(argv: Sequence[str]) -> int:
         require_typed({"model_kwargs": own.backbone.model_kwargs}, str(folder / CONFIG), words)
     config = parse(TrainConfig, "train", argv, _over(own, files, words))
     before, after = to_flat(own), to_flat(config)
-    free = set(_FREE_ON_RESUME)
+    may_differ = free("resume")
     if all(settings["data"].startswith("folder:") for settings in (before, after)):
-        free.add("data")  # a folder may have moved
+        may_differ.add("data")  # a folder may have moved
     for key, value in after.items():
-        if value != before[key] and key not in free:
+        if value != before[key] and key not in may_differ:
             flag = key.replace("_", "-")
             raise ConfigError(f"--{flag} was {before[key]} when {folder} began; resume without it, or start a new run")
     return _start(config, folder, flags)

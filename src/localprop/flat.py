@@ -3,12 +3,40 @@
 import dataclasses
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from localprop.config import TrainConfig
 from localprop.errors import ConfigError, suggestion
 from localprop.reading import Malformed, require_once
 from localprop.values import read_pairs, typed
+
+# Settings that say where and how a run is computed more than what it is, and where each of them is free:
+#   resume     it may change when the run is resumed
+#   config     the run's config.yaml leaves it out
+#   record     the result of a suite's run leaves it out
+#   processes  it may differ between the processes of a run: each machine has its own
+_FREE = {
+    "output": ("resume", "record"),
+    "experiment": ("record",),
+    "resume": ("resume", "config", "record"),
+    "parallel": ("resume", "config"),
+    "nproc": ("resume", "config", "processes"),
+    "trace": ("resume", "config", "record"),
+    "device": ("resume", "record", "processes"),
+    "workers": ("resume", "record", "processes"),
+    "data_dir": ("resume", "record", "processes"),
+    "download": ("resume", "record", "processes"),
+    "checkpoint_steps": ("resume", "record"),
+    "checkpoint_hist": ("resume", "record"),
+    "val_interval": ("resume",),
+    "compile": ("resume",),
+    "offload_optimizer": ("resume",),
+}
+
+
+def free(where: Literal["resume", "config", "record", "processes"]) -> set[str]:
+    """The settings that are free there; see `_FREE`."""
+    return {name for name, places in _FREE.items() if where in places}
 
 
 def to_flat(config: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from localprop.data import Data, evaluation_record, read_evaluation, require_sam
 from localprop.errors import CheckpointError, ConfigError, LocalpropError
 from localprop.experiment import Experiment
 from localprop.files import write_text
-from localprop.flat import from_flat, plain_keys, to_flat
+from localprop.flat import free, from_flat, plain_keys, to_flat
 from localprop.metrics import Scores
 from localprop.network import LocalNetwork
 from localprop.plugins import load_plugin, plugin_record
@@ -68,8 +68,6 @@ _DESCRIPTION = {
     "test?": {"images": POSITIVE, "accuracy": PERCENT},
     "job?": TEXT,
 }
-WHERE = ("resume", "parallel", "nproc", "trace")
-"""Settings that config.yaml leaves out: where a run runs, not what it is. It may be resumed elsewhere."""
 
 
 def create_run_folder(config: TrainConfig) -> Path:
@@ -126,7 +124,7 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
 
 def _settings(config: TrainConfig) -> str:
     settings = to_flat(config)
-    for name in WHERE:
+    for name in free("config"):
         del settings[name]
     return yaml.safe_dump(settings, sort_keys=False)
 
@@ -266,7 +264,7 @@ def read_config(folder: Path, plugin: Path | None = None) -> TrainConfig:
         ConfigError: a setting does not exist or has an impossible value.
     """
     settings = _read_settings(folder)
-    if misplaced := set(WHERE) & settings.keys():
+    if misplaced := free("config") & settings.keys():
         raise ConfigError(f"{folder / CONFIG}: {min(misplaced)} is not what a run is, only where it runs; remove that")
     # The data were there when the run began: fetching them again is the user's choice.
     return from_flat({**settings, "plugin": plugin, "download": False}, str(folder / CONFIG))

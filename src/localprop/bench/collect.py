@@ -8,9 +8,9 @@ from typing import Any
 from localprop.bench.record import Record, settings_of
 from localprop.bench.suite import SuiteRun
 from localprop.errors import BenchError
-from localprop.flat import to_flat
+from localprop.flat import free, to_flat
 from localprop.report import EpochRow, read_losses, read_results
-from localprop.runfolder import WHERE, read_config, read_description, recorded_plugin
+from localprop.runfolder import read_config, read_description, recorded_plugin
 from localprop.trainer import LOSSES, RESULTS
 
 # What a run fills in where the suite leaves it open.
@@ -28,13 +28,13 @@ def differing(found: dict[str, Any], run: SuiteRun) -> str | None:
 
 
 def settings_in(folder: Path, run: SuiteRun) -> dict[str, Any]:
-    """The settings of a run folder, with the suite's name for its data, and with the suite's settings of `WHERE`.
+    """The settings of a run folder, with the suite's name for its data, and with the suite's where it records none.
 
     Raises:
         CheckpointError, ConfigError: it is no run folder, or damaged.
     """
     found, own = settings_of(read_config(folder)), to_flat(run.config)
-    found |= {name: own[name] for name in WHERE if name in found}
+    found |= {name: own[name] for name in free("config") if name in found}
     return found | {"data": run.config.data.data, "plugin": recorded_plugin(folder)}
 
 

@@ -9,14 +9,15 @@ from typing import Any
 from localprop.bench.labels import setting_labels
 from localprop.bench.record import Record
 from localprop.bench.settings import Setting, Spread, difference
+from localprop.flat import free
 from localprop.report import shortened
 
 BASELINE = "end-to-end"
 # What has to be the same before two accuracies, peaks or times say anything about each other.
 TASK = ("data", "model", "model_kwargs", "img_size", "amp", "amp_dtype", "epochs", "batch_size")
 _QUIET = ("model_kwargs", "amp_dtype", "batch_size", "source", "epochs", "img_size", "amp")
-# What a run does not depend on; names and places.
-_FREE = {"output", "experiment", "resume", "workers", "data_dir", "download", "plugin", "hold_on_device"}
+# What the result of a run does not depend on. Results of version 0.1 may have those that are left out today.
+_FREE = free("record") | {"plugin", "hold_on_device"}
 # What end-to-end training has no use for: runs of it that differ in these are the same run.
 _LOCAL = {"modules", "decoder", "head", "partition", "cuts", "min_depth", "budget", "method_kwargs"}
 

@@ -10,7 +10,7 @@ from localprop.commands import command
 from localprop.config import TrainConfig
 from localprop.errors import BenchError, ConfigError
 from localprop.files import write_text
-from localprop.flat import from_flat, to_flat
+from localprop.flat import free, from_flat, to_flat
 from localprop.reading import (
     AMOUNT,
     COUNT,
@@ -29,11 +29,6 @@ from localprop.reading import (
 )
 
 FORMAT = 1
-# Where a run happens and how often it is saved: places of one machine, which decide no result.
-_LOCAL = (
-    *("output", "experiment", "resume", "data_dir", "device", "workers", "download"),
-    *("checkpoint_hist", "checkpoint_steps", "trace"),
-)
 _PROVENANCE = {
     "commit?": (TEXT, NULL),
     "dirty?": (FLAG, NULL),
@@ -131,7 +126,8 @@ def write_record(path: Path, record: Record) -> None:
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Every setting but for those that name places of one machine."""
-    return {key: value for key, value in to_flat(config).items() if key not in _LOCAL}
+    left_out = free("record")
+    return {key: value for key, value in to_flat(config).items() if key not in left_out}
 
 
 def read_record(path: Path) -> Record:

@@ -20,9 +20,8 @@ from localprop.config import DataConfig
 from localprop.data import folder_identity, named_settings, require_same
 from localprop.errors import BenchError, DataError, LocalpropError
 from localprop.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
-from localprop.flat import from_flat, to_flags, to_flat
+from localprop.flat import free, from_flat, to_flags, to_flat
 from localprop.launched import PIPE, ends_with_us
-from localprop.runfolder import WHERE
 from localprop.trainer import CHECKPOINTS
 from localprop.trust import require_plugins
 
@@ -168,7 +167,8 @@ class Runner:
             places["data"] = f"folder:{self.data[name]}"
         if has_checkpoint(job.folder / CHECKPOINTS):
             flags = ["--resume", str(job.folder), *plugin_words(job.run.config.backbone.plugin)]
-            places |= {key: value for key, value in to_flat(job.run.config).items() if key in WHERE and value}
+            unrecorded = free("config")
+            places |= {key: value for key, value in to_flat(job.run.config).items() if key in unrecorded and value}
             flags += to_flags(from_flat(places, "bench"), places)
         else:
             remove_tree(job.folder, self.folder / _RUNS)  # cut off before its first checkpoint

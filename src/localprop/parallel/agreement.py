@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from localprop.config import TrainConfig
-from localprop.flat import to_flat
+from localprop.flat import free, to_flat
 from localprop.provenance import versions
 
-# Each machine has its own of these. The kind of device is compared when it is known, the images when they are loaded.
-_OF_THE_MACHINE = ("device", "workers", "data_dir", "download", "nproc")
 _PACKAGE = Path(__file__).parent.parent
 _SHOWN = 200  # characters of a value
 
@@ -36,7 +34,8 @@ def facts(config: TrainConfig, resumed: Path | None, device: str) -> dict[str, A
     result: dict[str, Any] = {"the type of --device": device}
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
-        if name in _OF_THE_MACHINE:
+        # The kind of device is compared when it is known, the images when they are loaded.
+        if name in free("processes"):
             continue
         if isinstance(value, dict):
             result |= {f"{flag} {key}": item for key, item in value.items()}
