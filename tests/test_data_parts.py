@@ -131,8 +131,8 @@ def test_a_class_without_test_images_is_allowed_and_said(tmp_path):
     assert (data.test_size, data.final.test_size) == (4, 4)
     assert [label for _, labels in data.test_batches(9, "cpu") for label in labels.tolist()] == [0, 0, 2, 2]
     assert data.notes == [
-        f"no images in {root / 'val'} of 'dog': accuracy is of other classes",
-        f"no images in {root / 'test'} of 'emu': accuracy is of other classes",
+        f"no images in {root / 'val'} of 'dog': accuracy is of the other classes only",
+        f"no images in {root / 'test'} of 'emu': accuracy is of the other classes only",
     ]
 
 

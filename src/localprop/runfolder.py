@@ -186,7 +186,7 @@ def evaluation_of(folder: Path, description: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _checked(folder: Path, evaluation: Any) -> dict[str, Any]:
-    """The record of an evaluation with what belongs into it alone: an export takes all of it for timm."""
+    """The recorded evaluation, with unknown keys removed: an export hands all of it to timm."""
     try:
         return evaluation_record(*read_evaluation(evaluation))
     except ValueError as error:
@@ -240,7 +240,7 @@ def tested_before(folder: Path) -> dict[str, Any] | None:
 
 
 def note_resumption(folder: Path) -> None:
-    """Adds to run.json with what a run goes on, if that is another commit, version or machine than before.
+    """Adds to run.json the commit, versions and machine that a run is resumed with, if they are new.
 
     Raises:
         CheckpointError: run.json is missing or damaged, or the disk fails.

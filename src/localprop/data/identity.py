@@ -1,4 +1,4 @@
-"""What a dataset is, in a few lines of JSON: compared when a run is resumed, for other data make another run."""
+"""What a dataset is, in a few lines of JSON. A run is resumed only with the same data."""
 
 import hashlib
 import os
