@@ -113,6 +113,8 @@ def test_a_base_comes_before_a_suites_own_runs(write):
         ("settings: {output: here}\nruns: [{}]", BenchError, "output is not for a suite to set"),
         ("settings: {}\nruns: [{epochs: 2}, {epochs: 2}]", BenchError, "2 runs are called run"),
         ("settings: {}\nruns: []", BenchError, "has no runs"),
+        ("settings: {seed: []}\nruns: [{}]", BenchError, "has no runs: a setting has an empty list"),
+        (f"settings: {{seed: 0x{'f' * 400}}}\nruns: [{{}}]", ConfigError, "--seed is a number of more than 24 digits"),
         ("settings: {decoder: conf}\nruns: [{}]", BenchError, "unknown decoder 'conf'; did you mean 'conv'"),
         ("base: own.yaml\nruns: [{}]", BenchError, "is its own base"),
     ],

@@ -1,6 +1,7 @@
 """One image as a viewer shows it: transparency, orientation, 16 bits."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -56,6 +57,17 @@ def test_a_colour_that_stands_for_transparency_is_white(tmp_path, values):
     same = values == key if values.ndim == 2 else (values == key).all(2)
     expected = np.where(same[..., None], 255, grey if grey.ndim == 3 else grey[..., None])
     assert (pixels(tmp_path / "a.png") == expected).all()
+
+
+def test_a_colour_of_16_bits_that_stands_for_transparency_is_white(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    clear, other = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC), struct.pack(">3H", 0x1000, 0x2000, 0x3000)
+    chunks = chunk(b"IHDR", struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0)) + chunk(b"tRNS", clear)
+    chunks += chunk(b"IDAT", zlib.compress(b"\0" + clear + other)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    assert pixels(tmp_path / "a.png").tolist() == [[[255, 255, 255], [0x10, 0x20, 0x30]]]
 
 
 def test_an_opaque_alpha_channel_changes_no_bit(tmp_path):

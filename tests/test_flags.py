@@ -52,6 +52,8 @@ def test_no_setting_is_nan_or_infinite(name, value, tmp_path, capsys):
             "--seed is a number of more than 24 digits; it must be between -9223372036854775808",
         ),
         (f"train --seed {2**64}", "--seed is 18446744073709551616; it must be between"),
+        (f"train --seed {10**400}", "--seed is a number of more than 24 digits; it must be between"),
+        (f"plan --num-classes {10**400}", "--num-classes is a number of more than 24 digits"),
         (f"train --epochs {10**30}", "--epochs is a number of more than 24 digits; it must be at most 1000000000"),
         ("train --hflip 1.5", "--hflip is 1.5; it must be between 0 and 1"),
         ("train --val-split 1", "--val-split is 1.0; it must be at least 0 and below 1"),

@@ -69,7 +69,7 @@ def test_tensors_are_found_wherever_they_are():
 
 
 def test_of_a_quantized_moment_the_tensors_that_it_is_made_of_are_found():
-    low_bit = pytest.importorskip("torchao.optim.subclass_8bit")
+    low_bit = pytest.importorskip("torchao.optim.subclass_8bit", exc_type=ImportError)
     moment = low_bit.OptimState8bit.zeros((4096,), block_size=256, device="cpu")
     assert total_bytes(plain_tensors([moment])) >= 4096 + 4 * 16
     assert all(type(tensor) is torch.Tensor for tensor in plain_tensors([moment]))

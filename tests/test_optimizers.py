@@ -26,7 +26,7 @@ CONFIG = OptimConfig(epochs=4, lr=1e-2, sched="cosine", warmup_epochs=0)
 
 @pytest.fixture
 def torchao():
-    return pytest.importorskip("torchao.optim", reason="needs torchao: pip install 'localprop[lowbit]'")
+    return pytest.importorskip("torchao.optim", reason="no torchao for this torch", exc_type=ImportError)
 
 
 def training(opt="adamw", name="vit", **changes):

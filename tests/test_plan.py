@@ -137,7 +137,7 @@ def test_a_mistake_is_one_line(options, error, words):
 
 
 def test_the_fastest_that_fits_is_chosen():
-    model = vit(2)
+    model = vit(4)
     whole, checkpointed, two = (row.trace.peak for row in small_plan((2, 99), 32, model).rows)
     assert max(checkpointed, two) < whole
 
@@ -145,9 +145,9 @@ def test_the_fastest_that_fits_is_chosen():
         return small_plan(modules, 32, model, budget=budget).choice
 
     assert choice(whole).setting.name == "end-to-end"
-    assert choice(whole - 1).setting.name == "K=2, max"  # faster than checkpointing
+    assert choice(whole - 1).setting.name == "K=2"  # faster than checkpointing
     # Who names a number wants local modules, though end-to-end training fits.
-    assert choice(whole, modules=(2,)).setting.name == "K=2, max"
+    assert choice(whole, modules=(2,)).setting.name == "K=2"
 
 
 def test_a_budget_below_a_single_image_is_an_error_of_one_line():

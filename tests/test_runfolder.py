@@ -84,6 +84,23 @@ def test_a_run_inside_another_folder_is_found(tmp_path, capsys):
     assert "resumed from" in capsys.readouterr().out
 
 
+def test_links_lead_to_runs_and_one_to_nowhere_is_no_hindrance(tmp_path):
+    run = Path(shutil.copytree(RUN_OF_0_1, tmp_path / "scratch" / "run"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(run)
+    (tmp_path / "runs" / "back").symlink_to(tmp_path / "runs")
+    (run / "check").symlink_to("nowhere")
+    assert newest_run(tmp_path / "runs") == tmp_path / "runs" / "linked"
+
+
+@pytest.mark.parametrize("words", [["eval"], ["export"], ["train", "--resume"], ["train", "--experiment"]])
+def test_a_name_too_long_for_a_disk_is_one_line(tmp_path, capsys, words):
+    assert main([*words, "x" * 300, *(["--output", str(tmp_path)] if words[0] == "train" else [])]) == 2
+    error = capsys.readouterr().err
+    assert "xxx" in error
+    assert error.count("\n") == 1
+
+
 def test_a_name_is_free_again_where_a_run_died_at_once(tmp_path):
     config = from_flat({"output": str(tmp_path), "experiment": "a"}, "test")
     folder = create_run_folder(config)

@@ -96,7 +96,7 @@ SETTINGS = [
 @pytest.mark.parametrize(("name", "settings", "options"), SETTINGS)
 def test_the_predicted_peak_follows_every_setting(name, settings, options):
     if settings.get("opt") == "adamw8bit":
-        pytest.importorskip("torchao")
+        pytest.importorskip("torchao.optim", reason="no torchao for this torch", exc_type=ImportError)
     check(network(name, "feature-reconstruction", **options), **settings)
 
 

@@ -49,6 +49,7 @@ WRONG = {
     "true": True,
     "negative": -1,
     "huge": 10**30,
+    "larger than a float": 10**400,
     "nan": float("nan"),
     "infinite": float("inf"),
     "text": "x",
@@ -220,6 +221,43 @@ def test_parts_of_a_checkpoint(trainer, newest):
     save_file(wrong_tensors, path, {"structure": json.dumps(structure)})
     sign(newest)
     assert not resumes(trainer)
+
+
+GROUP_OR_STATE = [
+    ("param_groups", "amsgrad", True),
+    ("param_groups", "maximize", True),
+    ("param_groups", "differentiable", True),
+    ("param_groups", "eps", -1.0),
+    ("param_groups", "lr_scale", "x"),
+    ("param_groups", "betas", (math.nan, 0.999)),
+    ("state", "step", torch.zeros(3)),
+    ("state", "step", torch.tensor(math.nan)),
+    ("state", "exp_avg", None),
+    ("state", "exp_avg", 5),
+    ("state", "exp_avg_sq", "gone"),
+]
+
+
+@pytest.mark.parametrize(("place", "name", "wrong"), GROUP_OR_STATE, ids=lambda value: str(value)[:12])
+def test_an_optimizer_that_would_fail_or_train_otherwise_is_passed_over(trainer, newest, place, name, wrong):
+    checkpoint = load_checkpoint(newest)
+    for part in checkpoint.parts.values():
+        entries = part["optimizer"][place]
+        for entry in entries if isinstance(entries, list) else entries.values():
+            entry[name] = wrong
+            if isinstance(wrong, str) and wrong == "gone":
+                del entry[name]
+    reason = trainer._accept(checkpoint)
+    assert "the optimizer" in reason
+    assert trainer._accept(load_checkpoint(newest)) is None
+
+
+def test_a_setting_of_another_version_of_torch_that_is_off_is_no_hindrance(trainer, newest):
+    checkpoint = load_checkpoint(newest)
+    for part in checkpoint.parts.values():
+        for group in part["optimizer"]["param_groups"]:
+            group |= {"a_later_one": False, "fused": True}
+    assert trainer._accept(checkpoint) is None
 
 
 @pytest.fixture(scope="module")

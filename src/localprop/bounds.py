@@ -2,12 +2,18 @@
 
 import dataclasses
 import math
+import sys
 from typing import Any, NamedTuple
 
 from localprop.errors import ConfigError
 
 MOST = 10**9
 """The largest whole number of a setting that has no bound of its own: larger ones are slips of the hand."""
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as a float: whole numbers may be too large to be one."""
+    return abs(value) <= sys.float_info.max
 
 
 class Bounds(NamedTuple):
@@ -24,7 +30,7 @@ class Bounds(NamedTuple):
         """Whether a number lies between them; NaN and infinity never do."""
         low = value > self.least if self.above else value >= self.least
         high = value < self.most if self.below else value <= self.most
-        return math.isfinite(value) and low and high
+        return is_finite(value) and low and high
 
     def text(self, value: float) -> str:
         """What a number that does not lie between them must be."""
@@ -32,7 +38,7 @@ class Bounds(NamedTuple):
         if self.below:
             return f"{low} and below {self.most}"
         if self.most == math.inf:
-            return low if math.isfinite(value) else f"finite and {low}"
+            return low if is_finite(value) else f"finite and {low}"
         if self.most == MOST:
             return low if value < self.least else f"at most {self.most}"
         return f"between {self.least} and {self.most}"
@@ -68,7 +74,7 @@ def require_within_bounds(settings: Any) -> None:
             bounds = BOUNDS.get(f.name, Bounds(-MOST, MOST) if isinstance(value, int) else None)
             if bounds and not bounds.hold(value):
                 raise ConfigError(f"{flag} is {_short(value)}; it must be {bounds.text(value)}")
-            if not math.isfinite(value):
+            if not is_finite(value):
                 raise ConfigError(f"{flag} is {value}; it must be finite")
 
 

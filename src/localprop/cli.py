@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LocalpropError as error:
         print(f"localprop: {printable(str(error))}", file=sys.stderr)
         return 2
+    except OSError as error:  # of a path that the user has named, or of the disk
+        if error.filename is None:
+            raise
+        print(f"localprop: {printable(f'{error.filename}: {error.strerror}; check the path')}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # outside of training, which saves a checkpoint first
         print("localprop: stopped", file=sys.stderr)
         return 130

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -357,12 +358,22 @@ def is_unbegun(folder: Path) -> bool:
 
 
 def _runs_in(output: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(output):
+    seen = set()  # of links that lead back
+    for place, folders, files in os.walk(output, followlinks=True):
+        seen.add(os.path.realpath(place))
         if CONFIG in files:
             yield Path(place)
             folders.clear()  # a run holds no other
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in seen
+        ]
 
 
 def _last_written(run: Path) -> float:
-    return max(path.stat().st_mtime for path in (run, run / CONFIG, *run.glob("check*")))
+    times = [0.0]
+    for path in (run, run / CONFIG, run / CHECKPOINTS):
+        with suppress(OSError):  # it is not there, or no more
+            times.append(path.stat().st_mtime)
+    return max(times)

@@ -122,6 +122,8 @@ def load_suite(name: str, changes: dict[str, Any] | None = None, words: Sequence
     flats = [flat | (changes or {}) for flat in itertools.islice(_expand(settings, blocks), _MOST_RUNS + 1)]
     if len(flats) > _MOST_RUNS:
         raise BenchError(f"{path} comes to more than {_MOST_RUNS} runs; divide it into several suites")
+    if not flats:
+        raise BenchError(f"{path} has no runs: a setting has an empty list of values; give it one or more")
     if own := set(_OWN) & {key for flat in flats for key in flat}:
         raise BenchError(f"{path}: {min(own)} is not for a suite to set; leave it out")
     configs = [from_flat(flat, str(path)) for flat in flats]

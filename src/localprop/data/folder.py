@@ -132,7 +132,9 @@ class _Parts:
         if not files:
             raise DataError(f"no images in {folder}; put some into {folder / '<class>'}")
         if empty := self.without_images(files):
-            self._lacking.append(f"no images in {folder} of {listing(map(repr, empty))}: accuracy is of the other classes only")
+            self._lacking.append(
+                f"no images in {folder} of {listing(map(repr, empty))}: accuracy is of the other classes only"
+            )
         return files
 
     def notes(self) -> list[str]:

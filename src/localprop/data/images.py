@@ -91,6 +91,9 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits; Pillow has taken the upper 8 of the pixels
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
