@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from localprop.cli import main
-from localprop.commands import resume_command
+from localprop.commands import interpreter_words, resume_command
 from localprop.errors import CheckpointError, ConfigError
 from localprop.flat import from_flat
 from localprop.lock import LOCK, FolderLock
@@ -171,9 +171,10 @@ def test_printed_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
     assert words == ["localprop", "train", "--resume", "a b", "--plugin", "it's mine.py"]
 
 
-def test_ctrl_c_while_modules_are_imported_is_one_line():
+@pytest.mark.parametrize("words", [[sys.executable, "-m", "localprop"], interpreter_words()], ids=["typed", "started"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(words):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen([sys.executable, "-m", "localprop", "plan", "--help"], **pipes) as process:
+    with subprocess.Popen([*words, "plan", "--help"], **pipes) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         while process.poll() is None and "torch" not in maps.read_text():
             time.sleep(0.01)
