@@ -84,7 +84,7 @@ class LocalConfig:
     def __post_init__(self) -> None:
         require_within_bounds(self)
         if self.budget is not None:
-            parse_bytes(self.budget)
+            parse_bytes(self.budget, "--budget")
 
     method_kwargs: Pairs = None
     """For the method, such as weight=0.5."""
@@ -275,7 +275,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         require_within_bounds(self)
         if self.time_limit is not None:
-            parse_duration(self.time_limit)
+            parse_duration(self.time_limit, "--time-limit")
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ class PlanConfig:
         if self.parallel and self.local.budget is not None:
             raise ConfigError("--budget chooses for one process; leave out either --budget or --parallel")
         if self.bandwidth is not None:
-            parse_bytes(self.bandwidth)
+            parse_bytes(self.bandwidth, "--bandwidth")
 
 
 def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) -> None:

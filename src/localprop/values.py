@@ -28,8 +28,12 @@ def read_pairs(words: list[str]) -> dict[str, Any]:
     return pairs
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, flag: str = "") -> int:
     """Reads an amount of memory: 8GiB, 500MiB, 2G, or plain bytes. G and GB are GiB, as with `ulimit`.
+
+    Args:
+        text: the amount.
+        flag: that gives it, for the message.
 
     Raises:
         ConfigError: it is no such amount.
@@ -37,12 +41,16 @@ def parse_bytes(text: str) -> int:
     # No more digits than exabytes have: floats end, and so does what Python reads as a number.
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d*)?)\s*(?:([kmgt])i?b?|b)?\s*", text, re.IGNORECASE | re.ASCII)
     if not match or not float(match[1]):
-        raise ConfigError(f"{short(text)} is no number of bytes; write 8GiB or 500MiB")
+        raise ConfigError(f"{_said(text, flag)} is no number of bytes; write 8GiB or 500MiB")
     return int(float(match[1]) * 1024 ** (" kmgt".index(match[2].lower()) if match[2] else 0))
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, flag: str = "") -> float:
     """Reads a time: 9m, 1h30m, 45s, or plain seconds; gives seconds.
+
+    Args:
+        text: the time.
+        flag: that gives it, for the message.
 
     Raises:
         ConfigError: it is no such time.
@@ -52,8 +60,12 @@ def parse_duration(text: str) -> float:
         sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
     )
     if not seconds:
-        raise ConfigError(f"{short(text)} is no time; write 9m or 1h30m")
+        raise ConfigError(f"{_said(text, flag)} is no time; write 9m or 1h30m")
     return float(seconds)
+
+
+def _said(text: str, flag: str) -> str:
+    return f"{flag} {short(text)}" if flag else short(text)
 
 
 Pairs = Annotated[
