@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from localprop.blocks import block_names, splittable
 from localprop.cuts import Code, Cut, Forward, Segment
-from localprop.errors import ChainError, suggestion
+from localprop.errors import ChainError, first_line, suggestion
 from localprop.tracing import fake_copy, trace
 
 
@@ -228,7 +228,7 @@ def _trace_modes(model: nn.Module, size: tuple[int, int, int], opened: Set[str])
 
 
 def _reason(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0][:200]
+    text = first_line(error)[:200]
     if isinstance(error, TraceError):
         return f"{text}, which cannot be traced; move that code into a module of its own"
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):

@@ -99,3 +99,8 @@ def listing(words: Iterable[object], most: int = 5) -> str:
 def printable(text: str) -> str:
     """The text with escapes for what would break the line, or what a terminal would take for a command."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says; the name of its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from torch import nn
 
 from localprop.checkpoint import newest_checkpoint
 from localprop.commands import resume_command
-from localprop.errors import CheckpointError, ConfigError, DataError, NonFiniteWeightError
+from localprop.errors import CheckpointError, ConfigError, DataError, NonFiniteWeightError, first_line
 from localprop.experiment import create_backbone, prepare
 from localprop.files import folder_aside
 from localprop.finite import non_finite
@@ -160,7 +160,7 @@ def load_weights(folder: Path, model: nn.Module) -> str:
         infinite = non_finite(dict(model.named_buffers(remove_duplicate=False)))
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, Malformed) as error:
-        line = str(error).strip().splitlines()[0]
+        line = first_line(error)
         raise CheckpointError(f"{path} does not fit the model or is damaged ({line}); export it anew") from None
     if bad := [name for name in non_finite(weights) if name not in infinite]:
         raise NonFiniteWeightError(f"{path}: {bad[0]} is not finite; resume from an earlier checkpoint or train anew")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from localprop.compiling import compile_network, require_compiler
 from localprop.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig
 from localprop.data import FOLDER, Data, load_data, load_evaluated
-from localprop.errors import ConfigError, suggestion
+from localprop.errors import ConfigError, first_line, suggestion
 from localprop.localize import localize
 from localprop.network import LocalNetwork
 from localprop.optimizers import LOW_BIT
@@ -163,7 +163,7 @@ def create_backbone(config: ModelConfig, num_classes: int | None) -> tuple[nn.Mo
             line = str(error).partition("\n")[0]  # torch adds where in its own code it was
             raise ConfigError(f"{config.model} cannot be built with --model-kwargs {kwargs}: {line}") from None
         except Exception as error:  # whatever a model's own code, or the hub's client, may raise
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = first_line(error)
             if config.pretrained:
                 raise ConfigError(
                     f"the pretrained weights of {config.model} cannot be had ({line}); go online once, put them into "

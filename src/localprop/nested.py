@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localprop.errors import CheckpointError
+from localprop.errors import CheckpointError, first_line
 from localprop.reading import Malformed
 
 KINDS = "dicts with str or int keys, lists, tuples, None, bool, int, float, str, torch.dtype and torch.Size"
@@ -73,7 +73,7 @@ def join(value: Any, tensors: dict[str, Tensor]) -> Any:
         raise Malformed("it is nested too deep") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, AssertionError) as error:
         # What is described may be anything, and classes of tensors raise what they like.
-        line = (str(error).strip().splitlines() or [""])[0]
+        line = first_line(error)
         raise Malformed(f"a value in it cannot be put together ({type(error).__name__}: {line[:80]})") from None
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from localprop.errors import ConfigError
+from localprop.errors import ConfigError, first_line
 
 _DIGEST = "__localprop_sha256__"
 
@@ -44,9 +44,8 @@ def load_plugin(path: Path | None, sha256: str | None = None) -> None:
         exec(compile(content, str(place), "exec"), module.__dict__)
     except Exception as error:  # whatever the user's code may raise
         del sys.modules[name]
-        line = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"--plugin {path} fails ({type(error).__name__}: {line}); run it by itself to see where"
+            f"--plugin {path} fails ({type(error).__name__}: {first_line(error)}); run it by itself to see where"
         ) from error
 
 

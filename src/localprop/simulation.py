@@ -19,7 +19,7 @@ from localprop.averaging import average
 from localprop.carry import Carry
 from localprop.config import OptimConfig
 from localprop.constants import KeepConstants
-from localprop.errors import LocalpropError, PlanError
+from localprop.errors import LocalpropError, PlanError, first_line
 from localprop.memory import plain_tensors, total_bytes
 from localprop.network import LocalNetwork
 from localprop.optimizers import fill_tables
@@ -154,7 +154,7 @@ def fake_training(
     except LocalpropError:  # a setting that is wrong in itself
         raise
     except Exception as error:  # whatever a user's model, method or criterion may raise on fake tensors
-        line = (str(error).strip().splitlines() or [""])[0][:200]
+        line = first_line(error)[:200]
         raise PlanError(f"memory cannot be predicted: {type(error).__name__}: {line}") from error
 
 

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from localprop.carry import Carry
 from localprop.config import OptimConfig
-from localprop.errors import CheckpointError, NonFiniteGradientError, NonFiniteLossError, NonFiniteWeightError
+from localprop.errors import (
+    CheckpointError,
+    NonFiniteGradientError,
+    NonFiniteLossError,
+    NonFiniteWeightError,
+    first_line,
+)
 from localprop.finite import non_finite, wide_norm
 from localprop.memory import plain_tensors
 from localprop.network import LocalNetwork
@@ -300,7 +306,7 @@ class TrainingState:
                 if scaler := self.scalers[i]:
                     scaler.load_state_dict(part["scaler"])
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"the checkpoint does not fit the network ({reason}); resume with the versions of localprop and timm "
                 "that the run was started with"

@@ -16,7 +16,7 @@ from localprop.carry import Carry
 from localprop.checkpoint import Checkpoint, checkpoint_names, newest_checkpoint, save_weights
 from localprop.config import TrainConfig
 from localprop.data import Data
-from localprop.errors import CheckpointError, listing
+from localprop.errors import CheckpointError, first_line, listing
 from localprop.files import refuse_link, remove_leftovers
 from localprop.gauge import Gauge
 from localprop.launched import stops_cleanly
@@ -422,5 +422,5 @@ def _out_of_memory_told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise MemoryError(str(error).strip().splitlines()[0]) from error
+            raise MemoryError(first_line(error)) from error
         raise

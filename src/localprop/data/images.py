@@ -5,7 +5,7 @@ import os
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from localprop.errors import DataError
+from localprop.errors import DataError, first_line
 
 Image.init()
 # Nothing else is ever opened: Pillow runs Ghostscript for EPS, and rarely used decoders are rarely checked.
@@ -54,12 +54,7 @@ def read_image(path: str) -> Image.Image:
     except UnidentifiedImageError:
         raise DataError(f"{path} is unreadable (not an image)") from None
     except Exception as error:  # what Pillow's decoders raise for a damaged file is any of a dozen types
-        raise DataError(f"{path} is unreadable ({reason(error)})") from None
-
-
-def reason(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is unreadable ({first_line(error)})") from None
 
 
 def _orientation(image: Image.Image) -> int:

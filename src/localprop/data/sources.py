@@ -17,9 +17,8 @@ from torch import Tensor
 from torchvision import datasets
 
 from localprop.config import DataConfig
-from localprop.data.images import reason
 from localprop.data.split import hold_out
-from localprop.errors import DataError, listing
+from localprop.errors import DataError, first_line, listing
 from localprop.seeding import generator
 
 Channels = tuple[float, float, float]
@@ -75,11 +74,11 @@ def read_named(name: str, config: DataConfig) -> Arrays:
     except Exception as error:  # torchvision's readers and downloads raise a dozen types
         if missing := _missing(named, root):
             raise DataError(
-                f"{name} could not be downloaded ({reason(error)}); check the network, "
+                f"{name} could not be downloaded ({first_line(error)}); check the network, "
                 f"or put {listing(missing)} into {root} by hand"
             ) from error
         # torchvision words a wrong checksum as advice to its programmer.
-        what = "a checksum differs" if type(error) is RuntimeError else reason(error)
+        what = "a checksum differs" if type(error) is RuntimeError else first_line(error)
         raise _unusable(name, root, what) from error
     images, labels = _checked(name, root, classes, *train)
     if test is not None:

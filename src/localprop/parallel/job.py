@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localprop.errors import ParallelError
+from localprop.errors import ParallelError, first_line
 from localprop.launched import job_folder
 from localprop.memory import is_out_of_memory
 from localprop.parallel.agreement import difference
@@ -218,6 +218,5 @@ def join(device: str | None) -> Job:
 
 
 def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     # gloo begins with the place in its own code, and adds guesses.
-    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". This is typically")[0][:200]
+    return re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).partition(". This is typically")[0][:200]
