@@ -5,10 +5,12 @@ import io
 import multiprocessing
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from torchvision import transforms
@@ -16,6 +18,7 @@ from torchvision import transforms
 from localprop import localize
 from localprop.cli import main
 from localprop.config import OptimConfig
+from localprop.constants import KeepConstants
 from localprop.decoders import DECODERS
 from localprop.errors import ChainError, ConfigError, LocalpropError
 from localprop.experiment import prepare
@@ -239,6 +242,14 @@ def test_normalize_in_a_model_is_part_of_it():
     two = localize(made(), 2, "greedy", input_size=SIZE)
     assert torch.equal(two(images), made()(images))
     assert simulate_step(two, OptimConfig(), 4, SIZE).peak > 0
+
+
+def test_only_small_constants_keep_their_values():
+    with FakeTensorMode(), KeepConstants():
+        assert (torch.tensor([0.0, 1.0]) == 0).any()
+        assert isinstance(torch.tensor(np.zeros(3000)), FakeTensor)
+        assert isinstance(torch.tensor(data=[0.0] * 3000), FakeTensor)
+        assert isinstance(torch.ones(2), FakeTensor)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -29,7 +29,9 @@ class KeepConstants(TorchFunctionMode):
             return func(*args, **kwargs)
         with _disable_current_modes():
             result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if type(tensor) is Tensor and tensor.numel() <= _MOST:
-                tensor._constant = True  # type: ignore[attr-defined]
+        made_of = [leaf for leaf in tree_leaves(result) if type(leaf) is Tensor]
+        if any(tensor.numel() > _MOST for tensor in made_of):
+            return func(*args, **kwargs)
+        for tensor in made_of:
+            tensor._constant = True  # type: ignore[attr-defined]
         return result
