@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from localprop import commands
 from localprop.bench import Runner, load_suite
 from localprop.cli import main
+from localprop.description import read_config
 from localprop.errors import ConfigError
 from localprop.plugins import load_plugin
-from localprop.runfolder import read_config
 from localprop.trust import require_typed, without_starting_weights
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run-0.1"

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bench_records import make_record
-from localprop import runfolder
+from localprop import description
 from localprop.bench import load_suite
 from localprop.bench.collect import _finite, collect
 from localprop.bench.groups import tasks_of
@@ -29,13 +29,13 @@ from localprop.bench.suite import SuiteRun
 from localprop.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from localprop.cli import main
 from localprop.config import TrainConfig
+from localprop.description import note_resumption, read_config, read_description
 from localprop.errors import BenchError, CheckpointError, ConfigError, LocalpropError
 from localprop.evaluation import export_run
 from localprop.experiment import prepare
 from localprop.flat import from_flat, to_flags
 from localprop.provenance import provenance
 from localprop.report import LossCurve, read_losses, read_results, write_results
-from localprop.runfolder import note_resumption, read_config, read_description
 from localprop.state import TrainingState
 from localprop.trainer import Trainer
 from localprop.values import read_yaml
@@ -270,7 +270,7 @@ def run(tmp_path_factory):
 
 def test_run_json(run, monkeypatch):
     now = provenance()
-    monkeypatch.setattr(runfolder, "provenance", lambda: now)  # else git is asked each time
+    monkeypatch.setattr(description, "provenance", lambda: now)  # else git is asked each time
     path = run / "run.json"
     original = path.read_text()
     suite_run = SuiteRun("run", {}, replace(read_config(run)))

@@ -88,7 +88,8 @@ def _train(argv: Sequence[str]) -> int:
     config: TrainConfig = parse(TrainConfig, "train", argv, _over(TrainConfig(), files, words))
     if config.run.resume is None:
         return _start(config, None, flags)
-    from localprop.runfolder import CONFIG, is_unbegun, newest_run, read_config
+    from localprop.description import CONFIG, read_config
+    from localprop.runfolder import is_unbegun, newest_run
 
     folder = newest_run(config.run.output) if config.run.resume == NEWEST else Path(config.run.resume)
     own = read_config(folder, _named_plugin(folder, config.backbone.plugin, words))
@@ -333,7 +334,7 @@ def _over(config: Any, files: list[str], words: Sequence[str]) -> Any:
 
 def _named_plugin(folder: Path, named: Path | None, words: Sequence[str]) -> Path | None:
     """The plugin of a run, if the command line names it; see `require_plugin`."""
-    from localprop.runfolder import require_plugin
+    from localprop.description import require_plugin
 
     note = require_plugin(folder, named, words)
     if note and "RANK" not in os.environ:  # of several processes, who started them has said it

@@ -11,6 +11,7 @@ from torch import nn
 
 from localprop.checkpoint import newest_checkpoint
 from localprop.commands import resume_command
+from localprop.description import evaluated_as, evaluation_of, read_config, read_description
 from localprop.errors import CheckpointError, ConfigError, DataError, NonFiniteWeightError, first_line
 from localprop.experiment import create_backbone, prepare
 from localprop.files import folder_aside
@@ -19,7 +20,6 @@ from localprop.flat import from_flat
 from localprop.metrics import evaluate
 from localprop.reading import Malformed, require_regular
 from localprop.restoring import check_part
-from localprop.runfolder import evaluated_as, evaluation_of, read_config, read_description
 from localprop.state import whole_weights
 from localprop.trainer import CHECKPOINTS, WEIGHTS
 from localprop.trust import DESCRIPTIONS, without_starting_weights

@@ -15,6 +15,7 @@ from localprop import advice
 from localprop.checkpoint import has_checkpoint
 from localprop.commands import resume_command
 from localprop.config import TrainConfig, require_equal_parts
+from localprop.description import data_of_run, note_resumption, note_tested, tested_before, write_description
 from localprop.errors import (
     CheckpointError,
     ConfigError,
@@ -34,16 +35,7 @@ from localprop.parallel import Job, Lost, PipelineStage, in_job, meet
 from localprop.parallel.agreement import data_facts, difference, facts
 from localprop.pipelines import in_flight
 from localprop.report import Progress, final_table, format_bytes, next_steps
-from localprop.runfolder import (
-    create_run_folder,
-    data_of_run,
-    is_unbegun,
-    left_by,
-    note_resumption,
-    note_tested,
-    tested_before,
-    write_description,
-)
+from localprop.runfolder import create_run_folder, is_unbegun, left_by
 from localprop.simulation import simulate_step
 from localprop.state import TrainingState
 from localprop.trainer import CHECKPOINTS, WEIGHTS, Interrupted, Trainer

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from localprop.bench.record import read_record
 from localprop.bench.runner import Job
+from localprop.description import read_description
 from localprop.errors import LocalpropError, printable
 from localprop.report import format_accuracy, format_bytes, format_duration, read_losses, read_results
-from localprop.runfolder import read_description
 from localprop.trainer import LOSSES, RESULTS
 
 _REDRAW_SECONDS = 1.0
