@@ -72,17 +72,15 @@ def is_unbegun(folder: Path) -> bool:
 
 
 def _runs_in(output: Path) -> Iterator[Path]:
-    seen = set()  # of links that lead back
-    for place, folders, files in os.walk(output, followlinks=True):
-        seen.add(os.path.realpath(place))
+    for place, folders, files in os.walk(output):
         if CONFIG in files:
             yield Path(place)
             folders.clear()  # a run holds no other
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in seen
-        ]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        # A link may lead to a run, and is not searched: it may as well lead to a whole disk.
+        for path in (Path(place, name) for name in folders):
+            if path.is_symlink() and (path / CONFIG).is_file():
+                yield path
 
 
 def _last_written(run: Path) -> float:
