@@ -31,8 +31,8 @@ from parallel_ranks import cpu_seconds, resident
 from PIL import Image
 from small_swin import CLASSES, MODEL, SIDE, add_flags, backbone, cut_evenly, model_kwargs, time_units
 
-from localprop.layout import IN_FLIGHT
-from localprop.schedules import Link, StageTime, local_modules, one_f_one_b
+from localprop.parallel.placement import IN_FLIGHT
+from localprop.planning.schedules import Link, StageTime, local_modules, one_f_one_b
 
 WARM = 6  # steps: one of them is slow, since its memory is measured, and batches are in flight before it is steady
 PATIENCE = 300  # seconds

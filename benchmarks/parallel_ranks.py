@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import localprop
-from localprop.carry import Carry
-from localprop.layout import IN_FLIGHT
-from localprop.schedules import one_f_one_b_order
+from localprop.network.carry import Carry
+from localprop.parallel.placement import IN_FLIGHT
+from localprop.planning.schedules import one_f_one_b_order
 
 WARM = 3
 

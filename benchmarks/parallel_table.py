@@ -15,8 +15,8 @@ import torch
 from common import write_result
 from small_swin import MODEL, add_flags, backbone, cut_evenly, joined, localized, time_modules, time_units
 
-from localprop.layout import IN_FLIGHT
-from localprop.schedules import Link, StageTime, Timing, data_parallel, local_modules, one_f_one_b, zero_bubble
+from localprop.parallel.placement import IN_FLIGHT
+from localprop.planning.schedules import Link, StageTime, Timing, data_parallel, local_modules, one_f_one_b, zero_bubble
 
 # Bytes per second, and seconds of latency.
 LINKS = {

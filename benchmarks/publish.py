@@ -11,7 +11,7 @@ import sys
 from common import RESULTS, ROOT
 
 import localprop
-from localprop.bench.publish import publish
+from localprop.bench.reports.publish import publish
 
 
 def main() -> int:

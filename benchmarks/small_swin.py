@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import localprop
-from localprop.carry import Carry
-from localprop.schedules import StageTime
+from localprop.network.carry import Carry
+from localprop.planning.schedules import StageTime
 
 MODEL, CLASSES, SIDE = "swin_tiny_patch4_window7_224", 10, 32
 

@@ -1,8 +1,8 @@
 """Records of suites that tests make up, and Markdown tables read back."""
 
 from localprop.bench.record import Record, write_record
-from localprop.config import TrainConfig
-from localprop.flat import to_flat
+from localprop.settings.config import TrainConfig
+from localprop.settings.flat import to_flat
 
 MIB = 2**20
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from localprop.checkpoint import (
+from localprop.training.checkpoint import (
     save_checkpoint,
 )
 

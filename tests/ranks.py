@@ -13,7 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from localprop.parallel.loopback import loopback_interface
-from localprop.report import read_losses, read_results
+from localprop.report.losses import read_losses
+from localprop.report.results import read_results
 
 SMALL = [
     *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
@@ -34,7 +35,7 @@ SECONDS = 300  # on a machine that has other things to do
 
 FORKER = """
 import json, os, sys, time, traceback, torch
-import localprop.cli, localprop.running
+import localprop.cli, localprop.runs.run
 torch.set_num_threads(1)
 for line in sys.stdin:
     task = json.loads(line)

@@ -4,13 +4,11 @@ import re
 import runpy
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
 from localprop.methods import METHODS
-
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from places import EXAMPLES
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import localprop
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "localprop"
 DESIGN = (ROOT / "docs" / "design.md").read_text()
 FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -20,18 +20,26 @@ PUBLIC_MODULES = {
     "localprop.methods": {"METHODS"},
     "localprop.heads": {"HEADS"},
     "localprop.decoders": {"DECODERS"},
-    "localprop.bench.publish": {"publish"},
-    "localprop.carry": {"Carry"},
-    "localprop.layout": {"IN_FLIGHT"},
-    "localprop.schedules": {
+    "localprop.bench.reports.publish": {"publish"},
+    "localprop.network.carry": {"Carry"},
+    "localprop.parallel.placement": {"IN_FLIGHT"},
+    "localprop.planning.schedules": {
         *("Link", "StageTime", "Timing"),
         *("data_parallel", "local_modules", "one_f_one_b", "one_f_one_b_order", "zero_bubble"),
     },
 }
 
 
-def room_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+FOLDERS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
+
+
+def room_of(path, folder=PACKAGE):
+    """What holds a file, directly below `folder`: a module or another folder."""
+    return path.relative_to(folder).parts[0].removesuffix(".py")
+
+
+def rooms(folder):
+    return {room_of(path, folder) for path in FILES if path.is_relative_to(folder)} - {"__init__", "__main__"}
 
 
 def imported(tree):
@@ -54,16 +62,43 @@ def file_of(module):
     return next((p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file()), None)
 
 
+def drawing(name):
+    return re.search(rf"```{name}\n(.*?)```", DESIGN, re.DOTALL)[1].splitlines()
+
+
+def levels(lines):
+    """Room -> its level; rooms of one level are set apart by commas."""
+    names = [(name, level) for level, line in enumerate(lines) for name in re.split(r"[\s,]+", line.strip())]
+    assert len(dict(names)) == len(names), "a room is drawn twice"
+    return dict(names)
+
+
 def floors():
-    """Room -> its floor, from the drawing in docs/design.md: a line is a floor, rooms are set apart by commas."""
-    drawing = re.search(r"```imports\n(.*?)```", DESIGN, re.DOTALL)[1]
-    return {room: i for i, line in enumerate(drawing.splitlines()) for room in re.split(r"[\s,]+", line.strip())}
+    return levels(drawing("imports"))
 
 
-def test_the_drawing_has_every_room_once():
-    rooms = {room_of(path) for path in FILES} - {"__init__", "__main__"}
-    assert set(floors()) == rooms
-    assert len(re.findall(r"\w+", re.search(r"```imports\n(.*?)```", DESIGN, re.DOTALL)[1])) == len(rooms)
+def modules_of(folder):
+    """Module -> its level within a folder."""
+    (line,) = (line for line in drawing("modules") if line.startswith(f"{folder}:"))
+    return levels(line.partition(":")[2].split("<"))
+
+
+def test_the_drawing_has_every_folder_once():
+    assert set(floors()) == rooms(PACKAGE)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_drawing_has_every_module_once(folder):
+    assert set(modules_of(folder)) == rooms(PACKAGE / folder)
+
+
+def test_a_folder_is_small_enough_to_keep_in_mind():
+    for folder in {path.parent for path in FILES}:
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 13, folder
+
+
+def test_no_folder_has_the_name_of_a_public_function():
+    assert not {path.parent.name for path in FILES} - {"localprop"} & set(localprop.__all__)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -75,10 +110,23 @@ def test_imports_go_one_way(path):
         target = file_of(module)
         assert target, f"{path} imports {module}, which is no file"
         other = room_of(target)
-        if other == "__init__":  # the index lies above the rooms whose names it collects
+        if other == "__init__":  # the index lies above the folders whose names it collects
             assert room == "cli", f"{path} imports the index"
         elif other != room:
             assert floor[other] < floor[room], f"{path} imports {module}, which is not below it"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_within_a_folder_go_one_way(folder):
+    inside, level = PACKAGE / folder, modules_of(folder)
+    for path in FILES:
+        if not path.is_relative_to(inside) or path == inside / "__init__.py":
+            continue
+        targets = {file_of(module) for module in imported(FILES[path])}
+        for target in targets:
+            if target and target.is_relative_to(inside) and target != inside / "__init__.py":
+                own, other = room_of(path, inside), room_of(target, inside)
+                assert own == other or level[other] < level[own], f"{path} imports {target}, which is not below it"
 
 
 def test_no_file_needs_itself():
@@ -105,9 +153,9 @@ def test_files_of_a_kind_do_not_know_each_other(room):
 
 
 def test_the_trainer_knows_no_method():
-    for room in ("trainer", "state"):
-        below = {room_of(file_of(module)) for module in imported(FILES[PACKAGE / f"{room}.py"])}
-        assert not below & {"methods", "heads", "decoders", "localize"}
+    for path in (PACKAGE / "training").glob("*.py"):
+        below = {room_of(file_of(module)) for module in imported(FILES[path])}
+        assert not below & {"methods", "heads", "decoders", "division"}
 
 
 def test_the_index_is_what_it_says():
@@ -141,8 +189,7 @@ def test_the_guards_that_the_design_names_exist():
     named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", DESIGN)
     assert len(named) > 10
     for file, test in named:
-        path = ROOT / "tests" / f"{file}.py"
-        assert path.is_file(), path
+        (path,) = (ROOT / "tests").rglob(f"{file}.py")
         assert f"\ndef {test}(" in path.read_text(), f"{file}.py has no {test}"
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from localprop import chain, localize
-from localprop.memory import measured, total_bytes
-from localprop.recompute import recomputing
-from localprop.tracing import tensors_of
+from localprop.memory.measure import measured, total_bytes
+from localprop.memory.recompute import recomputing
+from localprop.tracing.tracer import tensors_of
 
 CLASSES = 5
 SIZE = (3, 32, 32)

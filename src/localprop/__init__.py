@@ -1,24 +1,24 @@
 """Train transformers, and any other timm or torch model, without end-to-end backpropagation."""
 
 # ruff: noqa: E402
-from localprop.launched import watch_launcher as _watch_launcher
-from localprop.startup import catch_interrupts as _catch_interrupts
+from localprop.system.launched import watch_launcher as _watch_launcher
+from localprop.system.startup import catch_interrupts as _catch_interrupts
 
 # Before torch is imported, which takes seconds.
 _catch_interrupts()
 _watch_launcher()
 
-from localprop.chain import Chain, Unit, chain
 from localprop.decoders import DECODERS
+from localprop.division.divide import localize
 from localprop.errors import LocalpropError
 from localprop.heads import HEADS
-from localprop.localize import localize
 from localprop.methods import METHODS
-from localprop.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
-from localprop.plan import Plan, PlanRow, plan
-from localprop.provenance import provenance
+from localprop.network.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
+from localprop.planning.plans import Plan, PlanRow, plan
+from localprop.system.provenance import provenance
+from localprop.tracing.chains import Chain, Unit, chain
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "DECODERS",
     "HEADS",

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from localprop.commands import command
-from localprop.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
 from localprop.errors import BenchError, ConfigError, LocalpropError, listing, printable, suggestion
-from localprop.flags import parse
-from localprop.flat import free, from_flat, to_flat
-from localprop.startup import release_interrupts
-from localprop.trust import require_typed
-from localprop.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, parse_duration, read_yaml
+from localprop.settings.config import BenchConfig, ModelConfig, PlanConfig, TrainConfig
+from localprop.settings.flags import parse
+from localprop.settings.flat import free, from_flat, to_flat
+from localprop.settings.trust import require_typed
+from localprop.settings.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, parse_duration, read_yaml
+from localprop.system.commands import command
+from localprop.system.startup import release_interrupts
 
 USAGE = """\
 usage: localprop COMMAND [OPTIONS]
@@ -88,8 +88,8 @@ def _train(argv: Sequence[str]) -> int:
     config: TrainConfig = parse(TrainConfig, "train", argv, _over(TrainConfig(), files, words))
     if config.run.resume is None:
         return _start(config, None, flags)
-    from localprop.description import CONFIG, read_config
-    from localprop.runfolder import is_unbegun, newest_run
+    from localprop.runs.description import CONFIG, read_config
+    from localprop.runs.folder import is_unbegun, newest_run
 
     folder = newest_run(config.run.output) if config.run.resume == NEWEST else Path(config.run.resume)
     own = read_config(folder, _named_plugin(folder, config.backbone.plugin, words))
@@ -116,15 +116,15 @@ def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> i
         if config.run.nproc is None:
             raise ConfigError("--parallel needs --nproc, the number of processes, or a start by torchrun")
         return launch(config, config.run.nproc, flags)
-    from localprop.running import run
+    from localprop.runs.run import run
 
     return run(config, resumed)
 
 
 def _plan(argv: Sequence[str]) -> int:
-    from localprop.advice import plan_lines, plan_model, plan_report
-    from localprop.files import write_text
-    from localprop.report import draw_plan, plan_table, processes_table
+    from localprop.planning.tables import draw_plan, plan_table, processes_table
+    from localprop.runs.advice import plan_lines, plan_model, plan_report
+    from localprop.system.files import write_text
 
     words = ("plan", *argv)
     argv, files = _take_config_files(argv)
@@ -150,7 +150,10 @@ def _plan(argv: Sequence[str]) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    from localprop.bench import Runner, SuiteView, find_suite, load_suite, shipped_suites, write_report
+    from localprop.bench.live import SuiteView
+    from localprop.bench.reports.report import write_report
+    from localprop.bench.runner import Runner
+    from localprop.bench.suite import find_suite, load_suite, shipped_suites
 
     console = Console()
     if not argv:
@@ -234,7 +237,7 @@ class EvalOptions:
 
 
 def _eval(argv: Sequence[str]) -> int:
-    from localprop.evaluation import evaluate_run
+    from localprop.runs.evaluation import evaluate_run
 
     options: EvalOptions = parse(EvalOptions, "eval", argv)
     changes = {k: getattr(options, k) for k in ("data", "data_dir", "batch_size", "val_split", "download", "device")}
@@ -263,7 +266,7 @@ class ExportOptions:
 
 
 def _export(argv: Sequence[str]) -> int:
-    from localprop.evaluation import export_run
+    from localprop.runs.evaluation import export_run
 
     options: ExportOptions = parse(ExportOptions, "export", argv)
     plugin = _named_plugin(options.run, options.plugin, ("export", *argv))
@@ -282,8 +285,8 @@ class ChainOptions(ModelConfig):
 
 
 def _chain(argv: Sequence[str]) -> int:
-    from localprop.chain import chain
-    from localprop.experiment import create_backbone
+    from localprop.runs.experiment import create_backbone
+    from localprop.tracing.chains import chain
 
     options: ChainOptions = parse(ChainOptions, "chain", argv)
     model, _ = create_backbone(options, None)
@@ -334,7 +337,7 @@ def _over(config: Any, files: list[str], words: Sequence[str]) -> Any:
 
 def _named_plugin(folder: Path, named: Path | None, words: Sequence[str]) -> Path | None:
     """The plugin of a run, if the command line names it; see `require_plugin`."""
-    from localprop.description import require_plugin
+    from localprop.runs.description import require_plugin
 
     note = require_plugin(folder, named, words)
     if note and "RANK" not in os.environ:  # of several processes, who started them has said it

@@ -7,11 +7,12 @@ from typing import Any
 
 from localprop.bench.record import Record, settings_of
 from localprop.bench.suite import SuiteRun
-from localprop.description import read_config, read_description, recorded_plugin
 from localprop.errors import BenchError
-from localprop.flat import free, to_flat
-from localprop.report import EpochRow, read_losses, read_results
-from localprop.trainer import LOSSES, RESULTS
+from localprop.report.losses import read_losses
+from localprop.report.results import EpochRow, read_results
+from localprop.runs.description import read_config, read_description, recorded_plugin
+from localprop.settings.flat import free, to_flat
+from localprop.training.trainer import LOSSES, RESULTS
 
 # What a run fills in where the suite leaves it open.
 _FILLED = ("img_size", "model_kwargs", "hflip")

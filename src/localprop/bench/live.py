@@ -13,10 +13,12 @@ from rich.text import Text
 
 from localprop.bench.record import read_record
 from localprop.bench.runner import Job
-from localprop.description import read_description
 from localprop.errors import LocalpropError, printable
-from localprop.report import format_accuracy, format_bytes, format_duration, read_losses, read_results
-from localprop.trainer import LOSSES, RESULTS
+from localprop.report.formats import format_accuracy, format_bytes, format_duration
+from localprop.report.losses import read_losses
+from localprop.report.results import read_results
+from localprop.runs.description import read_description
+from localprop.training.trainer import LOSSES, RESULTS
 
 _REDRAW_SECONDS = 1.0
 _STYLES = {"done": "", "running": "bold", "waiting": "dim", "stopped": "yellow", "failed": "red"}

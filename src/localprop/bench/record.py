@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from localprop.commands import command
-from localprop.config import TrainConfig
 from localprop.errors import BenchError, ConfigError
-from localprop.files import write_text
-from localprop.flat import free, from_flat, to_flat
-from localprop.reading import (
+from localprop.settings.config import TrainConfig
+from localprop.settings.flat import free, from_flat, to_flat
+from localprop.system.commands import command
+from localprop.system.files import write_text
+from localprop.system.reading import (
     AMOUNT,
     COUNT,
     FLAG,

@@ -14,16 +14,18 @@ from typing import Any, Literal
 from localprop.bench.collect import collect, differing, settings_in
 from localprop.bench.record import read_record, write_record
 from localprop.bench.suite import Suite, SuiteRun, check_run_name
-from localprop.checkpoint import has_checkpoint
-from localprop.commands import interpreter_words, plugin_words
-from localprop.config import DataConfig
-from localprop.data import folder_identity, named_settings, require_same
+from localprop.data.identity import require_same
+from localprop.data.loading import folder_identity
+from localprop.data.sources import named_settings
 from localprop.errors import BenchError, DataError, LocalpropError
-from localprop.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
-from localprop.flat import free, from_flat, to_flags, to_flat
-from localprop.launched import PIPE, ends_with_us
-from localprop.trainer import CHECKPOINTS
-from localprop.trust import require_plugins
+from localprop.settings.config import DataConfig
+from localprop.settings.flat import free, from_flat, to_flags, to_flat
+from localprop.settings.trust import require_plugins
+from localprop.system.commands import interpreter_words, plugin_words
+from localprop.system.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
+from localprop.system.launched import PIPE, ends_with_us
+from localprop.training.checkpoint import has_checkpoint
+from localprop.training.trainer import CHECKPOINTS
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 120  # for a step to end and its checkpoint to be saved

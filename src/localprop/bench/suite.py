@@ -23,14 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from localprop.config import TrainConfig
 from localprop.decoders import DECODERS
 from localprop.errors import BenchError, listing, suggestion
-from localprop.flat import from_flat, plain_keys, to_flat
 from localprop.heads import HEADS
 from localprop.methods import check_method
-from localprop.trust import require_typed
-from localprop.values import read_yaml
+from localprop.settings.config import TrainConfig
+from localprop.settings.flat import from_flat, plain_keys, to_flat
+from localprop.settings.trust import require_typed
+from localprop.settings.values import read_yaml
 
 _FOLDER = Path(__file__).parent / "suites"
 # Where and how far a run goes is the bench's own affair.

@@ -7,21 +7,3 @@ split.py (images that are held out), identity.py (what a dataset is), view.py (h
 memory.py and streaming.py (where pixels come from), workers.py (processes that decode), augment.py (crops and flips of
 whole batches).
 """
-
-from localprop.data.base import Data
-from localprop.data.identity import require_same
-from localprop.data.loading import FOLDER, folder_identity, load_data, load_evaluated
-from localprop.data.sources import named_settings
-from localprop.data.view import evaluation_record, read_evaluation
-
-__all__ = [
-    "FOLDER",
-    "Data",
-    "evaluation_record",
-    "folder_identity",
-    "load_data",
-    "load_evaluated",
-    "named_settings",
-    "read_evaluation",
-    "require_same",
-]

@@ -8,10 +8,10 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from localprop.config import DataConfig
 from localprop.data.view import View, evaluation_record, read_evaluation
 from localprop.errors import ConfigError, DataError
 from localprop.seeding import derive_seed, generator, seeded
+from localprop.settings.config import DataConfig
 
 Batch = tuple[Tensor, Tensor]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from localprop.data.walk import File
+from localprop.data.images.walk import File
 from localprop.errors import DataError, listing
 
 _COUNTS = {"train_images": "training images", "evaluated_images": "evaluated images", "final_images": "test images"}

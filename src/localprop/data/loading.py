@@ -8,9 +8,9 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from localprop.config import DataConfig
 from localprop.data.base import Data
-from localprop.data.folder import (
+from localprop.data.identity import digest, identity_of
+from localprop.data.images.folder import (
     SMALL_SIDE,
     Listing,
     list_evaluated,
@@ -20,13 +20,13 @@ from localprop.data.folder import (
     skip_image,
     small_sizes,
 )
-from localprop.data.identity import digest, identity_of
-from localprop.data.memory import MemoryStore
+from localprop.data.images.memory import MemoryStore
+from localprop.data.images.streaming import StreamStore
 from localprop.data.sources import NAMED, read_named
 from localprop.data.split import hold_out
-from localprop.data.streaming import StreamStore
 from localprop.data.view import SQUASHED, WHOLE
 from localprop.errors import ConfigError, suggestion
+from localprop.settings.config import DataConfig
 
 FOLDER = "folder:"
 _USUAL_SIDE = 224

@@ -16,10 +16,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
-from localprop.config import DataConfig
 from localprop.data.split import hold_out
 from localprop.errors import DataError, first_line, listing
 from localprop.seeding import generator
+from localprop.settings.config import DataConfig
 
 Channels = tuple[float, float, float]
 

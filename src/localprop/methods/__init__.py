@@ -9,7 +9,7 @@ from localprop.methods.end_to_end import EndToEnd
 from localprop.methods.feature_reconstruction import FeatureReconstruction
 from localprop.methods.greedy import Greedy
 from localprop.methods.infopro import InfoPro
-from localprop.network import Classification, LocalLoss, ModuleSpec
+from localprop.network.network import Classification, LocalLoss, ModuleSpec
 
 METHODS: dict[str, type[LocalLoss]] = {
     "feature-reconstruction": FeatureReconstruction,

@@ -1,6 +1,6 @@
 """End-to-end backpropagation, the baseline: one module, the whole backbone, trained by its own classifier's loss."""
 
-from localprop.network import Classification
+from localprop.network.network import Classification
 
 
 class EndToEnd(Classification):

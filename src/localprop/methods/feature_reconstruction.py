@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from localprop.decoders import build_decoder
 from localprop.heads import build_head
-from localprop.network import LocalLoss, ModuleSpec
+from localprop.network.network import LocalLoss, ModuleSpec
 
 _PARTS = 4
 

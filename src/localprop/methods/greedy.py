@@ -6,7 +6,7 @@ Source: Belilovsky et al., Decoupled Greedy Learning of CNNs (DGL), ICML 2020.
 from torch import Tensor
 
 from localprop.heads import build_head
-from localprop.network import LocalLoss, ModuleSpec
+from localprop.network.network import LocalLoss, ModuleSpec
 
 
 class Greedy(LocalLoss):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from localprop.decoders import build_decoder
 from localprop.errors import ConfigError
 from localprop.heads import build_head
-from localprop.network import LocalLoss, ModuleSpec
+from localprop.network.network import LocalLoss, ModuleSpec
 
 # (first, last) weights of image reconstruction and of the task by the number of modules, as the authors tuned them
 # for a ResNet-110 on CIFAR-10.

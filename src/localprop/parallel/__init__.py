@@ -6,9 +6,3 @@ talk on one machine), agreement.py (what must be the same in all of them), job.p
 one that fails ends all), forms.py (what a batch looks like on the wire), messages.py (sending and receiving it),
 pipeline.py (the stage), replicas.py (several processes for one stage), traces.py (when each did what).
 """
-
-from localprop.parallel.job import Job, Lost, in_job, join, meet
-from localprop.parallel.launch import launch
-from localprop.parallel.pipeline import PipelineStage
-
-__all__ = ["Job", "Lost", "PipelineStage", "in_job", "join", "launch", "meet"]

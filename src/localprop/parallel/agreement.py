@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from localprop.config import TrainConfig
-from localprop.flat import free, to_flat
-from localprop.provenance import versions
+from localprop.settings.config import TrainConfig
+from localprop.settings.flat import free, to_flat
+from localprop.system.provenance import versions
 
 _PACKAGE = Path(__file__).parent.parent
 _SHOWN = 200  # characters of a value

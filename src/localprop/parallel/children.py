@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from localprop.errors import ParallelError
-from localprop.launched import FOLDER, PIPE, described_ranks, ends_with_us, stops_cleanly
+from localprop.system.launched import FOLDER, PIPE, described_ranks, ends_with_us, stops_cleanly
 
 _POLL_SECONDS = 0.05
 _NOTICE_SECONDS = 1  # in which processes see by themselves that one is gone

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from localprop.carry import Carry
 from localprop.errors import CheckpointError, ParallelError
-from localprop.nested import KINDS, Unknown, dtype_named, join, split
+from localprop.network.carry import Carry
+from localprop.system.nested import KINDS, Unknown, dtype_named, join, split
 
 _ALIGNED = 64  # bytes; CPU kernels look at addresses up to here
 

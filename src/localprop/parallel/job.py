@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from localprop.errors import ParallelError, first_line
-from localprop.launched import job_folder
-from localprop.memory import is_out_of_memory
+from localprop.memory.measure import is_out_of_memory
 from localprop.parallel.agreement import difference
 from localprop.parallel.forms import bytes_of_json, json_of_bytes
 from localprop.parallel.loopback import loopback_interface
+from localprop.system.launched import job_folder
 
 # Of a process that hangs without being gone; a slow epoch between two messages must fit in.
 _PATIENCE = timedelta(hours=2)

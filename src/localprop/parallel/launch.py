@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from localprop.commands import interpreter_words, resume_command
-from localprop.config import TrainConfig, require_equal_parts
 from localprop.errors import ParallelError
-from localprop.launched import described_ranks, failure_line
 from localprop.parallel.children import Children
-from localprop.plugins import load_plugin
+from localprop.settings.config import TrainConfig, require_equal_parts
+from localprop.system.commands import interpreter_words, resume_command
+from localprop.system.launched import described_ranks, failure_line
+from localprop.system.plugins import load_plugin
 
 
 def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
@@ -51,10 +51,10 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
 
 
 def _check(config: TrainConfig, processes: int) -> None:
-    from localprop.layout import arrange
     from localprop.methods import check_method
     from localprop.parallel.job import takes_gpu
     from localprop.parallel.loopback import loopback_interface
+    from localprop.parallel.placement import arrange
 
     takes_gpu(config.run.device, processes - 1)
     loopback_interface()
@@ -92,7 +92,7 @@ def _exit_code(children: Children, folder: Path, plugin: Path | None) -> int:
 
 
 def _killed_line(rank: int, number: int, folder: Path, plugin: Path | None) -> str:
-    from localprop.checkpoint import has_checkpoint
+    from localprop.training.checkpoint import has_checkpoint
 
     name = signal.Signals(number).name
     cause = f"{name} (by hand, or because memory ran out)" if number == signal.SIGKILL else name

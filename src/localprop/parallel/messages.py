@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localprop.carry import Carry
 from localprop.errors import ParallelError
-from localprop.layout import IN_FLIGHT
+from localprop.network.carry import Carry
 from localprop.parallel.forms import Form, pack, unpack
 from localprop.parallel.job import Job
+from localprop.parallel.placement import IN_FLIGHT
 
 _LONGEST = 1 << 24  # bytes of a form
 

@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from localprop.carry import Carry
-from localprop.checkpoint import begin_checkpoint, publish, write_parts
-from localprop.data import Data
-from localprop.layout import Layout
-from localprop.network import LocalNetwork
+from localprop.data.base import Data
+from localprop.network.carry import Carry
+from localprop.network.network import LocalNetwork
 from localprop.parallel.job import Job
 from localprop.parallel.messages import Receiver, Sender
+from localprop.parallel.placement import Layout
 from localprop.parallel.replicas import Replicas
-from localprop.parallel.traces import recorder_for, write_trace
-from localprop.stage import Stage
-from localprop.state import TrainingState
+from localprop.parallel.timeline.traces import recorder_for, write_trace
+from localprop.training.checkpoint import begin_checkpoint, publish, write_parts
+from localprop.training.stage import Stage
+from localprop.training.state import TrainingState
 
 _ASK_SECONDS = 0.5
 T = TypeVar("T")

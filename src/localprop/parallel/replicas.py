@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from localprop.averaging import average
+from localprop.parallel.averaging import average
 from localprop.parallel.job import Job
 
 

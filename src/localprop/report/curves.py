@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from localprop.files import written_aside
 from localprop.report.formats import format_accuracy, format_loss
 from localprop.report.results import EpochRow
 from localprop.report.texts import drawn
+from localprop.system.files import written_aside
 
 # With more labels than this, leader lines would cross them; the colour leads to the line as well.
 MOST_LEADERS = 8

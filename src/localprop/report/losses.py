@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from localprop.errors import CheckpointError
-from localprop.files import written_aside
-from localprop.reading import AMOUNT, COUNT, LOSS, Malformed, check, read_text
+from localprop.system.files import written_aside
+from localprop.system.reading import AMOUNT, COUNT, LOSS, Malformed, check, read_text
 
 MOMENTS = 100
 COLUMNS = ("step", "seconds_per_step", "processor_seconds_per_step")  # before a column for each module

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from localprop.errors import CheckpointError
-from localprop.files import written_aside
-from localprop.reading import AMOUNT, COUNT, LOSS, NULL, PERCENT, POSITIVE, Malformed, check, read_text
+from localprop.system.files import written_aside
+from localprop.system.reading import AMOUNT, COUNT, LOSS, NULL, PERCENT, POSITIVE, Malformed, check, read_text
 
 COLUMNS_BEFORE = ("epoch", "step", "lr")
 COLUMNS_AFTER = ("test_top5", "test_loss", "images_per_second", "predicted_memory", "peak_memory", "seconds")

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from localprop.commands import command, plugin_words
 from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
 from localprop.report.results import EpochRow
+from localprop.system.commands import command, plugin_words
 
 
 def final_table(rows: Sequence[EpochRow], module_names: Sequence[str], evaluated_on: str = "test") -> RenderableType:

@@ -1,0 +1,147 @@
+"""Runs of a suite put together: seeds into settings, settings into tasks within which they are compared."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from localprop.bench.record import Record
+from localprop.bench.reports.labels import setting_labels
+from localprop.bench.settings import Setting, Spread, difference
+from localprop.report.texts import shortened
+from localprop.settings.flat import free
+
+BASELINE = "end-to-end"
+# What has to be the same before two accuracies, peaks or times say anything about each other.
+TASK = ("data", "model", "model_kwargs", "img_size", "amp", "amp_dtype", "epochs", "batch_size")
+_QUIET = ("model_kwargs", "amp_dtype", "batch_size", "source", "epochs", "img_size", "amp")
+# What the result of a run does not depend on. Results of version 0.1 may have those that are left out today.
+_FREE = free("record") | {"plugin", "hold_on_device"}
+# What end-to-end training has no use for: runs of it that differ in these are the same run.
+_LOCAL = {"modules", "decoder", "head", "partition", "cuts", "min_depth", "budget", "method_kwargs"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Settings that can be compared: the same data, model, length of training and so on.
+
+    Attributes:
+        name: what tells the task from the others; data and model where it is the only one.
+        settings: one or more: end-to-end first, then by K, then by method.
+        baseline: plain end-to-end training, the most accurate where there are several; None without one.
+    """
+
+    name: str
+    settings: list[Setting]
+    baseline: Setting | None
+
+    @property
+    def data(self) -> str:
+        """The dataset's name."""
+        return str(self.settings[0].config.get("data"))
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods, in the order of the settings."""
+        return list(dict.fromkeys(setting.method for setting in self.settings))
+
+    def gap(self, setting: Setting) -> Spread | None:
+        """Accuracy less the baseline's, in points; see `difference`."""
+        return difference(setting, self.baseline) if self.baseline else None
+
+    def memory_ratio(self, setting: Setting) -> float | None:
+        """Peak against the baseline's: measured against measured or predicted against predicted, else None."""
+        return self.ratio(setting, "peak_memory") or self.ratio(setting, "predicted_memory")
+
+    def time_ratio(self, setting: Setting) -> float | None:
+        """Time per step against the baseline's: processor time on a CPU, which programs share, else on the clock."""
+        both = (setting, self.baseline) if self.baseline else (setting,)
+        on_cpu = all(record.cost.get("device") == "cpu" for s in both for record in s.records.values())
+        return self.ratio(setting, "processor_seconds_per_step" if on_cpu else "seconds_per_step")
+
+    def ratio(self, setting: Setting, name: str) -> float | None:
+        """An entry of the records' cost against the baseline's; None where one of them lacks it."""
+        own, other = setting.cost(name), self.baseline.cost(name) if self.baseline else None
+        return own / other if own and other else None
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of the points (memory, accuracy) no other beats, from the least memory to the most.
+
+    A point is beaten by one that takes no more memory and is at least as accurate; of equal points the first stays.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def tasks_of(records: Sequence[Record]) -> list[Task]:
+    """Puts one or more records into settings and tasks; tasks come in the order of their first record."""
+    groups = _grouped(records, _conditions)
+    conditions = [_conditions(group[0]) for group in groups]
+    varied = [key for key in conditions[0] if len({_key(values[key]) for values in conditions}) > 1]
+    for key in _QUIET:  # what is not needed to tell tasks apart is not part of their names
+        fewer = [other for other in varied if other != key]
+        if len({_task_name(values, fewer) for values in conditions}) == len(conditions):
+            varied = fewer
+    return [_task(group, _task_name(values, varied)) for group, values in zip(groups, conditions, strict=True)]
+
+
+def _conditions(record: Record) -> dict[str, Any]:
+    """What has to be the same before two runs are compared; accuracies on validation and test images never are."""
+    found = {key: record.config.get(key) for key in TASK}
+    # None means the dataset's own size.
+    return {
+        **found,
+        "img_size": record.data.get("img_size"),
+        "evaluated_on": record.result.get("evaluated_on"),
+        "source": record.data.get("source"),
+    }
+
+
+def _task(records: list[Record], name: str) -> Task:
+    groups = _grouped(records, _identity)
+    configs = [_identity(group[0]) for group in groups]
+    settings = []
+    for group, config, (label, short) in zip(groups, configs, setting_labels(configs, TASK), strict=True):
+        seeds: dict[Any, Record] = {}
+        for record in group:  # the same settings and seed give the same result, so a second run of them counts once
+            seeds.setdefault(record.config.get("seed"), record)
+        settings.append(Setting(label, short, config, seeds))
+    plain = [s for s in settings if s.method == BASELINE and not s.config.get("grad_checkpointing")]
+    plain = [s for s in plain if s.config.get("recompute") is not True]
+    baseline = max(plain, key=lambda s: s.accuracy.mean if s.accuracy else -math.inf, default=None)
+    settings.sort(key=lambda s: (s is not baseline, s.method != BASELINE, s.modules, s.method))
+    return Task(name, settings, baseline)
+
+
+def _task_name(conditions: dict[str, Any], varied: list[str]) -> str:
+    words = []
+    for key, value in conditions.items():
+        if key in ("data", "model"):
+            # Where only one of them differs, the other goes without saying.
+            words += [shortened(value)] if key in varied or not {"data", "model"} & set(varied) else []
+        elif key in varied:
+            words.append(f"{value} px" if key == "img_size" else f"{key.replace('_', ' ')} {shortened(value)}")
+    return shortened(", ".join(words), 120)
+
+
+def _identity(record: Record) -> dict[str, Any]:
+    """The settings that make a run what it is, but for the seed; K as it came out."""
+    unused = _FREE | {"seed"} | (_LOCAL if record.config.get("method") == BASELINE else set())
+    config = {key: value for key, value in record.config.items() if key not in unused}
+    return {**config, "method": config.get("method", "?"), "modules": len(record.network.get("modules") or [None])}
+
+
+def _grouped(records: Sequence[Record], identity: Callable[[Record], Any]) -> list[list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(_key(identity(record)), []).append(record)
+    return list(groups.values())
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

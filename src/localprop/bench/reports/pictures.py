@@ -1,0 +1,242 @@
+"""pareto.png, depth.png, curves.png: what a suite's settings reach, what they take, and how they got there."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from localprop.bench.reports.groups import BASELINE, Task, pareto_front
+from localprop.bench.reports.placing import label_ends, label_points, text_size
+from localprop.bench.settings import Setting
+from localprop.report.texts import drawn as drawn_text
+from localprop.system.files import written_aside
+
+MOST_PANELS = 4
+_COLORS = {
+    BASELINE: "#222222", "feature-reconstruction": "#1f6fb4", "infopro": "#d1690b", "greedy": "#2b8a4a",
+}  # fmt: skip
+_DPI = 140
+
+
+def draw_pareto(path: Path, tasks: Sequence[Task], title: str) -> bool:
+    """Draws accuracy against peak memory: a panel per task, a point per setting, and the front that none beats.
+
+    Without a single accuracy, memory alone as bars.
+
+    Args:
+        path: the PNG, 1400 pixels wide, replaced if it is there.
+        tasks: the first four are drawn; where some have accuracies, of these.
+        title: above the picture.
+
+    Returns:
+        False, and writes nothing, if no setting's memory is known.
+    """
+    shown = [task for task in tasks if any(s.memory for s in task.settings)]
+    if not shown:
+        return False
+    accurate = [task for task in shown if any(s.accuracy and s.memory for s in task.settings)]
+    if accurate:
+        shown = accurate[:MOST_PANELS]
+        figure, panels = _panels(shown, f"{title}: accuracy and peak memory", side=0.25)
+        what = "bars: ± standard deviation over seeds; line: best accuracy at that memory or less"
+        figure.text(0.985, 1 - 0.16 / figure.get_figheight(), what, ha="right", va="top", fontsize=8, color="0.4")
+        for axes, task in zip(panels, shown, strict=True):
+            _pareto_panel(axes, task)
+    else:
+        shown = shown[:MOST_PANELS]
+        figure, panels = _panels(shown, f"{title}: peak memory of a training step", side=0.6, left=2.3)
+        for axes, task in zip(panels, shown, strict=True):
+            _memory_panel(axes, task)
+    _save(figure, path)
+    return True
+
+
+def draw_depth(path: Path, tasks: Sequence[Task], title: str) -> bool:
+    """Draws the accuracy of each module's head over its depth; a line per setting, end-to-end as a level.
+
+    Args and return value as those of `draw_pareto`; nothing is drawn where no module inside a network has an accuracy.
+    """
+
+    def inside(setting: Setting) -> bool:
+        return any(accuracy is not None for accuracy in setting.module_accuracies[:-1])
+
+    shown = [task for task in tasks if any(inside(s) for s in task.settings)][:MOST_PANELS]
+    if not shown:
+        return False
+    figure, panels = _panels(shown, f"{title}: what each module's head knows", side=_side(shown))
+    for axes, task in zip(panels, shown, strict=True):
+        drawn = [s for s in task.settings if inside(s) or (s.modules == 1 and s.accuracy)]
+        ends = []
+        for setting, color in zip(drawn, _shades(drawn), strict=True):
+            values = np.array([np.nan if a is None else a for a in setting.module_accuracies])
+            if setting.modules == 1 and setting.accuracy:
+                axes.axhline(setting.accuracy.mean, color=color, linewidth=1.4, linestyle="--", zorder=1)
+                ends.append((1.0, setting.accuracy.mean))
+                continue
+            known = np.flatnonzero(np.isfinite(values))
+            depths = (known + 1) / setting.modules
+            axes.plot(depths, values[known], color=color, linewidth=1.5, marker="o", markersize=3.5, clip_on=False)
+            ends.append((float(depths[-1]), float(values[known[-1]])))
+        axes.set_xlim(0, 1)
+        _finish(axes, "depth (module / K)", "accuracy of its head (%)")
+        label_ends(axes, ends, [drawn_text(s.short) for s in drawn], _shades(drawn))
+    _save(figure, path)
+    return True
+
+
+def draw_curves(path: Path, tasks: Sequence[Task], title: str) -> bool:
+    """Draws the training loss of the network's own (the last) module over steps, mean over seeds; a line per setting.
+
+    Args and return value as those of `draw_pareto`; nothing is drawn where no losses were kept.
+    """
+    shown = [task for task in tasks if any(len(s.curve[0]) for s in task.settings)][:MOST_PANELS]
+    if not shown:
+        return False
+    figure, panels = _panels(shown, f"{title}: training loss of the network", side=_side(shown))
+    for axes, task in zip(panels, shown, strict=True):
+        drawn = [s for s in task.settings if len(s.curve[0])]
+        colors, ends, lows, highs = _shades(drawn), [], [], []
+        for setting, color in zip(drawn, colors, strict=True):
+            steps, losses = setting.curve
+            axes.plot(steps, losses, color=color, linewidth=1.3, marker="o" if len(steps) == 1 else None, clip_on=True)
+            ends.append((float(steps[-1]), float(losses[-1])))
+            lows.append(np.nanmin(losses))
+            highs.append(np.nanpercentile(losses, 98) if len(losses) > 1 else losses[0])
+        axes.set_xlim(0, max(end[0] for end in ends))
+        # The first steps' losses would take most of the height.
+        margin = 0.05 * (max(highs) - min(lows)) or 0.1
+        axes.set_ylim(min(lows) - margin, max(highs) + margin)
+        _finish(axes, "step", "")
+        label_ends(axes, ends, [drawn_text(s.short) for s in drawn], colors)
+    _save(figure, path)
+    return True
+
+
+def _pareto_panel(axes: Axes, task: Task) -> None:
+    relative = task.baseline is not None and task.baseline.memory is not None
+    known: list[tuple[Setting, float, float, float]] = []
+    for setting in task.settings:
+        memory = task.memory_ratio(setting) if relative else setting.memory
+        if memory and setting.accuracy:
+            scaled = memory if relative else memory / 2**20
+            known.append((setting, scaled, setting.accuracy.mean, setting.accuracy.std or 0.0))
+    if not known:
+        axes.text(0.5, 0.5, "no accuracy is known", transform=axes.transAxes, ha="center", color="0.4")
+        return
+    points = np.array([[x, y] for _, x, y, _ in known])
+    spreads = np.array([std for *_, std in known])
+    colors = [_color(setting.method) for setting, *_ in known]
+    for (x, y), std, color in zip(points, spreads, colors, strict=True):
+        axes.errorbar(x, y, yerr=std or None, fmt="o", color=color, markersize=6, linewidth=1.1, capsize=2.5, zorder=3)
+    low, high = points.min(axis=0), points.max(axis=0)
+    low[1], high[1] = (points[:, 1] - spreads).min(), (points[:, 1] + spreads).max()
+    room = np.maximum(0.13 * (high - low), [0.04 * high[0], 0.5])
+    axes.set_xlim(max(0.0, low[0] - room[0]), high[0] + room[0])
+    axes.set_ylim(low[1] - room[1], high[1] + room[1])
+    front = points[pareto_front([(x, y) for x, y in points])]
+    ends = np.append(front[1:, 0], axes.get_xlim()[1])
+    # Each point's accuracy is to be had from its memory on, until the next takes over.
+    line = np.column_stack([np.ravel([front[:, 0], ends], order="F"), np.repeat(front[:, 1], 2)])
+    axes.plot(*line.T, color="0.72", linewidth=1.6, zorder=1)
+    unit = "end-to-end = 1" if relative else "MiB"
+    _finish(axes, f"peak memory of a training step ({unit})", "accuracy (%)")
+    label_points(axes, points, spreads, line, [drawn_text(setting.short) for setting, *_ in known], colors)
+
+
+def _memory_panel(axes: Axes, task: Task) -> None:
+    known = [setting for setting in task.settings if setting.memory]
+    heights = [(setting.memory or 0) / 2**20 for setting in known]
+    axes.barh(range(len(known)), heights, color=[_color(s.method) for s in known], height=0.62)
+    axes.invert_yaxis()
+    axes.set_yticks(range(len(known)), [drawn_text(setting.short) for setting in known])
+    for i, (setting, height) in enumerate(zip(known, heights, strict=True)):
+        ratio = task.memory_ratio(setting)
+        text = f" {height:.0f}" + (f"  ({ratio:.2f})" if ratio else "")
+        axes.annotate(text, (height, i), va="center", fontsize=8.5, color="0.25", annotation_clip=False)
+    _finish(axes, "MiB" + (" (and against end-to-end)" if task.baseline else ""), "")
+    axes.grid(visible=False, axis="y")
+
+
+def _panels(tasks: Sequence[Task], title: str, side: float, left: float = 0.68) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel per task, `side` and `left` inches of room beside each, and the methods' colours above."""
+    columns = min(len(tasks), 2)
+    rows = -(-len(tasks) // columns)
+    # A Figure of its own, not pyplot's: no global state, no window system.
+    width, head, cell = 10.0, 0.7, 4.5 if rows == 1 else 3.9
+    height = head + rows * cell
+    figure = Figure(figsize=(width, height), dpi=_DPI)
+    figure.suptitle(
+        drawn_text(title), x=0.02, y=1 - 0.13 / height, ha="left", va="top", fontsize=11.5, fontweight="bold"
+    )
+    methods = dict.fromkeys(method for task in tasks for method in task.methods)
+    handles = [
+        Line2D([], [], color=_color(m), marker="o", linewidth=1.6, markersize=5, label=drawn_text(m, 40))
+        for m in methods
+    ]
+    figure.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=(0.012, 1 - 0.36 / height), ncols=len(handles),
+        frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.6,
+    )  # fmt: skip
+    panels = []
+    for i, task in enumerate(tasks):
+        row, column = divmod(i, columns)
+        x = column * width / columns + left
+        y = height - head - (row + 1) * cell + 0.55
+        size = (width / columns - left - side, cell - 0.55 - 0.3)
+        axes = figure.add_axes((x / width, y / height, size[0] / width, size[1] / height))
+        axes.set_title(drawn_text(task.name), loc="left", fontsize=9.5)
+        panels.append(axes)
+    return figure, panels
+
+
+def _side(tasks: Sequence[Task]) -> float:
+    """Inches beside a panel for the names of its lines, at most two fifths of the picture."""
+    inches = [0.0085 * text_size(len(task.settings)) * len(s.short) for task in tasks for s in task.settings]
+    return min(max(inches) + 0.38, 4.0 if len(tasks) == 1 else 2.3)
+
+
+def _finish(axes: Axes, across: str, up: str) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.75")
+    axes.tick_params(which="both", colors="0.35", labelsize=8.5, length=0)
+    axes.grid(color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(across, fontsize=9, color="0.35")
+    axes.set_ylabel(up, fontsize=9, color="0.35")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.autoscale_view()  # else the limits, and with them the pixels, are not final
+
+
+def _color(method: str) -> str:
+    # A method of the user's own gets a colour by its name, the same in every picture.
+    return _COLORS.get(method) or to_hex(
+        colormaps["tab10"]([4, 6, 7, 8, 9][sum(method.encode("utf-8", "surrogatepass")) % 5])
+    )
+
+
+def _shades(settings: Sequence[Setting]) -> list[tuple[float, ...]]:
+    """A colour per setting: its method's, lighter from one to the next."""
+    colors = []
+    for setting in settings:
+        alike = [s for s in settings if s.method == setting.method]
+        light = 0.5 * alike.index(setting) / len(alike)
+        colors.append(tuple(light + (1 - light) * part for part in to_rgb(_color(setting.method))))
+    return colors
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png")
+
+
+PICTURES: dict[str, Callable[[Path, Sequence[Task], str], bool]] = {
+    "pareto.png": draw_pareto,
+    "depth.png": draw_depth,
+    "curves.png": draw_curves,
+}

@@ -1,0 +1,140 @@
+"""A page of results beside the published ones, and the part of a README that is made of them.
+
+What the text says of numbers is computed from them.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from localprop.bench.record import Record, read_records
+from localprop.bench.reports.groups import tasks_of
+from localprop.bench.reports.pictures import draw_depth, draw_pareto
+from localprop.bench.reports.published import OPEN, OPPOSITE, REPRODUCED, memory_comparison, orderings, paper_comparison
+from localprop.bench.reports.report import how_measured, task_sections, title_of
+from localprop.bench.reports.tables import results_table, table
+from localprop.errors import BenchError
+from localprop.report.texts import markdown
+from localprop.settings.values import read_yaml
+from localprop.system.files import write_text
+
+START, END = "<!-- results -->", "<!-- /results -->"
+README_ROWS = 5
+
+
+def publish(folder: Path, published: Path, page: Path, readme: Path, images: str = "") -> list[Path]:
+    """Writes a page of results with two pictures beside it, and the part of a README between its markers.
+
+    Args:
+        folder: records of a suite.
+        published: YAML with "model", "modules", "accuracy" (dataset, method, percent), "memory" (K, method, ratio),
+            "sources" and "unknown" (lists of sentences).
+        page: the Markdown file; the pictures are called PAGE-pareto.png and PAGE-depth.png.
+        readme: a Markdown file with the lines `<!-- results -->` and `<!-- /results -->`.
+        images: what a reader has to know of the images and the records do not say, such as "JPEG copy".
+
+    Returns:
+        The paths written.
+
+    Raises:
+        BenchError: there are no records, or something is none of them; or the README has no markers.
+        ConfigError: the published figures cannot be read.
+        CheckpointError: the disk is full, may not be written or fails.
+    """
+    records, figures, text = read_records(folder), read_yaml(published), readme.read_text(encoding="utf-8")
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise BenchError(f"{readme} has no place for results; add the lines {START} and {END}")
+    tasks, title = tasks_of(records), title_of(records)
+    pictures = [page.with_name(f"{page.stem}-{name}.png") for name in ("pareto", "depth")]
+    draws = (draw_pareto, draw_depth)
+    pictures = [path for path, draw in zip(pictures, draws, strict=True) if draw(path, tasks, title)]
+    source = os.path.relpath(folder, page.parent)
+    write_text(page, "\n".join(_page(records, figures, [path.name for path in pictures], source, images)) + "\n")
+    shown = [os.path.relpath(path, readme.parent) for path in pictures[:1]]
+    block = _readme_part(records, shown, os.path.relpath(page, readme.parent), images)
+    write_text(readme, f"{before}{START}\n{block}\n{END}{after}")
+    return [page, *pictures, readme]
+
+
+def _page(
+    records: Sequence[Record], figures: dict[str, Any], pictures: Sequence[str], source: str, images: str
+) -> list[str]:
+    accuracy, memory, modules = figures["accuracy"], figures["memory"], figures["modules"]
+    return [
+        "# Results",
+        "",
+        f"Made by `python benchmarks/publish.py` from the [records of {len(records)} runs]({source}).",
+        "",
+        *(line for picture in pictures for line in (f"![{Path(picture).stem}]({picture})", "")),
+        "## Beside the published figures",
+        "",
+        f"Published: test accuracy of {figures['model']}, K={modules}. {' '.join(figures['sources'])} Here: "
+        f"{_protocol(records, images)}. So accuracies cannot be compared, and gaps only with "
+        "care: the published ones are of long training, over which gaps open; of short training they say nothing.",
+        "",
+        paper_comparison(records, accuracy, modules),
+        "",
+        *_reproduced(orderings(records, accuracy, modules)),
+        "Peak memory of a training step against end-to-end's. It depends on the sizes of network, image and batch, so "
+        "that only the direction can be compared:",
+        "",
+        memory_comparison(records, memory),
+        "",
+        "Not known to us of the published figures:",
+        "",
+        *(f"- {line}" for line in figures["unknown"]),
+        "",
+        *task_sections(tasks_of(records)),
+        "## How it was measured",
+        "",
+        *how_measured(records),
+    ]
+
+
+def _reproduced(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    if not rows:
+        return ["Of no two published figures have both been run here.", ""]
+    counts = Counter(row[-1] for row in rows)
+    words = {
+        REPRODUCED: "reproduced",
+        OPPOSITE: "the other way round here",
+        OPEN: "open (the seeds do not agree, or the difference is below twice the standard error of so many images)",
+    }
+    counted = "; ".join(f"{counts[verdict]} {text}" for verdict, text in words.items())
+    heads = ["data", "which is more accurate", "published (points)", "here (points)", "seeds", ""]
+    return [f"Of {len(rows)} orderings that can be checked: {counted}.", "", table(heads, rows, words=2), ""]
+
+
+def _readme_part(records: Sequence[Record], pictures: Sequence[str], page: str, images: str) -> str:
+    lines = [
+        f"Measured here: {_protocol(records, images)}; ± is the standard deviation over seeds. Gaps open over long "
+        "training: such gaps as others published are further below."
+    ]
+    lines += [line for picture in pictures for line in ("", f"![accuracy and peak memory]({picture})")]
+    lines += ["", results_table(records, README_ROWS), ""]
+    lines += [f"All settings, the published figures beside them, and how it was measured: [results]({page})."]
+    return "\n".join(lines)
+
+
+def _protocol(records: Sequence[Record], images: str) -> str:
+    """What the runs have in common, in words."""
+
+    def words(part: str, key: str) -> str:
+        return " and ".join(dict.fromkeys(markdown(getattr(record, part).get(key)) for record in records))
+
+    kwargs = [record.config.get("model_kwargs") for record in records]
+    same = kwargs[0] if all(value == kwargs[0] for value in kwargs) else None
+    changes = (
+        " (" + ", ".join(f"{markdown(key)} {markdown(value)}" for key, value in same.items()) + ")" if same else ""
+    )
+    epochs = words("result", "epochs")
+    data = words("data", "name") + (f" ({images})" if images else "")
+    return (
+        f"{words('config', 'model')}{changes} on {data}, {words('data', 'img_size')} px, "
+        f"{epochs} epoch{'' if epochs == '1' else 's'}, batch size {words('config', 'batch_size')}, "
+        f"accuracy on {words('result', 'evaluated_on')} images"
+    )

@@ -1,0 +1,123 @@
+"""Published figures beside a suite's own, point by point."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from localprop.bench.record import Record
+from localprop.bench.reports.groups import BASELINE, Task, tasks_of
+from localprop.bench.reports.tables import NONE, gap_text, ratio_text, table, typical
+from localprop.bench.settings import Setting, difference, paired
+from localprop.report.texts import markdown
+
+# Dataset to method to test accuracy in percent; None where none was published.
+Figures = Mapping[str, Mapping[str, float | None]]
+REPRODUCED, OPPOSITE, OPEN = "reproduced", "opposite", "open"
+
+
+def paper_comparison(records: Sequence[Record], published: Figures, modules: int = 4) -> str:
+    """A Markdown table of published accuracies and gaps to end-to-end, and ours beside them.
+
+    Args:
+        records: one or more; of several settings with one method the one nearest to the defaults counts.
+        published: the figures of local methods with `modules` modules, and of "end-to-end".
+        modules: K of the published figures, and of ours beside them.
+    """
+    tasks, rows = tasks_of(records), []
+    for data, figures in published.items():
+        task = _task_of(tasks, data)
+        for method, figure in figures.items():
+            theirs = [NONE if figure is None else f"{figure:.2f}", _published_gap(figures, method)]
+            rows.append([markdown(data), markdown(method), *theirs, *_ours(task, method, modules)])
+    return table(["data", "method", "published (%)", "gap", "here (%)", "gap", "seeds"], rows, words=2)
+
+
+def orderings(records: Sequence[Record], published: Figures, modules: int = 4) -> list[tuple[str, ...]]:
+    """Which of two methods is the more accurate: as published, and here; for all pairs that both have.
+
+    A difference counts if all seeds agree in its sign and it exceeds twice the standard error that comes of the number
+    of evaluated images: sqrt((p(1-p) + q(1-q)) / images). Seeds share the images, so more of them do not lessen it.
+
+    Args as those of `paper_comparison`.
+
+    Returns:
+        Of each pair the data, the two methods (the better as published first), the difference in points as published
+        and here, seeds, and
+        `REPRODUCED`, `OPPOSITE` or `OPEN` (it does not count).
+    """
+    tasks = tasks_of(records)
+    rows: list[tuple[str, ...]] = []
+    for data, figures in published.items():
+        task = _task_of(tasks, data)
+        known = [(method, figure) for method, figure in figures.items() if figure is not None]
+        for (low, lower), (high, higher) in itertools.combinations(sorted(known, key=lambda item: item[1]), 2):
+            one, other = _setting(task, high, modules), _setting(task, low, modules)
+            gap = difference(one, other) if one and other else None
+            if one and other and gap:
+                seeds, verdict = str(gap.count) if gap.count else "unpaired", _verdict(one, other, gap.mean)
+                rows.append(
+                    (
+                        markdown(data),
+                        f"{markdown(high)} over {markdown(low)}",
+                        f"{higher - lower:+.2f}",
+                        gap.text("+"),
+                        seeds,
+                        verdict,
+                    )
+                )
+    return rows
+
+
+def memory_comparison(records: Sequence[Record], published: Mapping[int, Mapping[str, float]]) -> str:
+    """A Markdown table of peak memory against end-to-end's: as published, and ours of the first task that has it.
+
+    Args:
+        records: one or more.
+        published: K to method to ratio.
+    """
+    rows = []
+    for modules, figures in published.items():
+        for method, figure in figures.items():
+            found = ((task, typical(task, method, modules)) for task in tasks_of(records))
+            ratios = (task.memory_ratio(setting) for task, setting in found if setting)
+            ours = next((ratio for ratio in ratios if ratio), None)
+            rows.append([markdown(method), str(modules), f"{figure:.2f}", ratio_text(ours) if ours else "not run"])
+    return table(["method", "K", "published", "here"], rows)
+
+
+def _verdict(high: Setting, low: Setting, gap: float) -> str:
+    signs = {math.copysign(1, points) for points in paired(high, low)}
+    images = min(r.data.get("evaluated_images") or 1 for s in (high, low) for r in s.records.values())
+    means = [s.accuracy.mean for s in (high, low) if s.accuracy]
+    error = math.sqrt(sum(mean * (100 - mean) for mean in means) / images)
+    if len(signs) != 1 or abs(gap) <= 2 * error:
+        return OPEN
+    return REPRODUCED if gap > 0 else OPPOSITE
+
+
+def _task_of(tasks: Sequence[Task], data: str) -> Task | None:
+    """The task of a dataset; of several one with a baseline, then that with the most settings."""
+    alike = [task for task in tasks if task.data == data]
+    return max(alike, key=lambda task: (task.baseline is not None, len(task.settings)), default=None)
+
+
+def _setting(task: Task | None, method: str, modules: int) -> Setting | None:
+    if task is None:
+        return None
+    return task.baseline if method == BASELINE else typical(task, method, modules)
+
+
+def _ours(task: Task | None, method: str, modules: int) -> list[str]:
+    setting = _setting(task, method, modules)
+    if task is None or setting is None or setting.accuracy is None:
+        return ["not run", NONE, NONE]
+    seeds = len(setting.records)
+    gap = "0" if setting is task.baseline else gap_text(task.gap(setting), seeds)
+    return [setting.accuracy.text(), gap, str(seeds)]
+
+
+def _published_gap(figures: Mapping[str, float | None], method: str) -> str:
+    own, baseline = figures[method], figures.get(BASELINE)
+    if own is None or baseline is None:
+        return NONE
+    return "0" if method == BASELINE else f"{own - baseline:+.2f}"

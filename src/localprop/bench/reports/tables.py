@@ -1,0 +1,104 @@
+"""Tables of a task in Markdown: accuracy, memory and time against end-to-end, and accuracy by module."""
+
+from collections.abc import Iterable, Sequence
+
+from localprop.bench.record import Record
+from localprop.bench.reports.groups import BASELINE, Task, tasks_of
+from localprop.bench.reports.labels import DEFAULTS
+from localprop.bench.settings import Setting, Spread
+from localprop.report.formats import format_accuracy
+from localprop.report.texts import markdown
+
+NONE = "-"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A Markdown table, its first columns, of `words`, to the left and the others, of numbers, to the right.
+
+    Cells are Markdown; words that come from elsewhere have been through `markdown`.
+    """
+    lines = [list(heads), [*["---"] * words, *["---:"] * (len(heads) - words)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def setting_table(task: Task, settings: Sequence[Setting] | None = None) -> str:
+    """A Markdown table of some settings of a task (default: all); the most accurate of the local ones is bold."""
+    settings = task.settings if settings is None else settings
+    local = [s.accuracy.mean for s in settings if s.method != BASELINE and s.accuracy]
+    best = max(local) if len(local) > 1 else None
+    kinds = {s.measured for s in settings if s.memory}
+    kind = f"{'measured' if kinds == {True} else 'predicted'}, " if len(kinds) == 1 else ""
+    rows = []
+    for s in settings:
+        accuracy = s.accuracy.text() if s.accuracy else NONE
+        bold = s.method != BASELINE and s.accuracy is not None and s.accuracy.mean == best
+        rows.append(
+            [
+                markdown(s.label),
+                str(s.modules),
+                f"**{accuracy}**" if bold else accuracy,
+                str(len(s.records)),
+                "0" if s is task.baseline else gap_text(task.gap(s), len(s.records)),
+                _memory(s, mark=len(kinds) > 1),
+                ratio_text(task.memory_ratio(s)),
+                ratio_text(task.time_ratio(s)),
+            ]
+        )
+    heads = ["setting", "K", "accuracy (%)", "seeds", "gap (points)", f"peak memory ({kind}MiB)"]
+    return table([*heads, "memory ratio", "time ratio"], rows)
+
+
+def module_table(task: Task) -> str:
+    """A Markdown table of the accuracy of each module's head, the network's own last; a cell is empty of no module."""
+    most = max(setting.modules for setting in task.settings)
+    rows = []
+    for setting in task.settings:
+        *inner, last = (format_accuracy(a) for a in setting.module_accuracies)
+        rows.append([markdown(setting.label), *inner, *[""] * (most - 1 - len(inner)), last])
+    return table(["setting", *(str(k) for k in range(1, most)), "network"], rows)
+
+
+def results_table(records: Sequence[Record], most: int) -> str:
+    """A short Markdown table of the first task that has a baseline (else of the first), at most `most` rows.
+
+    Of several settings with one method and K it shows the one nearest to the defaults, not the one that came out best:
+    first the baseline, then all methods at the K that most of them share, then the rest by K.
+    """
+    tasks = tasks_of(records)
+    task = next((task for task in tasks if task.baseline), tasks[0])
+    kinds = dict.fromkeys((s.method, s.modules) for s in task.settings)
+    rows = [s for s in (typical(task, *kind) for kind in kinds) if s]
+    counts = [s.modules for s in rows if s.method != BASELINE]
+    shared = max(counts, key=lambda k: (counts.count(k), k), default=1)
+    kept = sorted(rows, key=lambda s: (s.method != BASELINE, s.modules != shared))[:most]
+    return setting_table(task, [s for s in task.settings if s in kept])
+
+
+def typical(task: Task, method: str, modules: int) -> Setting | None:
+    """Of the settings with a method and K the baseline, or else the one with most defaults; None if there is none."""
+
+    def distance(setting: Setting) -> int:
+        return sum(v is not None and v != DEFAULTS[k] for k, v in setting.config.items() if k in DEFAULTS)
+
+    alike = [s for s in task.settings if (s.method, s.modules) == (method, modules)]
+    return min(alike, key=lambda s: (s is not task.baseline, distance(s)), default=None)
+
+
+def gap_text(gap: Spread | None, seeds: int) -> str:
+    """A difference of accuracies in points, and of how many seeds where that is not all of them."""
+    if gap is None:
+        return NONE
+    pairs = "" if gap.count == seeds else f" ({gap.count} of {seeds} seeds)" if gap.count else " (unpaired)"
+    return gap.text("+") + pairs
+
+
+def ratio_text(value: float | None) -> str:
+    """A ratio with two digits after the point; a dash where there is none."""
+    return NONE if value is None else f"{value:.2f}"
+
+
+def _memory(setting: Setting, mark: bool) -> str:
+    if setting.memory is None:
+        return NONE
+    mebibytes = setting.memory / 2**20
+    return f"{mebibytes:.{0 if mebibytes >= 9.95 else 1}f}" + (" (predicted)" if mark and not setting.measured else "")

@@ -1,0 +1,1 @@
+"""Images: files, folders and pixels in memory."""

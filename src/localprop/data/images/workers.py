@@ -1,0 +1,99 @@
+"""Worker processes of a DataLoader that end when they should, and no sooner."""
+
+import atexit
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from localprop.errors import DataError
+from localprop.system.processes import end_with_parent
+
+_TO_A_GROUP = (signal.SIGTERM, signal.SIGINT)
+_running: dict[BaseProcess, int] = {}  # and the process that started them: one that it forks inherits the table
+
+
+def set_up_worker(number: int) -> None:
+    """Leaves signals that reach a whole group to the process that trains, which still wants batches; ends with it."""
+    for other in _TO_A_GROUP:
+        signal.signal(other, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_A_GROUP)
+    end_with_parent(signal.SIGKILL)
+
+
+def batches_of(loader: DataLoader) -> Iterator[Any]:
+    """What a loader gives. However that ends, its workers do not run on, not even one that hangs.
+
+    Raises:
+        DataError: a worker was killed. That is noticed within five seconds of waiting for its batch.
+    """
+    workers: set[BaseProcess] = set()
+    try:
+        yield from _started(loader, workers)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        pid = str(error).removeprefix("DataLoader worker (pid").removeprefix("(s)").partition(")")[0].strip()
+        raise DataError(
+            f"a process that decodes images (pid {pid}) was killed; where memory or shared memory (/dev/shm) ran out, "
+            "use fewer --workers, and resume the run"
+        ) from None
+    finally:
+        _end(workers)
+
+
+def _started(loader: DataLoader, workers: set[BaseProcess]) -> Iterator[Any]:
+    """Starts a loader; `workers` gets those that it has started, also when that fails, before a signal can come."""
+    get_temp_dir()  # for the workers' sockets: each would make one that stays behind when it is killed
+    before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
+    # Workers inherit this, until they ignore these signals.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_A_GROUP)
+    try:
+        with _safe_path():
+            return iter(loader)
+    finally:
+        workers |= set(active_children()) - before
+        _running.update(dict.fromkeys(workers, os.getpid()))
+        # torch would raise an error wherever this process is when a worker is killed, in a checkpoint being saved too.
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Keeps the current folder, which may be a stranger's, off the path of interpreters that multiprocessing starts.
+
+    They get the path of this one, but only after they have imported modules of their own. Python 3.10 has no such
+    variable; it forks workers on Linux.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
+@atexit.register
+def _end_all() -> None:
+    """Before multiprocessing waits for workers that ignore its SIGTERM: an error may hold on to their loader."""
+    _end(set(_running))
+
+
+def _end(workers: set[BaseProcess]) -> None:
+    own = [worker for worker in workers if _running.pop(worker, None) == os.getpid()]
+    for worker in own:
+        worker.kill()
+    for worker in own:
+        worker.join(1)  # longer takes only one that hangs in the kernel

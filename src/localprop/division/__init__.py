@@ -1,0 +1,1 @@
+"""Where a chain is cut, and the network that comes of it."""

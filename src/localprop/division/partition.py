@@ -1,0 +1,77 @@
+"""Where to cut a chain: exact, by dynamic programming over the runs of consecutive units."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from localprop.tracing.chains import Chain
+
+
+def balanced(size: int, modules: int, cost: Callable[[int, int], float]) -> list[int]:
+    """Cuts a chain of `size` units into runs so that the dearest run is as cheap as can be.
+
+    Among the partitions that reach this minimum, the one with the smallest sum of squared costs is taken, so that
+    the other runs are even too.
+
+    Args:
+        size: number of units.
+        modules: number of runs, from 1 to `size`.
+        cost: cost of the run of units [start, stop).
+
+    Returns:
+        The end of each run; the last is `size`.
+    """
+    cost = cache(cost)
+    dearest = _partition(size, modules, cost, max)[0]
+    _, ends = _partition(
+        size, modules, lambda i, j: float("inf") if cost(i, j) > dearest else cost(i, j) ** 2, lambda a, b: a + b
+    )
+    return ends
+
+
+def _partition(
+    size: int, modules: int, cost: Callable[[int, int], float], combine: Callable[[float, float], float]
+) -> tuple[float, list[int]]:
+    """The cheapest partition of units [0, size) where the costs of its runs are combined by `combine`."""
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {
+        (1, stop): (cost(0, stop), [stop]) for stop in range(1, size + 1)
+    }
+    for count in range(2, modules + 1):
+        for stop in range(count, size + 1) if count < modules else [size]:
+            best[count, stop] = min(
+                (
+                    (combine(best[count - 1, start][0], cost(start, stop)), [*best[count - 1, start][1], stop])
+                    for start in range(count - 1, stop)
+                ),
+                key=lambda option: option[0],
+            )
+    return best[modules, size]
+
+
+def stage_ends(chain: Chain) -> list[int]:
+    """The ends of the stages: runs of units whose outputs have one shape.
+
+    What comes before the first block belongs to the first stage, and the classifier to the last.
+    """
+    shapes = [unit.shape for unit in chain]
+    ends = [i for i in range(1, len(shapes)) if shapes[i] != shapes[i - 1]]
+    ends = [end for end in ends if len(shapes[end]) > 1]  # a pooled vector is the classifier's, no stage of its own
+    # A stage that is a single unit at the very front is the stem, where later stages are longer.
+    if len(ends) > 1 and ends[0] == 1:
+        ends = ends[1:]
+    return [*ends, len(shapes)]
+
+
+def module_ends(chain: Chain, ends: Sequence[int], min_depth: int) -> list[int]:
+    """Those of `ends` after which a module may end: after a block, and after the last unit; with `min_depth` 0, all."""
+    return [end for end in ends if not min_depth or chain[end - 1].depth or end == len(chain)]
+
+
+def most_modules(chain: Chain, ends: Sequence[int], min_depth: int) -> int:
+    """The largest number of modules, each of at least `min_depth` blocks, that end after some of `ends`."""
+    count = depth = start = 0
+    for end in module_ends(chain, ends, min_depth):
+        depth += sum(unit.depth for unit in chain[start:end])
+        start = end
+        if depth >= min_depth:
+            count, depth = count + 1, 0
+    return count

@@ -1,0 +1,1 @@
+"""What a computation takes: measured on a device, and predicted on fake tensors."""

@@ -1,0 +1,128 @@
+"""Measures memory: what the allocator really gave out in a training step."""
+
+import gc
+import json
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from localprop.tracing.tracer import tensors_of
+
+
+@dataclass
+class Measurement:
+    """What `measured` found out.
+
+    Attributes:
+        peak: largest number of bytes in use at any moment; 0 until the end of the context.
+    """
+
+    peak: int = 0
+
+
+@contextmanager
+def measured(held: Iterable[Tensor], device: torch.device) -> Iterator[Measurement]:
+    """Measures the largest number of bytes in use inside, by the allocator's own account.
+
+    On CUDA that is `torch.cuda.max_memory_allocated`. On a CPU it is the sum of `held` and of the profiler's memory
+    events, which PyTorch's CPU allocator reports one by one; the operations inside then take somewhat longer.
+
+    Args:
+        held: the tensors that exist already, such as weights and optimizer state, and live until the end. (Of
+            anything older that is freed inside, the CPU's allocator does not know the size.)
+        device: where they are.
+    """
+    result = Measurement()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield result
+        result.peak = torch.cuda.max_memory_allocated(device)
+        return
+    gc.collect()  # else garbage that is freed inside may be taken for something of the step's
+    with _profiled() as changes:
+        yield result
+    result.peak = total_bytes(held) + max(accumulate(changes), default=0)
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct memory behind tensors."""
+    storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def plain_tensors(value: Any) -> list[Tensor]:
+    """The tensors in a value, in lists and dicts too; of wrappers (a quantized moment) those that they are made of."""
+    result = []
+    for tensor in tensors_of(value):
+        inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
+        result += [tensor] if inner is None else plain_tensors([getattr(tensor, name) for name in inner])
+    return result
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that this process can still allocate on a device; None where nothing tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = []
+    for name in ("memory.max", "memory.current"):
+        with suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    found = [limits[0] - limits[1]] if len(limits) == 2 else []
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        with suppress(OSError):
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            found.append(limit - pages * resource.getpagesize())
+    return min(found, default=None)
+
+
+def most_taken(device: torch.device) -> int:
+    """Largest number of bytes that this process has had so far: the allocator's on CUDA, else the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator of PyTorch gave up."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def allocated_changes(run: Callable[[], Any]) -> tuple[list[int], Any]:
+    """Calls `run`; gives the bytes of each allocation (above 0) and each free (below 0) on the CPU, and its result."""
+    with _profiled() as changes:
+        result = run()
+    return changes, result
+
+
+@contextmanager
+def _profiled() -> Iterator[list[int]]:
+    """Gives a list that holds, after the context, the bytes of each allocation and each free on the CPU, in order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each profile writes lines of its own to the terminal
+    changes: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield changes
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    memory = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
+    changes += [event["args"]["Bytes"] for event in sorted(memory, key=lambda event: event["args"]["Ev Idx"])]

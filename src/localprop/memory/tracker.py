@@ -1,0 +1,158 @@
+"""What operations allocate and compute, seen from below autograd: on fake tensors, so without memory or a GPU."""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from localprop.memory.workspace import workspace
+
+
+@dataclass(eq=False, slots=True)
+class Allocation:
+    """The memory of one or more tensors that share it.
+
+    Attributes:
+        size: bytes.
+        start: number of the event with which it began.
+        stop: number of the event with which it ended; None while it lives.
+        kind: what it is used for, where somebody has said so.
+    """
+
+    size: int
+    start: int
+    stop: int | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A change of memory in use.
+
+    Attributes:
+        change: bytes; below zero where memory is freed.
+        seconds: expected seconds of computing before it.
+        backward: whether autograd was computing gradients.
+    """
+
+    change: int
+    seconds: float
+    backward: bool
+
+
+@dataclass
+class Machine:
+    """How fast a device is, as far as the expected *ratio* of two times depends on it.
+
+    Args:
+        flops: floating point operations per second in large matrix products.
+        bandwidth: bytes per second from and to memory.
+        link: bytes per second to another process.
+    """
+
+    flops: float
+    bandwidth: float
+    link: float
+
+
+# Orders of magnitude: two cores of a CPU server and its loopback; one recent datacenter GPU in TF32 or bfloat16, and
+# NVLink or PCIe to the next.
+MACHINES = {"cpu": Machine(1e11, 1e10, 1e9), "cuda": Machine(2e14, 2e12, 5e10)}
+
+
+@dataclass(eq=False)
+class Tracker(TorchDispatchMode):
+    """Records each allocation, each free and the floating point operations of what runs inside it.
+
+    A number that Python code asks of a fake tensor is 1: finite, and true.
+
+    Attributes:
+        events: changes of memory in use, in order.
+        flops: floating point operations so far, a multiply and an add counted as two.
+        seconds: time that the operations so far would take, by their FLOPs or by the bytes that they move.
+    """
+
+    machine: Machine = field(default_factory=lambda: MACHINES["cpu"])
+    events: list[Event] = field(default_factory=list)
+    allocations: list[Allocation] = field(default_factory=list)
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._used = 0
+        self._known: dict[int, Allocation] = {}  # by the storage's address, which is free again after its end
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operation."""
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a wrapper (a quantized moment) takes it apart first, and its parts come here
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        kwargs = kwargs or {}
+        if func.namespace == "prim" or func.is_view:  # asks a tensor for something, or gives another view of it
+            return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        scratch = workspace(func, args) if self.machine is MACHINES["cpu"] else 0
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self._count(func, args, kwargs, result, outputs)
+        for tensor in outputs:
+            self.allocation(tensor)
+        if scratch:
+            self.allocations.append(Allocation(scratch, len(self.events), len(self.events) + 1))
+            self._record(scratch)
+            self._record(-scratch)
+        return result
+
+    def allocation(self, tensor: Tensor) -> Allocation:
+        """The allocation of a tensor; one that was made outside begins now."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._known[key] = allocation = Allocation(storage.nbytes(), len(self.events))
+            self.allocations.append(allocation)
+            self._record(allocation.size)
+            weakref.finalize(storage, self._end, key).atexit = False
+        return self._known[key]
+
+    def label(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Says what tensors are used for."""
+        for tensor in tensors:
+            self.allocation(tensor).kind = kind
+
+    @property
+    def used(self) -> int:
+        """Bytes in use now."""
+        return self._used
+
+    def in_use(self) -> list[int]:
+        """Bytes in use after each event."""
+        return list(accumulate(event.change for event in self.events))
+
+    def _end(self, key: int) -> None:
+        allocation = self._known.pop(key)
+        allocation.stop = len(self.events)
+        self._record(-allocation.size)
+
+    def _record(self, change: int) -> None:
+        self._used += change
+        backward = torch._C._current_graph_task_id() != -1
+        self.events.append(Event(change, self.seconds, backward))
+
+    def _count(self, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor]) -> None:
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        sources = {t.untyped_storage()._cdata for t in inputs}
+        if not func._schema.is_mutable and all(t.untyped_storage()._cdata in sources for t in outputs):
+            return  # a view
+        moved = sum(t.numel() * t.element_size() for t in [*inputs, *outputs])
+        count = flop_registry.get(func.overloadpacket)
+        flops = count(*args, **kwargs, out_val=result) if count else 0
+        self.flops += flops
+        self.seconds += max(flops / self.machine.flops, moved / self.machine.bandwidth)

@@ -1,0 +1,1 @@
+"""When processes that train together compute, wait and send."""

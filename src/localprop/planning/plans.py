@@ -1,0 +1,330 @@
+"""Tells before training, without a GPU and without data, what each way to train a model takes, and which one fits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from localprop.division.divide import localize
+from localprop.division.partition import most_modules
+from localprop.errors import ChainError, ConfigError, ParallelError, PlanError
+from localprop.memory.cost import Costs
+from localprop.memory.tracker import MACHINES
+from localprop.planning.processes import Processes, pipeline, share_out
+from localprop.planning.schedules import Link
+from localprop.planning.simulation import StepTrace, simulate_step
+from localprop.settings.config import OptimConfig, require_equal_parts
+from localprop.tracing.chains import Chain, chain
+
+_CLEARLY = 0.97
+MODULES: tuple[int | Literal["max"], ...] = (2, 3, 4, 6, 8, "max")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train a model.
+
+    Attributes:
+        modules: number of local modules; 1 is end-to-end training.
+        method: how modules learn.
+        split_blocks: whether units are parts of blocks.
+        grad_checkpointing: whether units are checkpointed.
+        largest: whether there cannot be more modules.
+    """
+
+    modules: int
+    method: str
+    split_blocks: bool = False
+    grad_checkpointing: bool = False
+    largest: bool = False
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        name = "end-to-end" if self.modules == 1 else f"K={self.modules}"
+        name += ", split" * self.split_blocks + ", max" * self.largest
+        return name + " + ckpt" * self.grad_checkpointing
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one setting takes.
+
+    Attributes:
+        setting: the setting.
+        batch_size: images per step.
+        micro_batches: parts of that which go through the modules one after the other.
+        trace: memory and time of one step.
+        module_units: names of each module's units.
+        parallel: the same on several processes; None where that was not asked for, or there are fewer modules.
+    """
+
+    setting: Setting
+    batch_size: int
+    micro_batches: int
+    trace: StepTrace
+    module_units: list[list[str]] = field(repr=False)
+    parallel: Processes | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training takes: a row per setting, end-to-end first.
+
+    Attributes:
+        rows: the settings, at one batch size.
+        budget: bytes that the peak must stay below, where given.
+        choice: the setting that fits the budget, or else does with the fewest micro-batches; None without a budget.
+        pipeline: end-to-end training by 1F1B on as many processes as `PlanRow.parallel` has; None where that was not
+            asked for, or cannot be.
+    """
+
+    rows: list[PlanRow]
+    budget: int | None = None
+    choice: PlanRow | None = None
+    pipeline: Processes | None = None
+
+    @property
+    def baseline(self) -> PlanRow:
+        """Ordinary end-to-end training."""
+        return self.rows[0]
+
+    @property
+    def typical(self) -> PlanRow:
+        """The setting to show beside end-to-end: four modules, or the number next to that."""
+        return min(self.rows[1:], key=lambda row: (row.setting.modules == 1, abs(row.setting.modules - 4)))
+
+    def memory_ratio(self, row: PlanRow) -> float:
+        """Peak memory against end-to-end."""
+        return row.trace.peak / self.baseline.trace.peak
+
+    def time_ratio(self, row: PlanRow) -> float:
+        """Expected time per step against end-to-end."""
+        return row.trace.seconds / self.baseline.trace.seconds
+
+    def flops_ratio(self, row: PlanRow) -> float:
+        """Floating point operations per step against end-to-end."""
+        return row.trace.flops / self.baseline.trace.flops
+
+    def speedup(self, row: PlanRow) -> float | None:
+        """Expected throughput on several processes against the same modules in one."""
+        return row.trace.seconds / row.parallel.timing.seconds if row.parallel else None
+
+    @property
+    def pipeline_speedup(self) -> float | None:
+        """Expected throughput of the pipeline against end-to-end training in one process."""
+        return self.baseline.trace.seconds / self.pipeline.timing.seconds if self.pipeline else None
+
+    def against_pipeline(self, row: PlanRow) -> float | None:
+        """Expected throughput on several processes against that of the pipeline on as many."""
+        if row.parallel is None or self.pipeline is None:
+            return None
+        return self.pipeline.timing.seconds / row.parallel.timing.seconds
+
+
+def plan(
+    model: nn.Module,
+    batch_size: int = 32,
+    *,
+    modules: Sequence[int | Literal["max"]] = MODULES,
+    method: str = "feature-reconstruction",
+    input_size: tuple[int, int, int] | None = None,
+    opt: OptimConfig | str = "adamw",
+    micro_batches: int | None = None,
+    amp_dtype: torch.dtype | None = None,
+    budget: int | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    nproc: int | None = None,
+    bandwidth: float | None = None,
+    on_setting: Callable[[Setting], None] | None = None,
+    **options: Any,
+) -> Plan:
+    """Predicts what a training step takes: end-to-end, with activation checkpointing, and in K local modules.
+
+    Each setting's step is run on fake tensors, optimizer included; the model is not changed. Predictions are compared
+    with measurements in docs/memory.md.
+
+    Args:
+        model: any image model that `localize` takes.
+        batch_size: images per step.
+        modules: numbers of local modules; "max" is one per block, or per part of a split block. Numbers
+            that the model does not allow are left out; the only one, or cuts, must be allowed.
+        method: how the modules learn.
+        input_size: (channels, height, width) of the images; default: what the model says of itself.
+        opt: name of an optimizer, or all settings of the optimizer.
+        micro_batches: equal parts of a batch that go through the modules one after the other; default: as `opt` says,
+            or one.
+        amp_dtype: type of automatic mixed precision; default: none.
+        budget: bytes; the plan then has a `choice`, among local modules only where just one number of them, or cuts,
+            are asked for.
+        device: "cpu" or "cuda": whose kernels and speed to assume.
+        nproc: number of processes that modules are to be shared out to. Each row then says what that takes, and the
+            plan what a pipeline of end-to-end training takes.
+        bandwidth: bytes per second between two processes; default: an order of magnitude for the device.
+        on_setting: called before each setting is looked at.
+        options: further arguments of `localize`: decoder, head, partition, cuts, min_depth, split_blocks, recompute,
+            grad_checkpointing, method_kwargs, ...
+
+    Raises:
+        ChainError, ConfigError: as `localize`.
+        ParallelError: the processes cannot share any of the numbers of modules that were asked for.
+        PlanError: memory cannot be predicted, or nothing fits the budget even with one image at a time.
+    """
+    for name, value in (("batch_size", batch_size), ("nproc", nproc), ("micro_batches", micro_batches)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if nproc and budget is not None:
+        raise ConfigError("a budget chooses for one process; leave out either budget or nproc")
+    optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
+    optim = replace(optim, amp=amp_dtype is not None, micro_batches=micro_batches or optim.micro_batches)
+    require_equal_parts(batch_size, optim.micro_batches)
+    planner = _Planner(model, chain(model, input_size), optim, amp_dtype, batch_size, device, options, on_setting)
+    planner.processes, planner.link = nproc, Link(bandwidth or MACHINES[device].link)
+    rows = planner.baselines()
+    if method != "end-to-end":
+        rows += planner.local(modules, method)
+    if nproc:
+        if method != "end-to-end" and not any(row.parallel for row in rows):
+            most = max(row.setting.modules for row in rows)
+            raise ParallelError(
+                f"{nproc} processes cannot share the {most} modules that there are at most; fewer --nproc"
+            )
+        other = pipeline(planner.known(False), optim, batch_size, device, amp_dtype, nproc, planner.link)
+        return Plan(rows, pipeline=other)
+    if budget is None:
+        return Plan(rows)
+    # Who names a number of modules, or cuts, wants local modules.
+    named = method != "end-to-end" and (len(modules) == 1 or options.get("cuts") is not None)
+    return Plan(rows, budget, planner.choose(Plan(rows), rows[2:] if named else rows, budget))
+
+
+class _Planner:
+    """A model with everything settled but the setting."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Chain,
+        optim: OptimConfig,
+        amp_dtype: torch.dtype | None,
+        batch_size: int,
+        device: str,
+        options: dict[str, Any],
+        on_setting: Callable[[Setting], None] | None,
+    ) -> None:
+        self.model, self.optim, self.amp_dtype, self.device = model, optim, amp_dtype, device
+        self.batch_size = batch_size
+        self.options = dict(options)
+        self.costs = {False: Costs(model, units)}
+        self.split = bool(self.options.pop("split_blocks", False))
+        self.checkpointing = bool(self.options.pop("grad_checkpointing", False))
+        self.must_fit = False
+        self.processes: int | None = None
+        self.link = Link()
+        self.on_setting = on_setting or (lambda setting: None)
+
+    def baselines(self) -> list[PlanRow]:
+        """End-to-end training, plain and with activation checkpointing."""
+        plain = Setting(1, "end-to-end")
+        rows = [self.row(setting) for setting in (plain, replace(plain, grad_checkpointing=True))]
+        return [row for row in rows if row]
+
+    def local(self, modules: Sequence[int | Literal["max"]], method: str) -> list[PlanRow]:
+        """Local learning with each number of modules.
+
+        Where more modules of whole blocks save nothing any more, the largest block is what is left: from there on
+        blocks are split.
+        """
+        rows: list[PlanRow] = []
+        self.must_fit = len(modules) == 1 or self.options.get("cuts") is not None
+        split, depth = self.split, self.options.get("min_depth", 1)
+        for count in modules:
+            while True:
+                units = self.known(split).chain
+                most = most_modules(units, range(1, len(units) + 1), depth)
+                number = most if count == "max" else count
+                setting = Setting(number, method, split, self.checkpointing, number == most)
+                known = any(row.setting == setting for row in rows)
+                row = self.row(setting) if number > 1 and not known else None
+                least = min((row.trace.peak for row in rows), default=None)
+                rows += [row] if row else []
+                if split or not row or least is None or row.trace.peak < _CLEARLY * least:
+                    break
+                if len(self.known(True).chain) == len(self.known(False).chain):
+                    break
+                split = True
+        return rows
+
+    def known(self, split: bool) -> Costs:
+        """The model's chain, of whole blocks or of their parts, and its costs so far."""
+        if split not in self.costs:
+            size = self.costs[not split].chain.input_size
+            self.costs[split] = Costs(self.model, chain(self.model, size, split_blocks=split))
+        return self.costs[split]
+
+    def row(self, setting: Setting, micro_batches: int | None = None) -> PlanRow | None:
+        """What a setting takes; None where the model does not have so many modules.
+
+        Args:
+            setting: the setting.
+            micro_batches: into which the batch is divided; default: as planned for.
+        """
+        self.on_setting(setting)
+        optim = replace(self.optim, micro_batches=micro_batches or self.optim.micro_batches)
+        costs = self.known(setting.split_blocks)
+        local = setting.modules > 1
+        options = self.options if local else {}
+        try:
+            with torch.random.fork_rng(devices=[]):  # weights of auxiliary nets are drawn
+                net = localize(
+                    self.model,
+                    setting.modules,
+                    setting.method,
+                    costs=costs,
+                    batch_size=self.batch_size,
+                    micro_batches=optim.micro_batches,
+                    amp_dtype=self.amp_dtype,
+                    grad_checkpointing=setting.grad_checkpointing,
+                    device=self.device,
+                    **options,
+                )
+        except ChainError:
+            if not local or self.must_fit:
+                raise
+            return None
+        step = (optim, self.batch_size, costs.chain.input_size, self.device)
+        trace, parallel = simulate_step(net, *step), None
+        if local and self.processes:
+            try:
+                parallel = share_out(net, trace, *step, self.processes, self.link)
+            except (ParallelError, ConfigError):
+                if self.must_fit:
+                    raise
+        units = [module.units for module in net.local_modules]
+        return PlanRow(setting, self.batch_size, optim.micro_batches, trace, units, parallel)
+
+    def choose(self, plan: Plan, rows: list[PlanRow], budget: int) -> PlanRow:
+        """The one of some rows of a plan that fits: the fastest, and of equally fast ones that with the fewest modules.
+
+        Where none fits, the one that does with the fewest micro-batches.
+        """
+        fitting = [row for row in rows if row.trace.peak <= budget]
+        if fitting:
+            # Expected times that differ by less than a tenth are equal, as far as can be told.
+            return min(fitting, key=lambda row: (round(plan.time_ratio(row), 1), row.setting.modules))
+        # With few images at once weights, their gradients and optimizer state decide, of which local modules have more.
+        smallest = min(rows, key=lambda row: row.trace.peak)
+        leanest = min(rows, key=lambda row: (row.trace.parts["parameters"], row.trace.peak))
+        found, first = smallest, self.optim.micro_batches + 1
+        candidates = [smallest] if smallest is leanest else [smallest, leanest]
+        for count in (n for n in range(first, self.batch_size + 1) if self.batch_size % n == 0):
+            tried = [self.row(row.setting, count) for row in candidates]
+            found = min((row for row in tried if row), key=lambda row: row.trace.peak)
+            if found.trace.peak <= budget:
+                return found
+        raise PlanError(
+            f"nothing fits {budget / 2**20:.0f} MiB: {found.setting.name} with 1 image at a time takes "
+            f"{found.trace.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
+        )

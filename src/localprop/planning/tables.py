@@ -1,0 +1,142 @@
+"""What a plan shows: a table of settings, and a picture of memory over one training step."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from localprop.parallel.placement import numbers
+from localprop.planning.plans import Plan, PlanRow
+from localprop.planning.processes import Processes
+from localprop.report.formats import format_bytes
+from localprop.report.texts import drawn
+from localprop.system.files import written_aside
+
+_GREY = "0.62"
+_HEADINGS = {
+    "parameters": "param", "optimizer": "optim", "gradients": "grads", "activations": "activ", "temporaries": "temp"
+}  # fmt: skip
+
+
+def plan_table(plan: Plan, title: str) -> RenderableType:
+    """A line per setting: its peak and the peak's parts, and time and operations against end-to-end."""
+    table = Table(box=None, padding=(0, 1, 0, 1), pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    for name in ("peak", "%", *_HEADINGS.values(), "FLOPs", "time", "in"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in plan.rows:
+        trace, count = row.trace, len(row.module_units)
+        table.add_row(
+            Text(row.setting.name),
+            f"{trace.peak / 2**20:.0f}",
+            f"{100 * plan.memory_ratio(row):.0f}",
+            *(f"{trace.parts[part] / 2**20:.0f}" for part in _HEADINGS),
+            f"{plan.flops_ratio(row):.2f}",
+            f"{plan.time_ratio(row):.2f}",
+            str(trace.module + 1) if count > 1 else "",
+            style="bold" if plan.choice is not None and plan.choice.setting == row.setting else None,
+        )
+    heading = Text(
+        f"{title}\npredicted peak of a training step: MiB, % of end-to-end, its parts, its module", style="dim"
+    )
+    return Group(heading, table)
+
+
+def processes_table(plan: Plan) -> RenderableType:
+    """A line per setting that fits several processes, and one for 1F1B: layout, memory, bottleneck and throughput."""
+    table = Table(box=None, padding=(0, 1, 0, 1), pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    table.add_column("modules", overflow="fold")  # the only one that gives way
+    for name in ("peak", "in", "busiest", "waits", "faster", "1F1B = 1"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def add(name: str, own: Processes, faster: float | None, against: float | None) -> None:
+        table.add_row(
+            Text(name),
+            " | ".join(map(numbers, own.ranks)) + (f" x{own.replicas}" if own.replicas > 1 else ""),
+            f"{own.peaks[own.largest] / 2**20:.0f}",
+            str(own.largest),
+            own.timing.bottleneck,
+            f"{100 * min(own.timing.waiting):.0f}-{100 * max(own.timing.waiting):.0f}%",
+            f"{faster:.2f}x",
+            "" if against is None else f"{against:.2f}x",
+        )
+
+    for row in plan.rows:
+        if row.parallel:
+            add(row.setting.name, row.parallel, plan.speedup(row), plan.against_pipeline(row))
+    if plan.pipeline:
+        add(f"1F1B, {plan.pipeline.micro_batches} parts", plan.pipeline, plan.pipeline_speedup, 1.0)
+    text = (
+        "\non several processes: each rank's modules (or stages), MiB of the largest rank,\n"
+        "its number, what is busiest, time that ranks wait, and throughput against one\n"
+        "process and against 1F1B"
+    )
+    return Group(Text(text, style="dim"), table)
+
+
+def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:
+    """Draws memory over one training step, end-to-end above `row`'s local modules, as a PNG of 1400 x 900 pixels."""
+    figure = Figure(figsize=(10, 6.4), dpi=140)
+    figure.suptitle(drawn(title), x=0.07, y=0.965, ha="left", fontsize=11, fontweight="bold")
+    grid = {"left": 0.07, "right": 0.86, "bottom": 0.09, "top": 0.86, "hspace": 0.32}
+    above, below = figure.subplots(2, 1, sharex=True, sharey=True, gridspec_kw=grid)
+    scale = plan.baseline.trace.seconds
+    _draw_step(above, plan.baseline, scale, [_GREY])
+    count = len(row.module_units)
+    colors = [colormaps["viridis"](x) for x in np.linspace(0.05, 0.9, count)]
+    _draw_step(below, row, scale, colors)
+    above.set_title("end-to-end: the sum of all activations", loc="left", fontsize=9.5)
+    what = f"{count} local modules: the largest, not the sum" if count > 1 else drawn(row.setting.name)
+    below.set_title(what, loc="left", fontsize=9.5)
+    below.set_xlabel("expected time in a training step (end-to-end = 1)", fontsize=9, color="0.35")
+    highest = max(plan.baseline.trace.peak, row.trace.peak) / 2**30
+    for axes, own in ((above, plan.baseline), (below, row)):
+        axes.set_ylim(0, 1.08 * highest)
+        axes.set_xlim(0, max(1.0, row.trace.seconds / scale))
+        axes.set_ylabel("GiB", fontsize=9, color="0.35")
+        _mark_peak(axes, own, f"{format_bytes(own.trace.peak)}\n{plan.memory_ratio(own):.0%}")
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png")
+
+
+def _draw_step(axes: Axes, row: PlanRow, scale: float, colors: Sequence) -> None:
+    """Fills the memory in use over time, each module's share of the step in its colour."""
+    seconds, used = np.array(row.trace.timeline).T
+    axes.fill_between(seconds / scale, used / 2**30, step="post", color="0.85", linewidth=0)
+    start = 0.0
+    for turn, end in enumerate(row.trace.module_ends):  # of each module, in each micro-batch
+        k = turn % len(colors)
+        color = colors[k]
+        inside = (seconds >= start) & (seconds <= end)
+        axes.fill_between(seconds[inside] / scale, used[inside] / 2**30, step="post", color=color, linewidth=0)
+        if len(colors) > 1 and len(row.trace.module_ends) <= 12:
+            axes.annotate(
+                str(k + 1), ((start + end) / 2 / scale, 0.02), xycoords=("data", "axes fraction"),
+                ha="center", va="bottom", fontsize=8, color="white", fontweight="bold",
+            )  # fmt: skip
+        start = end
+    static = sum(row.trace.parts[part] for part in ("parameters", "optimizer")) / 2**30
+    axes.axhline(static, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        "weights and\noptimizer", (1.01, static), xycoords=("axes fraction", "data"),
+        fontsize=7.5, color="0.35", va="center", annotation_clip=False,
+    )  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("0.75")
+    axes.tick_params(which="both", colors="0.35", labelsize=8.5, length=0)
+
+
+def _mark_peak(axes: Axes, row: PlanRow, text: str) -> None:
+    height = row.trace.peak / 2**30
+    axes.axhline(height, color="0.2", linewidth=0.8, linestyle="--")
+    axes.annotate(
+        text, (1.01, height), xycoords=("axes fraction", "data"), va="center",
+        fontsize=9, fontweight="bold", annotation_clip=False,
+    )  # fmt: skip

@@ -1,0 +1,206 @@
+"""From settings to things: data, backbone and network."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from localprop.data.base import Data
+from localprop.data.loading import FOLDER, load_data, load_evaluated
+from localprop.division.divide import localize
+from localprop.errors import ConfigError, first_line, suggestion
+from localprop.network.network import LocalNetwork
+from localprop.settings.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig
+from localprop.settings.trust import without_starting_weights
+from localprop.system.plugins import load_plugin
+from localprop.training.compiling import compile_network, require_compiler
+from localprop.training.optimizers import LOW_BIT
+
+_SMALL_IMAGE = 96
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs, built from its settings.
+
+    Attributes:
+        config: the settings, with every default that depends on others filled in.
+        data: the dataset.
+        backbone: the model, on its device.
+        model_kwargs: with which `timm.create_model` gives the same model.
+        device: where it is.
+    """
+
+    config: TrainConfig
+    data: Data
+    backbone: nn.Module
+    model_kwargs: dict[str, Any]
+    device: torch.device
+
+    def localize(self) -> LocalNetwork:
+        """The backbone as a local network, on its device, compiled if asked.
+
+        Raises:
+            ConfigError, ChainError: the settings do not fit the model, or there is no compiler that they need.
+        """
+        local, data, optim = self.config.local, self.data, self.config.optim
+        net = localize(
+            self.backbone,
+            local.modules,
+            local.method,
+            local.decoder,
+            local.head,
+            partition=local.partition,
+            cuts=local.cuts,
+            min_depth=local.min_depth,
+            split_blocks=local.split_blocks,
+            recompute=local.recompute,
+            grad_checkpointing=local.grad_checkpointing,
+            input_size=self.input_size,
+            num_classes=data.num_classes,
+            batch_size=optim.batch_size,
+            micro_batches=optim.micro_batches,
+            amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
+            criterion=partial(_criterion, smoothing=data.config.smoothing),
+            mean=data.mean,
+            std=data.std,
+            method_kwargs=local.method_kwargs,
+        )
+        if self.config.optim.opt in LOW_BIT and self.device.type != "cpu":
+            require_compiler(self.device, f"--opt {self.config.optim.opt}")
+        if self.config.run.compile:
+            require_compiler(self.device, "--compile")
+            compile_network(net)
+        return net
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
+        return (3, self.data.img_size, self.data.img_size)
+
+    @property
+    def title(self) -> str:
+        """What is trained on what, for a heading."""
+        return f"{self.config.local.method}, {self.config.backbone.model} on {self.data.name}"
+
+
+def _criterion(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    # With mixup and cutmix the labels are smoothed already.
+    return F.cross_entropy(logits, labels, label_smoothing=0.0 if labels.is_floating_point() else smoothing)
+
+
+def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None = None) -> Experiment:
+    """Loads the data and builds the model; seeds PyTorch, so that the same settings give the same weights.
+
+    Args:
+        config: the settings.
+        weights: whether pretrained weights are wanted at all; not where others will take their place.
+        classes: of a run that is only to be evaluated: of a folder its training images are not looked at then.
+
+    Raises:
+        ConfigError, DataError: the settings name something that does not exist or does not fit.
+    """
+    device = _device(config)
+    load_plugin(config.backbone.plugin)
+    data = _load(config, classes)
+    model = replace(config.backbone, img_size=data.img_size)
+    if model.model_kwargs is None:
+        small = model.model == DEFAULT_MODEL and data.img_size <= _SMALL_IMAGE
+        model = replace(model, model_kwargs=SMALL_SWIN if small else {})
+    torch.manual_seed(config.run.seed)
+    built = model
+    if not weights:
+        built = replace(model, pretrained=False, model_kwargs=without_starting_weights(model.model_kwargs or {}))
+    backbone, kwargs = create_backbone(built, data.num_classes)
+    kwargs = without_starting_weights(kwargs)
+    if model.pretrained:
+        # Pretrained weights expect the normalisation that they were trained with.
+        settings: Any = getattr(backbone, "pretrained_cfg", None) or {}  # a plugin's model may have none
+        if settings.get("mean") and settings.get("std"):
+            data = replace(data, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
+    return Experiment(replace(config, backbone=model), data, backbone.to(device), kwargs, device)
+
+
+def _load(config: TrainConfig, classes: list[str] | None) -> Data:
+    size, seed = config.backbone.img_size, config.run.seed
+    if classes and size and config.data.data.startswith(FOLDER) and not config.data.val_split:
+        return load_evaluated(config.data, classes, size, seed)
+    return load_data(config.data, size, seed, _native_size(config.backbone))
+
+
+def create_backbone(config: ModelConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """Builds a timm model.
+
+    Returns:
+        The model, and the arguments that `timm.create_model` took beside its name and pretrained.
+
+    Raises:
+        ConfigError: no such model, an argument it does not take, or pretrained weights that cannot be had.
+    """
+    load_plugin(config.plugin)
+    kwargs: dict[str, Any] = dict(config.model_kwargs or {})
+    if num_classes is not None and kwargs.setdefault("num_classes", num_classes) != num_classes:
+        raise ConfigError(
+            f"--model-kwargs num_classes={kwargs['num_classes']}: the data has {num_classes}; leave it out"
+        )
+    if config.drop_path:
+        kwargs["drop_path_rate"] = config.drop_path
+    attempts = [kwargs]
+    if config.img_size is not None and "img_size" not in kwargs:
+        # Convolutional models take images of any size and have no such argument.
+        attempts.insert(0, {**kwargs, "img_size": config.img_size})
+    if not timm.is_model(config.model):
+        raise ConfigError(f"timm has no model {config.model!r}; {suggestion_of_model(config.model)}")
+    for i, attempt in enumerate(attempts):
+        try:
+            return timm.create_model(config.model, pretrained=config.pretrained, **attempt), attempt
+        except TypeError as error:
+            if "img_size" in str(error) and i + 1 < len(attempts):
+                continue
+            line = str(error).partition("\n")[0]  # torch adds where in its own code it was
+            raise ConfigError(f"{config.model} cannot be built with --model-kwargs {kwargs}: {line}") from None
+        except Exception as error:  # whatever a model's own code, or the hub's client, may raise
+            line = first_line(error)
+            if config.pretrained:
+                raise ConfigError(
+                    f"the pretrained weights of {config.model} cannot be had ({line}); go online once, put them into "
+                    "the Hugging Face cache, or leave out --pretrained"
+                ) from None
+            raise ConfigError(f"{config.model} cannot be built with {attempt}: {line}") from None
+    raise AssertionError("unreachable")
+
+
+def suggestion_of_model(name: str) -> str:
+    """What a misspelt model's name may have meant."""
+    hint = suggestion(name, timm.list_models())
+    return hint if hint.startswith("did") else "see timm.list_models()"
+
+
+def _device(config: TrainConfig) -> torch.device:
+    name = config.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()  # a meta device has tensors, but no numbers
+    except (RuntimeError, AssertionError, ImportError):
+        count = torch.cuda.device_count()
+        raise ConfigError(f"--device {name!r}: this machine has a cpu and {count} CUDA devices") from None
+    if config.optim.amp and config.optim.amp_dtype == "float16" and device.type != "cuda":
+        raise ConfigError("--amp-dtype float16 needs CUDA; use bfloat16")
+    if config.optim.offload_optimizer and device.type != "cuda":
+        raise ConfigError(f"--offload-optimizer needs CUDA, and the device is {device}; leave it out")
+    return device
+
+
+def _native_size(config: ModelConfig) -> int | None:
+    """The image size a timm model was made for; None for the small Swin, which suits any."""
+    if config.model == DEFAULT_MODEL and not config.pretrained:
+        return None
+    try:
+        settings = timm.get_pretrained_cfg(config.model)
+    except RuntimeError:
+        settings = None
+    return settings.input_size[-1] if settings else 224

@@ -1,0 +1,1 @@
+"""What a run is: settings as flags, YAML and Python, with their bounds."""

@@ -1,0 +1,340 @@
+"""What a training run is: frozen dataclasses, checked when they are built.
+
+A flag of the command line, a key of a YAML file and a field here are the same word. Field docstrings are the help.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from localprop.errors import ConfigError
+from localprop.settings.bounds import require_within_bounds
+from localprop.settings.values import (
+    OptionalBool,
+    OptionalFloat,
+    OptionalInt,
+    OptionalNames,
+    OptionalPath,
+    OptionalStr,
+    Pairs,
+    parse_bytes,
+    parse_duration,
+)
+from localprop.system.commands import resume_command
+from localprop.system.lock import LOCK
+
+# The backbone where none is named: timm's Swin-Tiny, made small enough for images of 16 to 96 pixels.
+DEFAULT_MODEL = "swin_tiny_patch4_window7_224"
+SMALL_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": [2, 2], "num_heads": [3, 6]}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone."""
+
+    model: str = DEFAULT_MODEL
+    """Name of a timm model."""
+    model_kwargs: Pairs = None
+    """For timm.create_model (default: a small Swin for the default model, else nothing)."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights."""
+    img_size: OptionalInt = None
+    """Side of the square input in pixels (default: the dataset's own; for a folder, what --model was made for)."""
+    drop_path: float = 0.0
+    """Stochastic depth rate, for models that have it."""
+    plugin: OptionalPath = None
+    """A Python file to run first, which may add methods, heads, decoders and timm models."""
+
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Local learning."""
+
+    method: str = "feature-reconstruction"
+    """How modules learn: feature-reconstruction, infopro, greedy, end-to-end."""
+    modules: OptionalInt = None
+    """Number of local modules (default: 4, or 1 for end-to-end)."""
+    decoder: str = "conv"
+    """What rebuilds the target: conv, deconv, pixel-shuffle, transformer, infopro."""
+    head: str = "mlp"
+    """What predicts the label inside the network: linear, mlp, conv."""
+    partition: Literal["balanced", "compute", "stage"] = "balanced"
+    """Where to cut: balanced (the module with the highest peak memory takes as little as can be), compute (the
+    slowest module is as fast as can be) or stage (where the resolution changes)."""
+    cuts: OptionalNames = None
+    """Names of units or blocks of units to cut after, instead of --modules and --partition."""
+    min_depth: int = 1
+    """Least number of blocks, or of parts of split ones, in a module; very shallow modules learn worse."""
+    split_blocks: bool = False
+    """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
+    budget: OptionalStr = None
+    """Choose what fits into so much memory, 8GiB or 500MiB: end-to-end training if it does, else --modules. With
+    --modules or --cuts, these must fit."""
+    recompute: OptionalBool = None
+    """Compute activation functions and layer norms again in backward, instead of keeping their results: less memory,
+    the same numbers (default: yes in local modules, no end-to-end)."""
+    grad_checkpointing: bool = False
+    """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
+
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+        if self.budget is not None:
+            parse_bytes(self.budget, "--budget")
+
+    method_kwargs: Pairs = None
+    """For the method, such as weight=0.5."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data and augmentation."""
+
+    data: str = "digits"
+    """digits, cifar10, cifar100, stl10, svhn, fashion-mnist, folder:PATH with train/ and test/ or val/ (with
+    both, test/ is evaluated once, after training), or synthetic (random pixels, to measure memory and time)."""
+    data_dir: Path = Path("data")
+    """Where torchvision's datasets lie or are downloaded to."""
+    download: bool = False
+    """Download the dataset if it is not there."""
+    val_split: float = 0.0
+    """Part of the training images that is held out, the same in every run, and evaluated on instead of the test images:
+    for choosing settings; the test images are not looked at."""
+    workers: int = 2
+    """Processes that decode images, for data that is not held in memory."""
+    hold_on_device: bool = False
+    """Keep images that are held in memory on the training device, for a GPU with room to spare: no transfers, the same
+    batches. The peak memory that is shown is that of training, without them."""
+    crop_pad: OptionalInt = None
+    """Padding in pixels before the random crop of small images (default: an eighth of the image; none below 16)."""
+    hflip: OptionalFloat = None
+    """Chance of a horizontal flip (default: 0.5, or 0 for digits and svhn)."""
+    mixup: float = 0.0
+    """Mixup alpha; 0 is off."""
+    cutmix: float = 0.0
+    """CutMix alpha; 0 is off."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    bad_images: int = 10
+    """Unreadable training images that are skipped before the run stops."""
+
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimization."""
+
+    epochs: int = 24
+    """Epochs to train."""
+    batch_size: int = 32
+    """Images per step."""
+    micro_batches: int = 1
+    """Equal parts of a batch that go through the modules one after the other, before a step with the sum of their
+    gradients: less memory. The same training, but that batch norm and contrastive losses see parts."""
+    opt: str = "adamw"
+    """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Weight decay, not applied to biases, norms and what the model exempts."""
+    sched: str = "cosine"
+    """Any scheduler of timm, stepped per update: cosine, tanh, poly, wsd, rsqrt, constant or none."""
+    warmup_epochs: OptionalFloat = None
+    """Epochs, or parts of them, over which the learning rate rises linearly (default: a tenth of --epochs, at most
+    3)."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the schedule."""
+    clip_grad: OptionalFloat = None
+    """Largest gradient norm of a local module."""
+    model_ema: bool = False
+    """Keep a moving average of the backbone's weights, and evaluate and save that."""
+    model_ema_decay: float = 0.9998
+    """Decay of the moving average per step."""
+    amp: bool = False
+    """Automatic mixed precision."""
+    amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Type of mixed precision; float16 needs CUDA."""
+    offload_optimizer: bool = False
+    """Keep the optimizer states of modules at rest in the host's memory; needs CUDA. Trains bit for bit the same."""
+
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Run."""
+
+    output: Path = Path("runs")
+    """Folder that holds the run folders."""
+    experiment: OptionalStr = None
+    """Name of the run folder (default: from date, data and method). A run never writes into an old one."""
+    resume: OptionalStr = None
+    """Go on with a run: its folder, or nothing for the newest in --output."""
+    seed: int = 42
+    """Seed of weights, data order, augmentation and dropout."""
+    device: OptionalStr = None
+    """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
+    compile: bool = False
+    """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
+    val_interval: int = 1
+    """Evaluate after every so many epochs, and after the last."""
+    checkpoint_steps: OptionalInt = None
+    """Save a checkpoint every so many steps as well as after each epoch."""
+    checkpoint_hist: int = 2
+    """Checkpoints kept."""
+    parallel: Annotated[
+        Literal["modules", "data"] | None, tyro.conf.arg(metavar="{modules,data}", help_behavior_hint="")
+    ] = None
+    """Train in several processes, --nproc or as torchrun says: modules (each its own modules, the same numbers; with a
+    multiple of --modules, replicas that share every batch out) or data (each all modules, and a part of every
+    batch)."""
+    nproc: OptionalInt = None
+    """Processes for --parallel on this machine; where there are fewer than modules, consecutive ones share one."""
+    trace: bool = False
+    """Record when each process of --parallel computes, waits and sends, in the last steps: trace.json and
+    timeline.png."""
+
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
+    def require_new_folder(self) -> None:
+        """Raises a ConfigError where the run folder has been named and there is something in it already."""
+        folder = self.output / self.experiment if self.experiment else None
+        # A run that died at once leaves its lock alone.
+        if folder and folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK}):
+            raise ConfigError(
+                f"{folder} exists already; choose another --experiment, or resume it: {resume_command(folder)}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model by local learning.
+
+    Without options: a small Swin on handwritten digits. -c FILE.yaml sets defaults, which flags override; its keys
+    are the flags' names.
+    """
+
+    backbone: ModelConfig = field(default_factory=ModelConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        optim, run = self.optim, self.run
+        require_equal_parts(optim.batch_size, optim.micro_batches)
+        if optim.warmup_epochs is not None and optim.warmup_epochs > optim.epochs:
+            raise ConfigError(f"--warmup-epochs is {optim.warmup_epochs:g}, longer than --epochs {optim.epochs}")
+        if run.nproc is not None and run.parallel is None:
+            raise ConfigError(f"--nproc is {run.nproc}, but nothing is parallel; add --parallel modules")
+        if run.trace and run.parallel is None:
+            raise ConfigError("--trace shows what several processes do; add --parallel modules --nproc 2")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Run a suite: a grid of training runs under one protocol, each with its result in one JSON file.
+
+    What has a result is not run again, and what was cut off goes on from its checkpoint. `localprop bench` alone
+    lists the suites that are shipped, `localprop bench report FOLDER` makes tables and pictures of the results.
+    """
+
+    suite: tyro.conf.Positional[str]
+    """Name of a shipped suite, or a YAML file."""
+    output: OptionalPath = None
+    """Folder for the results (default: bench/ and the suite's name)."""
+    only: OptionalNames = None
+    """Run only those whose names match a pattern, such as 'greedy-*'."""
+    list: bool = False
+    """Print the names of the runs, and run nothing."""
+    jobs: int = 1
+    """Runs at once; the processor's cores are shared out."""
+    time_limit: OptionalStr = None
+    """Stop between two steps after this time, 9m or 1h30m, with everything saved; exit code 75 if runs are left."""
+    data: Pairs = None
+    """Folders of images in place of named datasets, such as cifar10=PATH, with PATH/train and PATH/test."""
+    set: Pairs = None
+    """Other settings for all runs, such as epochs=1; they are part of the result."""
+    data_dir: OptionalPath = None
+    """Where torchvision's datasets lie or are downloaded to."""
+    download: bool = False
+    """Download datasets that are not there."""
+    device: OptionalStr = None
+    """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
+    plugin: OptionalNames = None
+    """The Python files that the suite names as plugins: they run only if they are named here too."""
+
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+        if self.time_limit is not None:
+            parse_duration(self.time_limit, "--time-limit")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Tell what training takes: memory, time and operations per step, without a GPU and without data.
+
+    A table with end-to-end training, activation checkpointing and K local modules, and a picture of memory over one
+    step. With --budget also which of them fits.
+    """
+
+    backbone: ModelConfig = field(default_factory=ModelConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    batch_size: int = 32
+    """Images per step."""
+    micro_batches: int = 1
+    """Equal parts of a batch that go through the modules one after the other."""
+    opt: str = "adamw"
+    """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or mixed precision: bf16 or fp16."""
+    model_ema: bool = False
+    """Keep a moving average of the weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer states of modules at rest in the host's memory."""
+    num_classes: OptionalInt = None
+    """Number of labels (default: the model's own)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Whose kernels and speed to assume."""
+    parallel: Annotated[Literal["modules"] | None, tyro.conf.arg(metavar="{modules}", help_behavior_hint="")] = None
+    """Tell also what modules take that are trained at the same time by several processes: modules. With --nproc."""
+    nproc: OptionalInt = None
+    """Processes for --parallel."""
+    bandwidth: OptionalStr = None
+    """What a second moves from one process to another, 100MiB or 10GiB (default: an order of magnitude for
+    --device)."""
+    json: OptionalPath = None
+    """Write everything into this file too."""
+    picture: Path = Path("plan.png")
+    """Where to draw the picture."""
+
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+        require_equal_parts(self.batch_size, self.micro_batches)
+        if self.parallel and self.nproc is None:
+            raise ConfigError("--parallel needs --nproc, the number of processes")
+        if not self.parallel and (self.nproc or self.bandwidth):
+            raise ConfigError("--nproc and --bandwidth are for several processes; add --parallel modules")
+        if self.parallel and self.local.budget is not None:
+            raise ConfigError("--budget chooses for one process; leave out either --budget or --parallel")
+        if self.bandwidth is not None:
+            parse_bytes(self.bandwidth, "--bandwidth")
+
+
+def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) -> None:
+    """Raises a ConfigError where a batch does not divide into so many micro-batches for each of so many replicas."""
+    parts = replicas * micro_batches
+    if batch_size % parts:
+        words = [f"{replicas} replicas"] * (replicas > 1) + [f"{micro_batches} micro-batches"] * (micro_batches > 1)
+        raise ConfigError(
+            f"--batch-size {batch_size} does not divide equally into {' of '.join(words)}; take --batch-size "
+            f"{-(-batch_size // parts) * parts}"
+        )

@@ -1,0 +1,1 @@
+"""Training: the state that changes, one step of it, epochs and checkpoints."""

@@ -1,0 +1,40 @@
+"""torch.compile for local modules."""
+
+import torch
+
+from localprop.errors import ConfigError
+from localprop.network.network import LocalNetwork
+
+# The random numbers of eager code, so that a compiled run drops what an uncompiled one does.
+_OPTIONS = {"fallback_random": True}
+
+
+def compile_network(net: LocalNetwork) -> None:
+    """Compiles every local module and its local loss, in place and on their first call; keys and weights stay.
+
+    Each is compiled for the exact sizes that it meets: which sizes came before must not matter, or a resumed run would
+    round differently.
+    """
+    # All modules share the code of their forward, of which torch compiles 8 versions and then no more.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(net.local_modules))
+    for module in net.local_modules:
+        module.recompute = False  # the compiler itself chooses what to compute again
+        module.compile(dynamic=False, options=_OPTIONS)
+        module.auxiliary.compile(dynamic=False, options=_OPTIONS)
+
+
+def require_compiler(device: torch.device, flag: str) -> None:
+    """Tries the compiler on two numbers.
+
+    Raises:
+        ConfigError: it fails; the line names `flag`.
+    """
+    try:
+        torch.compile(torch.sin, dynamic=False)(torch.ones(2, device=device))
+    except Exception as error:  # each backend has errors of its own, and wraps those of the tools it runs
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ConfigError(
+            f"{flag} needs torch.compile, which fails on {device} ({lines[0][:200]}); install a C++ compiler (g++), "
+            f"or leave {flag} out"
+        ) from None

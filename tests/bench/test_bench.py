@@ -1,0 +1,275 @@
+"""The bench as a user runs it: real runs in processes of their own, on digits with a very small Swin."""
+
+import fcntl
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from localprop.bench.collect import collect
+from localprop.bench.record import read_record, write_record
+from localprop.bench.runner import Runner
+from localprop.bench.suite import load_suite, shipped_suites
+from localprop.cli import main
+from localprop.errors import BenchError
+from localprop.report.losses import read_losses
+from localprop.report.results import read_results
+from localprop.settings.config import TrainConfig
+from localprop.settings.flags import parse
+from localprop.settings.flat import to_flags
+from localprop.system.provenance import provenance
+from places import ROOT
+
+SUITE = """
+description: Two runs.
+settings:
+  model_kwargs: {patch_size: 4, window_size: 2, embed_dim: 12, depths: [1, 1], num_heads: [1, 2], drop_path_rate: 0.2}
+  min_depth: 0
+  batch_size: 256
+  epochs: 16
+  val_interval: 16
+  checkpoint_steps: 3
+runs:
+  - {method: greedy, modules: 3}
+  - {method: end-to-end}
+"""
+STEPS = 16 * 5
+
+
+@pytest.fixture(scope="module")
+def suite_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("suites") / "two.yaml"
+    path.write_text(SUITE)
+    return str(path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(suite_file, tmp_path_factory):
+    """The results of the suite, run without interruption."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(["bench", suite_file, "--output", str(folder), "--jobs", "2", "--device", "cpu"]) == 0
+    return folder
+
+
+def test_each_run_has_one_result(finished):
+    assert sorted(path.name for path in finished.glob("*.json")) == ["end-to-end.json", "greedy-k3.json"]
+    record = read_record(finished / "greedy-k3.json")
+    row = read_results(finished / "runs" / "greedy-k3" / "results.csv")[-1]
+    losses = read_losses(finished / "runs" / "greedy-k3" / "losses.csv")
+    assert record.result["accuracy"] == row.accuracy
+    assert record.result["module_accuracies"] == list(row.test_accuracies)
+    assert record.result["steps"] == STEPS == record.result["curve"]["step"][-1]
+    assert [row[3:] for row in losses] == record.result["curve"]["loss"]
+    assert record.result["evaluated_on"] == "test"
+    assert record.axes == {"method": "greedy", "modules": 3}
+    assert record.cost["peak_memory"] == row.peak_memory
+    assert 0 < record.cost["seconds_per_step"] < record.cost["seconds"]
+    assert len(record.network["modules"]) == 3
+    assert (record.data["train_images"], record.data["evaluated_images"]) == (1437, 360)
+    assert record.provenance["versions"] == provenance()["versions"]
+    assert not list(finished.glob("runs/*/checkpoints"))
+    # What is committed and published names no place of the machine that it was made on.
+    assert str(finished) not in (finished / "greedy-k3.json").read_text()
+
+
+def test_a_run_is_that_of_the_same_train_command(finished, suite_file, tmp_path):
+    config = load_suite(suite_file).runs[1].config
+    assert main(["train", *to_flags(config), "--output", str(tmp_path), "--experiment", "run", "--device", "cpu"]) == 0
+    row = read_results(tmp_path / "run" / "results.csv")[-1]
+    record = read_record(finished / "end-to-end.json")
+    assert (row.accuracy, row.test_loss) == (record.result["accuracy"], record.result["loss"])
+
+
+def test_what_has_a_result_is_not_run_again(finished, suite_file, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("*.json")}
+    started = time.monotonic()
+    assert main(["bench", suite_file, "--output", str(finished)]) == 0
+    assert time.monotonic() - started < 3
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("*.json")} == before
+    assert "2 of 2 runs done" in capsys.readouterr().out
+
+
+def test_killed_or_stopped_and_called_again_gives_the_same_results(finished, suite_file, tmp_path):
+    command = [sys.executable, "-m", "localprop", "bench", suite_file, "--output", str(tmp_path), "--only", "greedy-k3"]
+    for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bench:
+            seen = steps_of(tmp_path)
+            while steps_of(tmp_path) <= seen:
+                time.sleep(0.02)
+            bench.send_signal(number)
+            output = bench.stdout.read()
+        assert bench.returncode == code
+        assert ("1 of 1 runs are left; the same command goes on" in output) == (number == signal.SIGTERM)
+        wait_for_the_lock(tmp_path)
+    assert 0 < steps_of(tmp_path) < STEPS, "the kills must hit a run that is not over"
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    results = [read_record(folder / "greedy-k3.json").result for folder in (tmp_path, finished)]
+    assert results[0] == results[1]
+
+
+def steps_of(folder):
+    found = [int(path.name.removeprefix("step-")) for path in folder.glob("runs/greedy-k3/checkpoints/step-????????")]
+    return max(found, default=0)
+
+
+def wait_for_the_lock(folder):
+    """Until the run whose bench was killed has saved its checkpoint and ended: it keeps others out so long."""
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def test_a_time_limit_stops_cleanly_and_failures_are_named(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(SUITE.replace("runs:", "runs:\n  - {method: greedy, modules: 3, lr: 1.0e+30}"))
+    flags = ["bench", str(path), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*flags, "--time-limit", "1s"]) == 75
+    assert "3 of 3 runs are left; the same command goes on" in capsys.readouterr().out
+    assert main([*flags, "--only", "*1e+30*"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert re.search(r"1 of 1 runs failed; greedy-k3-lr=1e\+30: the loss of module \d of 3 .* lower --lr", line)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ("epochs: 16", "epochs: 17", "epochs is 17 in the suite, and 16 there"),
+        ("batch_size", "clip_grad: 1.0\n  batch_size", "clip_grad is 1.0 in the suite, and None there"),
+        ("min_depth: 0", "min_depth: 1", "min_depth is 1 in the suite, and 0 there"),
+    ],
+)
+def test_results_of_other_settings_are_not_taken_for_this_suites(finished, tmp_path, capsys, old, new, difference):
+    path = tmp_path / "two.yaml"
+    path.write_text(SUITE.replace(old, new))
+    assert main(["bench", str(path), "--output", str(finished)]) == 2
+    assert f"is of other settings ({difference}); delete it" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_with(finished, tmp_path, capsys):
+    path = tmp_path / "two.yaml"
+    path.write_text(SUITE.replace("epochs: 16", "epochs: 17").replace("val_interval: 16", "val_interval: 17"))
+    shutil.copytree(finished / "runs" / "greedy-k3", tmp_path / "out" / "runs" / "greedy-k3")
+    (tmp_path / "out" / "runs" / "greedy-k3" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert main(["bench", str(path), "--output", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert "runs/greedy-k3 is of other settings (epochs is 17 in the suite, and 16 there)" in line
+
+
+@pytest.fixture
+def in_two_processes(finished, tmp_path):
+    """A suite whose runs take two processes each; a run of it with a checkpoint lies in the folder beside it."""
+    path, run = tmp_path / "two.yaml", tmp_path / "out" / "runs" / "greedy-k3"
+    path.write_text(SUITE.replace("epochs: 16", "epochs: 16\n  parallel: modules\n  nproc: 2\n  trace: true"))
+    shutil.copytree(finished / "runs" / "greedy-k3", run)
+    return load_suite(str(path)).runs[0], Runner(load_suite(str(path)), tmp_path / "out", places={"download": True})
+
+
+def test_a_run_of_several_processes_is_resumed_in_as_many(in_two_processes, monkeypatch):
+    run, runner = in_two_processes
+    (runner.folder / "runs" / "greedy-k3" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: started.append(words))
+    (runner.folder / "logs").mkdir()
+    runner._start(runner._job(run), 0, 0)
+    (words,) = started
+    config = parse(TrainConfig, "train", words[words.index("train") + 1 :])
+    assert (config.run.parallel, config.run.nproc, config.run.trace) == ("modules", 2, True)
+    assert config.data.download
+    assert config.run.resume == str(runner.folder / "runs" / "greedy-k3")
+
+
+def test_a_result_of_several_processes_is_not_run_again(in_two_processes):
+    run, runner = in_two_processes
+    record = collect(runner.folder / "runs" / "greedy-k3", "two", run, 1)
+    write_record(runner.folder / "greedy-k3.json", record)
+    assert runner._job(run).state == "done"
+    assert (record.config["parallel"], record.config["nproc"]) == ("modules", 2)
+    write_record(runner.folder / "greedy-k3.json", replace(record, config=record.config | {"nproc": 4}))
+    with pytest.raises(BenchError, match="nproc is 2 in the suite, and 4 there"):
+        runner._job(run)
+
+
+def test_what_is_no_checkpoint_is_not_resumed(finished, suite_file, tmp_path):
+    run = tmp_path / "runs" / "greedy-k3"
+    shutil.copytree(finished / "runs" / "greedy-k3", run)
+    (run / "checkpoints" / "step-of-mine").mkdir(parents=True)
+    with pytest.raises(BenchError, match="was not made by this bench and has no checkpoint"):
+        Runner(load_suite(suite_file), tmp_path)._job(load_suite(suite_file).runs[0])
+
+
+def test_a_run_that_cannot_go_on_says_what_to_delete(finished, suite_file, tmp_path, capsys):
+    run = tmp_path / "runs" / "greedy-k3"
+    shutil.copytree(finished / "runs" / "greedy-k3", run)
+    (run / "checkpoints" / "step-00000003").mkdir(parents=True)  # of which nothing is left
+    assert main(["bench", suite_file, "--output", str(tmp_path), "--only", "greedy-k3"]) == 2
+    assert f"to begin it anew, delete {run}" in capsys.readouterr().err
+
+
+def test_two_benches_do_not_share_a_folder(suite_file, tmp_path):
+    suite = load_suite(suite_file)
+    with Runner(suite, tmp_path)._alone(), pytest.raises(BenchError, match="another bench runs in"):
+        Runner(suite, tmp_path).run(lambda jobs: None)
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(suite_file, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["bench", suite_file, "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_folders_take_the_place_of_named_data(suite_file, tmp_path, capsys):
+    assert main(["bench", suite_file, "--output", str(tmp_path), "--data", "cifar10=x"]) == 2
+    assert "--data cifar10=...: two has no such data; it has digits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "suite": "x", "other": 2}'])
+def test_a_damaged_result_is_one_line(suite_file, tmp_path, capsys, content):
+    (tmp_path / "greedy-k3.json").write_text(content)
+    assert main(["bench", suite_file, "--output", str(tmp_path)]) == 2
+    assert "damaged; delete it" in capsys.readouterr().err
+
+
+def test_records_survive_writing(finished, tmp_path):
+    record = read_record(finished / "greedy-k3.json")
+    odd = replace(record, result={**record.result, "loss": 0.1 + 0.2, "top5": None})
+    write_record(tmp_path / "record.json", odd)
+    assert read_record(tmp_path / "record.json") == odd
+    assert max(map(len, (tmp_path / "record.json").read_text().splitlines())) > 1000, "curves take a line"
+    json.loads((tmp_path / "record.json").read_text())
+
+
+def test_the_index_lists_suites(capsys):
+    assert main(["bench"]) == 0
+    listed = capsys.readouterr().out
+    assert all(suite.name in listed for suite in shipped_suites())
+    assert main(["bench", "smoke", "--list"]) == 0
+    assert len(capsys.readouterr().out.split()) == 23
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"), [(["--jobs", "0"], "--jobs is 0"), (["--time-limit", "soon"], "is no time")]
+)
+def test_bad_flags_are_one_line(flags, line, capsys):
+    assert main(["bench", "smoke", *flags]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_provenance_names_the_commit_of_a_checkout():
+    found = provenance()
+    root = ROOT
+    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert found["commit"] == (git.stdout.strip() if git.returncode == 0 else None)
+    assert set(found) == {"commit", "dirty", "date", "versions", "cpu", "cores", "gpu", "threads"}

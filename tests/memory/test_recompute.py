@@ -1,0 +1,172 @@
+"""Recomputing what is cheap: the same bits, fewer bytes kept, and nothing remembered."""
+
+import weakref
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from localprop import localize
+from localprop.memory.measure import allocated_changes
+from localprop.memory.recompute import recomputing
+from tiny import SIZE, batch, build, split, traced_once
+
+
+def gradients(model, images, labels, *, recompute, amp):
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp), recomputing(recompute):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    result = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("name", ["swin", "vit", "cnn"])
+def test_gradients_are_the_same_bit_for_bit(name, amp):
+    model, (images, labels) = build(name).train(), batch()
+    plain = gradients(model, images, labels, recompute=False, amp=amp)
+    again = gradients(model, images, labels, recompute=True, amp=amp)
+    assert all(gradient is not None for gradient in plain.values())
+    assert [key for key in plain if not torch.equal(plain[key], again[key])] == []
+
+
+FUNCTIONS = {
+    **{name: getattr(F, name) for name in ("gelu", "silu", "mish", "hardswish", "elu", "softplus", "leaky_relu")},
+    "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "layer_norm": lambda x: F.layer_norm(x, (64,), torch.linspace(0, 2, 64), torch.linspace(-1, 1, 64)),
+    "a view": lambda x: F.gelu(x).view(64, 32).t()[3:],
+}
+WIDTH = 32 * 64 * 4  # bytes of a result
+
+
+def product(function, recompute):
+    """The graph of function(x) @ w; x, w."""
+    x, w = (torch.randn(*size, generator=torch.Generator().manual_seed(0)) for size in ((32, 64), (64, 64)))
+    x.requires_grad_()
+    w.requires_grad_()
+    with recomputing(recompute):
+        return (function(x.clone()) @ w).square().sum(), x, w
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_cheap_result_is_computed_again(name):
+    results, kept = [], []
+    for recompute in (False, True):
+        changes, (loss, x, w) = allocated_changes(lambda r=recompute: product(FUNCTIONS[name], r))
+        loss.backward()
+        results.append([x.grad, w.grad])
+        kept.append(sum(changes))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[0] - kept[1] == WIDTH
+
+
+@pytest.mark.parametrize(("name", "most"), [("swin", 0.85), ("vit", 0.8)])
+def test_fewer_bytes_are_kept_for_backward(name, most):
+    model, images = build(name).eval(), batch(16)[0]  # without dropout, which has results of its own
+
+    def kept(recompute):
+        def run():
+            with recomputing(recompute):
+                return model(images)
+
+        changes, _ = allocated_changes(run)
+        return sum(changes)
+
+    assert kept(True) < most * kept(False)
+
+
+def block():
+    return nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+
+
+def watch(module, name):
+    """Gives a function that tells whether the input ("input") or output of `module` lives."""
+    found = []
+    module.register_forward_hook(
+        lambda _, inputs, output: found.append(
+            weakref.ref((inputs[0] if name == "input" else output).untyped_storage())
+        )
+    )
+    return lambda: found[0]() is not None
+
+
+def test_the_result_is_gone_after_forward_and_what_it_comes_from_after_backward():
+    for recompute in (False, True):
+        model = block()
+        before, after = watch(model[1], "input"), watch(model[1], "output")
+        with recomputing(recompute):
+            loss = model(torch.randn(8, 64)).sum()
+        assert after() != recompute
+        assert before()
+        loss.backward()
+        assert not before()
+        assert not after()
+
+
+def test_of_a_checkpointed_block_nothing_is_remembered():
+    model = block()
+    lives = watch(model[1], "input")
+    with recomputing():
+        loss = checkpoint(model, torch.randn(8, 64), use_reentrant=False).sum()
+        assert not lives()
+    loss.backward()
+
+
+@pytest.mark.parametrize(("changed", "word"), [(0, "gelu"), (1, "a tensor")])
+def test_an_in_place_change_before_backward_raises(changed, word):
+    weight = torch.randn(8, 8, requires_grad=True)
+    with recomputing():
+        hidden = torch.randn(4, 8) @ weight
+        loss = (F.gelu(hidden) @ weight).sum()
+    with torch.no_grad():
+        (hidden, weight)[changed].add_(1)
+    with pytest.raises(RuntimeError, match=f"{word}.* changed in place") as error:
+        loss.backward()
+    assert "\n" not in str(error.value)
+
+
+IN_PLACE = [lambda x: F.gelu(x).mul_(2), lambda x: F.silu(x, inplace=True), lambda x: F.hardswish(x, True)]
+
+
+@pytest.mark.parametrize("function", IN_PLACE)
+def test_what_is_changed_in_place_is_kept(function):
+    results = []
+    for recompute in (False, True):
+        loss, x, w = product(function, recompute)
+        loss.backward()
+        results.append([x.grad, w.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_arguments_may_be_given_by_name():
+    for function in (lambda x: F.gelu(input=x), lambda x: F.layer_norm(input=x, normalized_shape=(64,))):
+        product(function, True)[0].backward()
+
+
+def test_local_modules_recompute_and_end_to_end_training_does_not():
+    def recompute(**options):
+        with traced_once("vit"):
+            net = localize(build("vit"), input_size=SIZE, **options)
+        return [module.recompute for module in net.local_modules]
+
+    assert recompute(cuts=["blocks.1"]) == [True, True]
+    assert recompute(cuts=["blocks.1"], recompute=False) == [False, False]
+    assert recompute(method="end-to-end") == [False]
+    assert recompute(method="end-to-end", recompute=True) == [True]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("options", [{}, {"grad_checkpointing": True}])
+def test_a_network_learns_the_same_with_and_without(options, amp):
+    results = []
+    for recompute in (False, True):
+        net, (images, labels) = split("swin", recompute=recompute, **options), batch()
+        with torch.autocast("cpu", torch.bfloat16) if amp else nullcontext():
+            net.backward(images, labels, seed=0)
+        results.append({name: p.grad for name, p in net.named_parameters()})
+    assert [name for name in results[0] if not torch.equal(results[0][name], results[1][name])] == []

@@ -1,0 +1,252 @@
+"""Modules in several processes: real ones, on scikit-learn's digits, against the same run in one process."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from localprop.cli import main
+from localprop.errors import ParallelError
+from localprop.parallel.forms import TensorForm
+from localprop.parallel.placement import IN_FLIGHT, arrange
+from localprop.report.formats import format_bytes
+from localprop.report.results import read_results
+from localprop.settings.config import OptimConfig
+from localprop.training.state import TrainingState
+from ranks import CALM, LONG, MODULES, assert_same_run, flags, wait_for_step
+from tiny import split
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@pytest.mark.parametrize(("modules", "parts"), [(2, 1), (3, 1), (4, 1), (2, 4)])
+def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, modules, parts):
+    more = ("--epochs", "2", "--micro-batches", str(parts))
+    ranks = forker.train(tmp_path, modules, *flags(tmp_path, modules, *more))
+    assert ranks.wait() == [0] * modules, ranks.log.read_text()
+    assert_same_run(tmp_path, alone(modules, *more))
+    for row in read_results(tmp_path / "run" / "results.csv"):  # of the process that takes most, what is in flight too
+        assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.01)
+    shown = (tmp_path / "log.out").read_text()
+    assert all(shown.count(text) == 1 for text in ("run folder", "epoch 1/2", "epoch 2/2", "test accuracy"))
+
+
+def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_them(forker, alone, tmp_path):
+    more = ("--epochs", "2", "--method", "infopro", "--micro-batches", "2")
+    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 4, *more))
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    assert_same_run(tmp_path, alone(4, *more))
+
+
+# No dropped paths, which replicas draw for themselves (timm's Swin has some unless told); and steps of the gradient's
+# size, or else roundings of a gradient near zero would show.
+
+
+@pytest.mark.parametrize(("kind", "count", "parts"), [("modules", 4, 1), ("modules", 4, 2), ("data", 2, 1)])
+def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, parts):
+    settings = [*CALM, "--cuts", *MODULES[2], "--experiment", "run", "--micro-batches", str(parts)]
+    runs = {name: tmp_path / name for name in ("one", "several")}
+    for folder in runs.values():
+        folder.mkdir()
+    assert forker.train(runs["one"], 1, *settings, "--output", str(runs["one"])).wait() == [0]
+    ranks = forker.train(runs["several"], count, *settings, "--output", str(runs["several"]), kind=kind)
+    assert ranks.wait() == [0] * count, ranks.log.read_text()
+    one, several = (load_file(folder / "run" / "model.safetensors") for folder in runs.values())
+    for name, value in one.items():
+        assert torch.allclose(several[name], value, rtol=1e-5, atol=1e-7), name
+    (a,), (b,) = (read_results(folder / "run" / "results.csv") for folder in runs.values())
+    assert b.train_losses == pytest.approx(a.train_losses, rel=1e-5)
+    assert b.peak_memory == pytest.approx(b.predicted_memory, rel=0.01)
+
+
+@pytest.mark.parametrize("steps", ["128", "256"])  # images at a time: 11 and 5 steps an epoch
+def test_what_is_on_its_way_is_measured_where_most_memory_is_in_a_process_that_receives(forker, tmp_path, steps):
+    settings = flags(tmp_path, 3, "--epochs", "1", "--batch-size", steps, "--method", "greedy", "--cuts", "patch_embed")
+    ranks = forker.train(tmp_path, 2, *settings)
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    (row,) = read_results(tmp_path / "run" / "results.csv")
+    assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.005)
+    assert "rank 1 (predicted)" in (tmp_path / "log.out").read_text()
+
+
+def test_what_averaging_takes_is_predicted(forker, tmp_path):
+    wide = ["--model", "test_vit", "--model-kwargs", "depth=1", "patch_size=8", "embed_dim=384", "num_heads=4"]
+    settings = [*wide, "--modules", "1", "--method", "end-to-end", "--opt", "sgd", "--batch-size", "64", "--device"]
+    settings += ["cpu", "--epochs", "1", "--output", str(tmp_path), "--experiment", "run"]
+    ranks = forker.train(tmp_path, 2, *settings, kind="data")
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    (row,) = read_results(tmp_path / "run" / "results.csv")
+    assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.005)
+    weights = sum(tensor.nbytes for tensor in load_file(tmp_path / "run" / "model.safetensors").values())
+    assert row.peak_memory > 3.9 * weights  # with momenta, gradients and their copy
+
+
+def test_processes_evaluate_test_images_once_after_training(forker, tmp_path, capsys):
+    for number, (part, count) in enumerate([("train", 8), ("val", 2), ("test", 3)]):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / part / name).mkdir(parents=True)
+            for value in range(count):
+                grey = 16 * value + 5 * number + 90 * (name == "cat")
+                Image.new("L", (8, 8), grey).save(tmp_path / "pets" / part / name / f"{value}.png")
+    settings = [*CALM, "--cuts", *MODULES[2], "--img-size", "16", "--batch-size", "8", "--output", str(tmp_path)]
+    settings += ["--data", f"folder:{tmp_path / 'pets'}", "--experiment", "run"]
+    ranks = forker.train(tmp_path, 4, *settings)  # two modules, each twice
+    assert ranks.wait() == [0] * 4, ranks.log.read_text()
+    tested = json.loads((tmp_path / "run" / "run.json").read_text())["test"]
+    assert main(["eval", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (tested["images"], result["images"]) == (6, 6)
+    assert tested["loss"] == pytest.approx(result["loss"], abs=1e-4)
+    assert (tmp_path / "log.out").read_text().count("test accuracy") == 1
+
+
+def test_a_run_that_goes_on_elsewhere_forgets_what_was_measured(forker, tmp_path):
+    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, *LONG))
+    wait_for_step(tmp_path, 10)
+    ranks.kill(0, signal.SIGTERM)
+    assert ranks.wait() == [143, 143]
+    assert forker.train(tmp_path, 1, "--resume", str(tmp_path / "run")).wait() == [0]
+    first, *_, last = read_results(tmp_path / "run" / "results.csv")
+    assert last.peak_memory == pytest.approx(last.predicted_memory, rel=0.01)
+    assert last.peak_memory < 0.98 * first.peak_memory
+    assert f"peak memory    {format_bytes(last.peak_memory)} measured" in (tmp_path / "log.out").read_text()
+
+
+AVERAGE = """
+import torch
+from localprop.parallel import averaging
+from localprop.parallel import join
+from localprop.parallel.replicas import Replicas
+averaging.BUCKET = 40  # bytes: several buckets, and some tensors alone
+job = join("cpu")
+kinds = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float32, torch.float32]
+means = [torch.arange(3.0 * (k % 4 + 1)).view(3, -1).add(k).to(kinds[k]) for k in range(7)]
+own = [mean + (1 if job.rank else -1) for mean in means]
+own[5], own[6] = own[5].t().contiguous().t(), own[6].t().contiguous().t()
+Replicas(job, [0, 1]).average(own)
+for k, (tensor, mean) in enumerate(zip(own, means)):
+    assert tensor.equal(mean), (k, tensor)
+job.wait_for_all()
+"""
+
+
+def test_tensors_of_any_type_are_averaged_in_buckets(forker, tmp_path):
+    ranks = forker.start(tmp_path / "log", 2, code=AVERAGE)
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+
+
+def test_stopped_by_a_signal_and_resumed_in_other_layouts_gives_the_same_bits(forker, alone, tmp_path):
+    wanted = alone(3, *LONG)
+    resume = ["--resume", str(tmp_path / "run")]
+    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 3, *LONG))
+    wait_for_step(tmp_path, 5)
+    ranks.kill(1, signal.SIGTERM)  # one of them alone
+    assert ranks.wait() == [143, 143], ranks.log.read_text()
+    assert ranks.log.read_text().count("stopped by SIGTERM") == 1
+    first = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    ranks = forker.train(tmp_path, 1, *resume)
+    wait_for_step(tmp_path, int(first.name[5:]) + 1)
+    ranks.kill(0, signal.SIGTERM)
+    assert ranks.wait() == [143], ranks.log.read_text()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    ranks = forker.train(tmp_path, 3, *resume)
+    assert ranks.wait() == [0, 0, 0], ranks.log.read_text()
+    assert_same_run(tmp_path, wanted)
+
+
+HAND_ON = """
+import os, time, torch
+from localprop.network.carry import Carry
+from localprop.parallel import join
+from localprop.parallel.messages import Receiver, Sender
+job = join("cpu")
+path, count = os.environ["SENT"], 20
+if job.rank == 0:
+    sender = Sender(job, 1)
+    for step in range(count):
+        sender.wait_for_room()
+        sender.send(Carry(torch.full((64, 1024), float(step)), torch.zeros(64)), True, step == 0)
+        open(path, "w").write(str(step + 1))
+else:
+    time.sleep(0.5)
+    for step, carry in enumerate(Receiver(job, 0).stream(count)):
+        assert carry.features.eq(step).all()
+        time.sleep(0.05)
+        ahead = int(open(path).read() or 0) - step
+        with open(path + ".ahead", "a") as file:
+            print(ahead, file=file)
+job.wait_for_all()
+"""
+
+
+def test_a_slow_stage_holds_up_the_one_before(forker, tmp_path, monkeypatch):
+    code = HAND_ON.replace('os.environ["SENT"]', repr(str(tmp_path / "sent")))
+    ranks = forker.start(tmp_path / "log", 2, code=code)
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    ahead = [int(line) for line in (tmp_path / "sent.ahead").read_text().split()]
+    # The batch that is worked on, those that wait here, and those that are on their way.
+    assert 1 < max(ahead) <= 1 + 2 * IN_FLIGHT
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(4, 3, 5),
+        torch.randn(4, 6, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(4, 5, 3).transpose(1, 2),
+        torch.randn(4, 6, 8)[:, 1:],
+        torch.randn(4, 1, 3).expand(4, 7, 3),
+        torch.arange(12)[3:],
+        torch.tensor(2.5),
+    ],
+    ids=lambda tensor: str(tuple(tensor.stride())),
+)
+def test_a_tensor_arrives_as_it_lay_in_memory(tensor):
+    form = TensorForm.of(tensor)
+    buffer = form.buffer(torch.device("cpu"))
+    buffer.copy_(form.bytes_of(tensor))
+    arrived = form.restore(buffer)
+    assert torch.equal(arrived, tensor)
+    if 0 not in tensor.stride():
+        assert arrived.stride() == tensor.stride()
+        assert arrived.data_ptr() % 64 == tensor.data_ptr() % 64
+
+
+@pytest.mark.parametrize("name", ["swin", "vit", "resnet", "cnn"])
+def test_shares_are_all_of_the_backbone_and_a_stage_holds_its_own_alone(name):
+    whole = split(name)
+    shares = whole.shares()
+    assert sorted(key for share in shares for key in share) == sorted(whole.backbone.state_dict())
+    for k, module in enumerate(whole.local_modules):
+        own = {n for n, _ in module.named_parameters() if not n.startswith("auxiliary.")}
+        assert own <= set(shares[k])
+    for path, module in whole.backbone.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # its statistics go where its weights are trained
+            owners = {k for k, share in enumerate(shares) for key in module.state_dict() if f"{path}.{key}" in share}
+            assert len(owners) == 1
+    state = TrainingState(whole, OptimConfig(model_ema=True), 10, torch.device("cpu"), range(1, 2))
+    held = {key for key, value in whole.backbone.named_parameters() if not value.is_meta}
+    assert held == {key for key in shares[1] if key in dict(whole.backbone.named_parameters())}
+    assert {key for key, value in state.ema.module.named_parameters() if not value.is_meta} == held
+    assert all(p.is_meta for k in (0, 2) for p in whole.local_modules[k].auxiliary.parameters())
+    assert set(state.parts()) == {"module-1"}
+
+
+def test_modules_are_shared_out_by_time_and_replicas_come_in_multiples():
+    def stages(*arguments):
+        layout = arrange("modules", *arguments)
+        assert layout.replicas == 1
+        return [list(modules) for modules in layout.stages]
+
+    assert stages(4, 4) == [[0], [1], [2], [3]]
+    assert stages(4, 2) == [[0, 1], [2, 3]]
+    assert stages(4, 2, [5.0, 1.0, 1.0, 1.0]) == [[0], [1, 2, 3]]
+    assert arrange("modules", 2, 6).replicas == 3
+    assert [arrange("modules", 2, 6).place(rank) for rank in range(4)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert arrange("data", 4, 3).stages == (range(4),)
+    with pytest.raises(ParallelError, match="take at most 2, or a multiple such as 6"):
+        arrange("modules", 2, 5)

@@ -1,0 +1,254 @@
+"""What several processes take: predicted against what a process with its own modules, or its stage, really takes."""
+
+import json
+from collections import deque
+from itertools import chain, pairwise
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from torch.nn import functional as F
+
+from localprop import chain as chain_of
+from localprop import plan
+from localprop.cli import main
+from localprop.errors import ConfigError, ParallelError
+from localprop.memory.cost import Costs
+from localprop.memory.measure import measured, total_bytes
+from localprop.network.carry import Carry
+from localprop.parallel.placement import IN_FLIGHT
+from localprop.planning.processes import pipeline, share_out
+from localprop.planning.schedules import Link, one_f_one_b_order
+from localprop.planning.simulation import simulate_step
+from localprop.planning.tables import processes_table
+from localprop.settings.config import OptimConfig
+from localprop.training.optimizers import create_optimizer
+from localprop.training.state import TrainingState
+from tiny import SIZE, batch, build, split
+
+BATCH = 16
+CPU = torch.device("cpu")
+
+
+def real_peak(net, config, modules):
+    """The measured peak of the second step of a process that trains some modules."""
+    images, labels = batch(BATCH)
+    features, context, looks = images, {}, any(net.local_modules[k].auxiliary.uses_images for k in modules)
+    with torch.no_grad():
+        for module in net.local_modules[: modules.start]:
+            features = module(features, context)
+
+    def arriving():
+        came = features.clone()
+        own = None if not looks else came if modules.start == 0 else images.clone()
+        return Carry(came, labels.clone(), own, dict(context))
+
+    state = TrainingState(net.train(), config, 10, CPU, modules)
+    state.train_step(arriving(), seed=0)
+    with measured(chain(*state.tensors().values()), CPU) as measurement:
+        state.train_step(arriving(), seed=1)
+    return measurement.peak
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("swin", "feature-reconstruction"), ("vit", "infopro"), ("resnet", "greedy"), ("cnn", "greedy")],
+)
+@pytest.mark.parametrize("modules", [range(0, 1), range(1, 3), range(2, 3)])
+def test_the_predicted_peak_of_a_process_is_that_of_a_real_one(name, method, modules):
+    config = OptimConfig(model_ema=name == "vit")
+    trace = simulate_step(split(name, 3, method), config, BATCH, SIZE, modules=modules)
+    assert trace.peak == pytest.approx(real_peak(split(name, 3, method), config, modules), rel=0.01)
+    assert trace.module in modules
+    whole = simulate_step(split(name, 3, method), config, BATCH, SIZE)
+    assert trace.peak < whole.peak
+    starts = [0.0, *whole.module_ends]
+    assert trace.seconds < 1.2 * (whole.module_ends[modules[-1]] - starts[modules.start])
+
+
+def test_processes_hold_the_batches_in_flight():
+    net = split("vit", 3)
+    trace = simulate_step(net, OptimConfig(), BATCH, SIZE)
+    result = share_out(net, trace, OptimConfig(), BATCH, SIZE, "cpu", 3, Link())
+    alone = [simulate_step(net, OptimConfig(), BATCH, SIZE, modules=range(k, k + 1)) for k in range(3)]
+    images, labels = batch(BATCH)
+    sizes = [0]
+    for module in net.local_modules[:2]:
+        images = module(images, {}).detach()
+        sizes.append(total_bytes([images, labels]))
+    held = [IN_FLIGHT * (came + left) for came, left in pairwise([*sizes, 0])]
+    assert result.peaks == [own.peak + more for own, more in zip(alone, held, strict=True)]
+    assert result.timing.seconds == pytest.approx(max(own.seconds for own in alone))
+    assert result.largest == max(range(3), key=lambda rank: result.peaks[rank])
+
+
+def test_replicas_share_the_batch_and_reduce_gradients():
+    net = split("swin", 2, "greedy")
+    trace = simulate_step(net, OptimConfig(), BATCH, SIZE)
+    one, two = (share_out(net, trace, OptimConfig(), BATCH, SIZE, "cpu", n, Link()) for n in (2, 4))
+    assert (one.replicas, two.replicas) == (1, 2)
+    assert two.ranks == one.ranks == [range(0, 1), range(1, 2)]
+    assert two.timing.seconds < one.timing.seconds
+    slow = share_out(net, trace, OptimConfig(), BATCH, SIZE, "cpu", 4, Link(bandwidth=1e5))
+    gradients = [total_bytes(module.parameters()) for module in net.local_modules]
+    assert slow.timing.seconds >= max(gradients) / 1e5
+    with pytest.raises(ConfigError, match="15 does not divide equally into 2 replicas; take --batch-size 16"):
+        share_out(net, trace, OptimConfig(), 15, SIZE, "cpu", 4, Link())
+
+
+def real_stage_peak(name, rank, ranks, names, micro, count):
+    """The measured peak of a stage that computes a batch's micro-batches in 1F1B's order, written out by hand."""
+    model = build(name).train()
+    units = list(chain_of(model, SIZE))
+    own = [unit for unit in units if unit.name in names]
+    images, labels = batch(micro)
+    source = images
+    with torch.no_grad():
+        for unit in units[: units.index(own[0])]:
+            source = unit(model, source, {})
+    weights = [model.get_parameter(name) for unit in own for name in unit.parameters]
+    optimizer = create_optimizer(torch.nn.ParameterList(weights), OptimConfig())
+
+    def step():
+        outputs = deque()
+        for kind, _ in one_f_one_b_order(rank, ranks, count):
+            if kind == "F":
+                output = source.clone().requires_grad_(rank > 0)
+                for unit in own:
+                    output = unit(model, output, {})
+                outputs.append(F.cross_entropy(output, labels.clone()) if rank == ranks - 1 else output)
+                del output
+            else:
+                output = outputs.popleft()
+                output.backward(None if rank == ranks - 1 else torch.ones_like(output))
+                del output
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    state = [t for values in optimizer.state.values() for t in values.values()]
+    with measured([*weights, *model.buffers(), *state], CPU) as measurement:
+        step()
+    return measurement.peak
+
+
+@pytest.mark.parametrize(("name", "ranks", "batch_size"), [("vit", 2, 32), ("cnn", 3, 40), ("swin", 2, 32)])
+def test_the_predicted_peak_of_a_1f1b_stage_is_that_of_a_real_one(name, ranks, batch_size):
+    model = build(name)
+    result = pipeline(Costs(model, chain_of(model, SIZE)), OptimConfig(), batch_size, "cpu", None, ranks, Link())
+    assert result.micro_batches == 4
+    assert [*chain(*result.units)] == [unit.name for unit in chain_of(model, SIZE)]
+    for rank, names in enumerate(result.units):
+        real = real_stage_peak(name, rank, ranks, names, batch_size // 4, 4)
+        assert result.peaks[rank] == pytest.approx(real, rel=0.02)
+
+
+def test_a_pipeline_that_cannot_be_is_none():
+    model = build("cnn")
+    costs = Costs(model, chain_of(model, SIZE))
+    assert pipeline(costs, OptimConfig(), 3, "cpu", None, 2, Link()) is None  # no four micro-batches
+    assert pipeline(costs, OptimConfig(), 64, "cpu", None, 50, Link()) is None
+
+
+def test_a_plan_for_processes():
+    model = timm.create_model("test_vit", img_size=32, patch_size=4, depth=4, embed_dim=32, num_heads=2)
+    arguments = {"modules": (2, 3), "method": "greedy", "partition": "compute"}
+    plain = plan(model, 16, **arguments)
+    result = plan(model, 16, **arguments, nproc=2)
+    assert [row.trace for row in result.rows] == [row.trace for row in plain.rows]
+    assert all(row.parallel is None for row in [*plain.rows, *result.rows[:2]])
+    assert plain.pipeline is None
+    for row in result.rows[2:]:
+        assert [*chain(*row.parallel.ranks)] == [*range(row.setting.modules)]
+        assert [*chain(*row.parallel.units)] == [*chain(*row.module_units)]
+        assert max(row.parallel.peaks) < row.trace.peak
+        assert 1 < result.speedup(row) <= 2.2
+    assert 1 < result.pipeline_speedup < 2
+    two = result.rows[2]
+    ratio = result.pipeline.timing.seconds / two.parallel.timing.seconds
+    assert result.against_pipeline(two) == pytest.approx(ratio)
+    far = plan(model, 16, **arguments, nproc=2, bandwidth=1e5).rows[2]
+    assert far.parallel.timing.bottleneck == "link 0-1"
+    # Features of 16 images: 64 tokens and a class token, of 32 floats; and labels.
+    assert far.parallel.timing.seconds == pytest.approx((16 * 65 * 32 * 4 + 16 * 8) / 1e5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"modules": (2,), "nproc": 3}, ParallelError, "3 processes cannot share 2 modules"),
+        ({"modules": (2, 3), "nproc": 7}, ParallelError, "7 processes cannot share"),
+        ({"nproc": 0}, ConfigError, "nproc is 0"),
+        ({"nproc": 2, "budget": 2**30}, ConfigError, "leave out either budget or nproc"),
+    ],
+)
+def test_a_mistake_is_one_line(options, error, words):
+    with pytest.raises(error, match=words) as caught:
+        plan(build("mlp"), 15, method="greedy", input_size=SIZE, **options)
+    assert "\n" not in str(caught.value)
+
+
+KWARGS = ["img_size=32", "patch_size=4", "depth=4", "embed_dim=32", "num_heads=2"]
+COMMAND = ["plan", "--model", "test_vit", "--model-kwargs", *KWARGS, "--num-classes", "5", "--method", "greedy"]
+
+
+def test_the_command_adds_a_table_and_keeps_the_rest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    texts, reports = [], []
+    for more in ([], ["--parallel", "modules", "--nproc", "2"]):
+        assert main([*COMMAND, "--batch-size", "64", "--json", "plan.json", *more]) == 0
+        texts.append(capsys.readouterr().out.splitlines())
+        reports.append(json.loads((tmp_path / "plan.json").read_text()))
+    added = [line for line in texts[1] if line not in texts[0]]
+    assert [line for line in texts[1] if line not in added] == texts[0]
+    assert max(map(len, texts[1])) <= 80
+    for before, row in zip(reports[0]["rows"], reports[1]["rows"], strict=True):
+        processes = row.pop("parallel")
+        assert row == before
+        assert (processes is None) == (row["modules"] == 1)
+        if processes:
+            (line,) = [line for line in added if line.startswith(row["setting"])]
+            assert f"{max(rank['peak'] for rank in processes['ranks']) / 2**20:.0f}" in line.split()
+            assert f"{processes['speedup']:.2f}x" in line.split()
+            assert [k for rank in processes["ranks"] for k in rank["modules"]] == [*range(1, row["modules"] + 1)]
+    (line,) = [line for line in added if line.startswith("1F1B")]
+    assert f"{reports[1]['pipeline']['speedup']:.2f}x" in line.split()
+    assert reports[1]["pipeline"]["micro_batches"] == 4
+    assert "pipeline" not in reports[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--parallel", "modules"], "--parallel needs --nproc"),
+        (["--nproc", "2"], "add --parallel modules"),
+        (["--parallel", "modules", "--nproc", "0"], "--nproc is 0"),
+        (["--parallel", "modules", "--nproc", "2", "--budget", "1GiB"], "leave out either --budget or --parallel"),
+        (["--parallel", "modules", "--nproc", "2", "--bandwidth", "fast"], "is no number of bytes"),
+        (["--parallel", "modules", "--nproc", "2", "--modules", "4", "--cuts", "blocks.0"], "1 cuts make 2 modules"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert main([*COMMAND, *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_narrow_terminal_cuts_no_numbers_off(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    model = timm.create_model("test_vit", img_size=32, patch_size=4, depth=8, embed_dim=32, num_heads=2)
+    result = plan(model, 16, modules=(8,), method="greedy", input_size=SIZE, nproc=8)
+    Console().print(processes_table(result))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    (heading,) = [line for line in lines if line.startswith("setting")]
+    assert heading.split() == ["setting", "modules", "peak", "in", "busiest", "waits", "faster", "1F1B", "=", "1"]
+    speeds = [result.speedup(result.rows[-1]), result.pipeline_speedup]
+    rows = [line for line in lines if line.startswith(("K=8", "1F1B"))]
+    assert all(f"{speed:.2f}x" in line.split() for speed, line in zip(speeds, rows, strict=True))
+    assert "…" not in "".join(lines)

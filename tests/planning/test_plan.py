@@ -1,0 +1,293 @@
+"""Plans: what each setting takes, what is chosen for a budget, and the command that tells it."""
+
+import copy
+import itertools
+import json
+import re
+import shlex
+
+import matplotlib.image
+import numpy as np
+import pytest
+import timm
+import torch
+
+from localprop import localize, plan
+from localprop.cli import main
+from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
+from localprop.planning.simulation import PARTS, simulate_step
+from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig, parse_bytes
+from localprop.settings.flags import parse
+from localprop.settings.flat import to_flags
+from tiny import SIZE, build
+
+MIB = 2**20
+
+
+def vit(depth):
+    return timm.create_model("test_vit", img_size=32, patch_size=4, depth=depth, embed_dim=32, num_heads=2)
+
+
+def small_plan(modules=(2, "max", 99), batch_size=16, model=None, **options):
+    return plan(model or build("vit"), batch_size, modules=modules, method="greedy", input_size=SIZE, **options)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return small_plan()
+
+
+def names(rows):
+    return [row.setting.name for row in rows]
+
+
+def test_a_row_for_each_setting_end_to_end_first(result):
+    assert names(result.rows) == ["end-to-end", "end-to-end + ckpt", "K=2", "K=4, max"]
+    assert [row.batch_size for row in result.rows] == [16] * 4
+    assert [len(row.module_units) for row in result.rows] == [1, 1, 2, 4]
+    assert result.baseline is result.rows[0]
+    assert result.typical is result.rows[3]
+    assert result.choice is None
+    for row in result.rows:
+        assert [*itertools.chain(*row.module_units)] == ["patch_embed", *(f"blocks.{i}" for i in range(4)), "head"]
+
+
+def test_ratios_are_those_to_end_to_end(result):
+    memory, time, flops = (
+        [ratio(row) for row in result.rows] for ratio in (result.memory_ratio, result.time_ratio, result.flops_ratio)
+    )
+    assert memory[0] == time[0] == flops[0] == 1
+    assert memory == [row.trace.peak / result.rows[0].trace.peak for row in result.rows]
+    assert 1 > memory[2] > memory[3]
+    assert 1.2 < flops[1] < 1.4  # forward twice
+    assert 1.2 < time[1] < 1.5
+    assert 1 < flops[2] < flops[3] < 1.1  # heads
+
+
+def test_a_row_is_a_simulated_step_of_that_setting(result):
+    model = build("vit")
+    settings = {1: {"method": "end-to-end", "grad_checkpointing": True}, 2: {"modules": 2, "method": "greedy"}}
+    for i, options in settings.items():
+        net = localize(model, input_size=SIZE, batch_size=16, **options)
+        assert simulate_step(net, OptimConfig(), 16, SIZE) == result.rows[i].trace
+        assert [module.units for module in net.local_modules] == result.rows[i].module_units
+
+
+def test_planning_leaves_the_model_and_the_random_state_alone():
+    model, told = build("mlp").eval(), []
+    weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    rows = small_plan(model=model, on_setting=told.append).rows
+    assert told == [row.setting for row in rows if row.setting.modules < 99] + [s for s in told if s.modules == 99]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+
+
+def test_blocks_are_split_where_more_modules_of_whole_ones_save_nothing():
+    """Of five blocks, four modules have two together as three have."""
+    rows = small_plan((3, 4, "max"), model=vit(5)).rows[2:]
+    assert names(rows) == ["K=3", "K=4", "K=4, split", "K=10, split, max"]
+    assert rows[2].trace.peak < rows[1].trace.peak
+    assert [row.setting.split_blocks for row in rows] == [False, False, True, True]
+
+
+def test_options_reach_every_local_row():
+    kwargs = {"modules": (2,), "model": build("cnn")}
+    plain = small_plan(**kwargs).rows
+    for options in ({"amp_dtype": torch.bfloat16}, {"opt": OptimConfig(opt="sgd", model_ema=True)}):
+        other = small_plan(**kwargs, **options).rows
+        assert all(a.trace.peak != b.trace.peak for a, b in zip(plain, other, strict=True))
+    for options in ({"head": "conv"}, {"cuts": ["3"]}):
+        other = small_plan(**kwargs, **options).rows
+        assert other[0].trace == plain[0].trace
+        assert (other[2].trace, other[2].module_units) != (plain[2].trace, plain[2].module_units)
+    checkpointed = small_plan(**kwargs, grad_checkpointing=True).rows
+    assert names(checkpointed) == ["end-to-end", "end-to-end + ckpt", "K=2 + ckpt"]
+
+
+def test_a_plan_for_cuda_takes_its_speed():
+    cpu, cuda = (small_plan((2,), model=build("mlp"), device=device).rows for device in ("cpu", "cuda"))
+    for a, b in zip(cpu, cuda, strict=True):
+        assert b.trace.seconds < 0.01 * a.trace.seconds
+        assert (b.trace.peak, b.trace.flops) == (a.trace.peak, a.trace.flops)
+
+
+def test_end_to_end_has_baselines_only():
+    assert names(plan(build("mlp"), 4, method="end-to-end", input_size=SIZE).rows) == [
+        "end-to-end",
+        "end-to-end + ckpt",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"modules": (7,)}, ChainError, "7 modules asked for"),
+        ({"modules": (3,), "cuts": ["7", "1"]}, ChainError, "not in order"),
+        ({"modules": (2, 3), "cuts": ["1"]}, ConfigError, "1 cuts make 2 modules, not 3"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0"),
+        ({"head": "mpl"}, ConfigError, "did you mean 'mlp'"),
+        ({"opt": "adamv"}, LocalpropError, "adamv"),
+    ],
+)
+def test_a_mistake_is_one_line(options, error, words):
+    with pytest.raises(error, match=words) as caught:
+        small_plan(model=build("mlp"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fastest_that_fits_is_chosen():
+    model = vit(4)
+    whole, checkpointed, two = (row.trace.peak for row in small_plan((2, 99), 32, model).rows)
+    assert max(checkpointed, two) < whole
+
+    def choice(budget, modules=(2, 99)):
+        return small_plan(modules, 32, model, budget=budget).choice
+
+    assert choice(whole).setting.name == "end-to-end"
+    assert choice(whole - 1).setting.name == "K=2"  # faster than checkpointing
+    # Who names a number wants local modules, though end-to-end training fits.
+    assert choice(whole, modules=(2,)).setting.name == "K=2"
+
+
+def test_a_budget_below_a_single_image_is_an_error_of_one_line():
+    with pytest.raises(PlanError, match=r"nothing fits 0 MiB: K=2 with 1 image at a time takes \d+ MiB; .* --budget"):
+        small_plan((2,), 4, build("mlp"), budget=100_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 * 2**30), ("500MiB", 500 * MIB), ("2G", 2**31), ("1.5 gb", 3 * 2**29), ("64k", 2**16), ("1000", 1000)],
+)
+def test_amounts_of_memory(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "8GiBs", "-1G", "0", "G", "1e9"])
+def test_no_amount_of_memory_is_an_error_of_one_line(text, capsys):
+    with pytest.raises(ConfigError, match="is no number of bytes; write 8GiB or 500MiB"):
+        parse_bytes(text)
+    for command in ("plan", "train"):
+        assert main([command, f"--budget={text}"]) == 2
+        error = capsys.readouterr().err
+        assert "is no number of bytes" in error
+        assert error.count("\n") == 1
+
+
+KWARGS = ["img_size=32", "patch_size=4", "depth=2", "embed_dim=32", "num_heads=2"]
+MODEL = ["--model", "test_vit", "--model-kwargs", *KWARGS, "--num-classes", "5", "--method", "greedy"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs `localprop plan`; gives its report and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*flags):
+        assert main(["plan", *MODEL, *flags, "--json", "plan.json"]) == 0
+        return json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_writes_a_table_a_picture_and_a_report(command, tmp_path):
+    report, text = command("--batch-size", "64")
+    assert [row["setting"] for row in report["rows"]] == ["end-to-end", "end-to-end + ckpt", "K=2, max"]
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    for row in report["rows"]:
+        assert sum(row[part] for part in PARTS) == row["peak"]
+        (line,) = [line for line in lines if re.match(re.escape(row["setting"]) + r" {2,}", line)]
+        numbers = re.findall(r"\S+", line.removeprefix(row["setting"]))
+        assert numbers[0] == f"{row['peak'] / MIB:.0f}"
+        assert numbers[1] == f"{100 * row['memory_ratio']:.0f}"
+        assert numbers[-1] == (str(row["peak_module"]) if row["modules"] > 1 else f"{row['time_ratio']:.2f}")
+    assert report["config"]["batch_size"] == 64
+    assert "choice" not in report
+    assert "localprop train" not in text
+    assert "picture: plan.png" in lines
+    pixels = matplotlib.image.imread(tmp_path / "plan.png")
+    assert pixels.shape[:2] == (896, 1400)
+    assert (pixels[:, [0, 1, -2, -1]] == 1).all(), "something runs into the edge"
+    upper, lower = (part.reshape(-1, 4)[:, :3] for part in (pixels[150:430, 120:1150], pixels[510:780, 120:1150]))
+    colors = [np.unique(p[np.ptp(p, axis=1) > 0.1] @ [1, 256, 256**2], return_counts=True)[1] for p in (upper, lower)]
+    assert (colors[0] > 500).sum() == 0  # end-to-end is grey
+    assert (colors[1] > 500).sum() == 2  # a colour for each module
+
+
+CONFIGS = [
+    TrainConfig(),
+    TrainConfig(
+        ModelConfig("test_vit", {"depth": 3, "global_pool": "avg", "depths": (1, 2), "norm": "1", "pool": ""}),
+        LocalConfig("greedy", 3, recompute=False, split_blocks=True, grad_checkpointing=True, budget="2GiB"),
+        optim=OptimConfig(amp=True, clip_grad=0.5, lr=1e-4, warmup_epochs=0),
+    ),
+    TrainConfig(local=LocalConfig(cuts=("layers.0", "layers.1"), recompute=True, method_kwargs={"weight": 0.5})),
+    TrainConfig(
+        ModelConfig("resnet18", {"a": "None", "b": "x=1"}), LocalConfig("end-to-end", method_kwargs={"x": None})
+    ),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_flags_give_the_settings_that_they_are_made_of(config):
+    words = shlex.split(shlex.join(to_flags(config)))
+    assert parse(TrainConfig, "train", words, TrainConfig()) == config
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch-size", "8", "--budget", "1MiB"),
+        (
+            "--batch-size",
+            "8",
+            "--budget",
+            "9MiB",
+            "--modules",
+            "2",
+            "--precision",
+            "bf16",
+            "--opt",
+            "lion",
+            "--model-ema",
+        ),
+    ],
+)
+def test_the_printed_command_trains_what_was_chosen(command, flags):
+    report, text = command(*flags)
+    line = text.splitlines()[-1]
+    assert line == report["command"] + " --data folder:PATH"
+    words = shlex.split(line)
+    assert words[:2] == ["localprop", "train"]
+    config = parse(TrainConfig, "train", words[2:], TrainConfig())
+    choice, plan_config = report["choice"], parse(PlanConfig, "plan", [*MODEL, *flags], PlanConfig())
+    assert choice["peak"] <= report["budget"] == parse_bytes(plan_config.local.budget)
+    assert config.backbone == plan_config.backbone
+    assert config.local.budget is None
+    assert config.optim.batch_size == choice["batch_size"]
+    assert (config.local.method, config.local.modules or 1) == (choice["method"], choice["modules"])
+    assert config.local.grad_checkpointing == choice["grad_checkpointing"]
+    assert config.local.split_blocks == choice["split_blocks"]
+    assert (config.optim.opt, config.optim.model_ema) == (plan_config.opt, plan_config.model_ema)
+    assert config.optim.amp == (plan_config.precision != "fp32")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--modules", "7"], "at most 2"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--model", "test_vitt"], "did you mean 'test_vit'"),
+        (["--picture", "nowhere/plan.png"], "no folder"),
+        (["--bugdet", "1G"], "did you mean '--budget'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *MODEL, *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

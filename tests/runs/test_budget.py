@@ -1,0 +1,161 @@
+"""Training within a budget, and what is said when memory runs out: the real command, on scikit-learn's digits."""
+
+import re
+import shlex
+import signal
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from localprop.cli import main
+from localprop.report.progress import Progress
+from localprop.report.results import read_results
+from localprop.settings.config import TrainConfig
+from localprop.settings.flags import parse
+from localprop.training.state import TrainingState
+from localprop.training.trainer import Trainer
+
+MIB = 2**20
+SMALL = ["--model", "test_vit", "--model-kwargs", "patch_size=4", "depth=2", "embed_dim=32", "num_heads=2"]
+SMALL += ["--method", "greedy", "--batch-size", "128", "--epochs", "1", "--device", "cpu", "--experiment", "run"]
+
+
+def train(output, *flags):
+    return main(["train", *SMALL, "--output", str(output), *flags])
+
+
+def settings(output):
+    return yaml.safe_load((output / "run" / "config.yaml").read_text())
+
+
+def command_in(line):
+    """The settings of the command at the end of an error's line."""
+    words = shlex.split(line.partition(": localprop train ")[2])
+    return parse(TrainConfig, "train", words, TrainConfig())
+
+
+@pytest.fixture(scope="module")
+def within(tmp_path_factory):
+    """A finished run within a budget that end-to-end training does not fit."""
+    output = tmp_path_factory.mktemp("within")
+    assert train(output, "--budget", "6.5MiB") == 0
+    return output
+
+
+def test_the_choice_is_recorded_and_both_peaks_agree(within):
+    chosen = settings(within)
+    assert (chosen["modules"], chosen["method"], chosen["batch_size"]) == (2, "greedy", 128)
+    assert chosen["budget"] == "6.5MiB"
+    (row,) = read_results(within / "run" / "results.csv")
+    assert len(row.train_losses) == 2
+    assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.03)
+    assert row.peak_memory < 6.5 * MIB
+
+
+def test_a_chosen_run_is_the_same_as_one_with_these_settings(within, tmp_path):
+    assert train(tmp_path, "--modules", "2") == 0
+    a, b = (load_file(output / "run" / "model.safetensors") for output in (within, tmp_path))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_end_to_end_training_that_fits_is_chosen(tmp_path, capsys):
+    assert train(tmp_path, "--budget", "1GiB") == 0
+    assert "budget 1.00 GiB: end-to-end, predicted to take" in capsys.readouterr().out
+    assert (settings(tmp_path)["method"], settings(tmp_path)["modules"]) == ("end-to-end", None)
+
+
+def test_a_budget_never_changes_the_batch(tmp_path, capsys):
+    assert train(tmp_path, "--modules", "2", "--budget", "1MiB", "--batch-size", "24") == 2
+    line = capsys.readouterr().err
+    assert "nothing fits 1.0 MiB with 24 images at a time" in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    config = command_in(line)
+    assert config.optim.batch_size == 24
+    assert 1 < config.optim.micro_batches < 24
+    assert config.local.modules == 2
+    assert config.run.output == tmp_path
+
+
+def test_a_resumed_run_does_not_choose_again(tmp_path, monkeypatch):
+    taken = Progress.step
+
+    def interrupt(self, epoch, step, *rest):
+        taken(self, epoch, step, *rest)
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", interrupt)
+        assert train(tmp_path, "--budget", "6.5MiB") == 128 + signal.SIGTERM
+    monkeypatch.setattr("localprop.runs.advice.fit", lambda experiment: pytest.fail("it chose again"))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    (row,) = read_results(tmp_path / "run" / "results.csv")
+    assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.03)
+
+
+def exhausted(monkeypatch, available):
+    """Lets the second step ask for more memory than there is, and the advice believe that so much can be had."""
+    step = TrainingState.train_step
+
+    def run_out(self, batch, seed, last=True):
+        if self.step == 1:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return step(self, batch, seed, last)
+
+    monkeypatch.setattr(TrainingState, "train_step", run_out)
+    monkeypatch.setattr("localprop.runs.advice.available", lambda device: available)
+
+
+def test_out_of_memory_is_one_line_with_a_command_that_fits(tmp_path, monkeypatch, capsys):
+    exhausted(monkeypatch, int(6.5 * MIB))
+    assert train(tmp_path, "--modules", "2") == 2
+    line = capsys.readouterr().err
+    assert re.search(r"out of memory on cpu: 5\.\d MiB predicted, \d+\.\d MiB taken when .* could not be had", line)
+    assert line.count("\n") == 1
+    words = shlex.split(line.partition(": localprop train ")[2])
+    assert command_in(line).local.modules == 2
+    monkeypatch.undo()
+    assert main(["train", *words, "--experiment", "again"]) == 0
+    (row,) = read_results(tmp_path / "again" / "results.csv")
+    assert row.peak_memory < 6.5 * MIB
+
+
+def test_out_of_memory_in_an_evaluation_is_one_line_too(tmp_path, monkeypatch, capsys):
+    def evaluate(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    assert train(tmp_path, "--modules", "2") == 2
+    line = capsys.readouterr().err
+    assert "out of memory on cpu" in line
+    assert "when 20.00 MiB more could not be had" in line
+    assert line.count("\n") == 1
+
+
+def test_out_of_memory_where_nothing_fits_says_so(tmp_path, monkeypatch, capsys):
+    exhausted(monkeypatch, 100_000)
+    assert train(tmp_path, "--modules", "2", "--batch-size", "2") == 2
+    line = capsys.readouterr().err
+    assert "out of memory on cpu" in line
+    assert "nothing fits" in line
+    assert line.count("\n") == 1
+
+
+def test_a_peak_above_what_can_be_had_is_told_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("localprop.runs.advice.available", lambda device: 4 * MIB)
+    assert train(tmp_path, "--modules", "2") == 0
+    output = capsys.readouterr().out
+    assert "peak memory of a step: 5." in output
+    assert "can be had on cpu: --budget 4." in output
+
+
+def test_another_error_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(TrainingState, "train_step", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        train(tmp_path, "--modules", "2")

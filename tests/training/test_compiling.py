@@ -1,0 +1,88 @@
+"""Compiled local modules compute what they compute otherwise."""
+
+import shutil
+
+import pytest
+import timm
+import torch
+
+from checkpoint_states import bits
+from localprop import localize
+from localprop.errors import ConfigError
+from localprop.settings.config import OptimConfig
+from localprop.training.checkpoint import load_checkpoint, save_checkpoint
+from localprop.training.compiling import compile_network, require_compiler
+from localprop.training.state import TrainingState
+from tiny import CLASSES, SIZE, batch
+
+CPU = torch.device("cpu")
+
+
+def training(compiled, device=CPU):
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        patch_size=4,
+        window_size=4,
+        embed_dim=12,
+        depths=(1,),
+        num_heads=(1,),
+        num_classes=CLASSES,
+        drop_path_rate=0.3,
+        proj_drop_rate=0.1,
+    )
+    net = localize(model, method="greedy", head="linear", cuts=["layers.0"], input_size=SIZE).to(device)
+    keys = list(net.state_dict())
+    if compiled:
+        compile_network(net)
+    assert list(net.state_dict()) == keys
+    return TrainingState(net.train(), OptimConfig(epochs=1, lr=1e-3), 10, device)
+
+
+def steps(state, count, device=CPU):
+    return [state.train_step([t.to(device) for t in batch()], seed=state.step).cpu() for _ in range(count)]
+
+
+@pytest.mark.slow  # up to a minute, as the cache of torch.compile has it or not
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_training_is_eager_training(tmp_path):
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = training(False), training(True)
+    losses = steps(compiled, 3)
+    torch.testing.assert_close(losses, steps(plain, 3), rtol=1e-4, atol=1e-5)  # the same paths and values dropped
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 4  # two modules and two losses
+
+    compiled.net.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        logits = compiled.net.module_logits(batch()[0])
+        assert torch.equal(logits[-1], compiled.net.backbone(batch()[0]))
+    compiled.net.train()
+    assert counters["stats"]["unique_graphs"] == 4
+
+    path = save_checkpoint(tmp_path, 3, compiled.parts(), {}, 1)
+    resumed = training(True)
+    resumed.load(load_checkpoint(path).parts, 3)
+    assert bits(steps(resumed, 2)) == bits(steps(compiled, 2))
+    assert bits(resumed.net.state_dict()) == bits(compiled.net.state_dict())
+
+
+def test_without_a_compiler_the_error_is_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(ConfigError, match=r"No working C\+\+ compiler.*install a C\+\+ compiler") as caught:
+        require_compiler(CPU, "--compile")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_training_is_eager_training_on_cuda():
+    device = torch.device("cuda")
+    require_compiler(device, "--compile")
+    plain, compiled = (steps(training(flag, device), 3, device) for flag in (False, True))
+    torch.testing.assert_close(plain, compiled, rtol=1e-3, atol=1e-4)
