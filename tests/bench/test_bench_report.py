@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from bench_records import cells, column, make_record, suite, write_folder
-from localprop.bench import pictures
+from localprop.bench.reports import pictures
 from localprop.bench.reports.groups import pareto_front, tasks_of
 from localprop.bench.reports.placing import label_ends, label_points
 from localprop.bench.reports.report import how_measured, write_report

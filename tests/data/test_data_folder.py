@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from localprop.data import streaming
 from localprop.data.base import Data
+from localprop.data.images import streaming
 from localprop.data.images.folder import small_sizes
 from localprop.data.images.memory import MemoryStore
 from localprop.data.images.reading import read_image

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from localprop.data import folder
+from localprop.data.images import folder
 from localprop.data.images.workers import batches_of
 from localprop.data.loading import load_data
 from localprop.errors import DataError
@@ -44,9 +44,9 @@ def large(tmp_path):
 CASES = """
 import os, signal, sys, time
 from multiprocessing import active_children
-from localprop.data import streaming
+from localprop.data.images import streaming
 from localprop.settings.config import DataConfig
-from localprop.data import load_data
+from localprop.data.loading import load_data
 
 def start(hang):
     data = load_data(DataConfig(data="folder:" + sys.argv[1], workers=2), 16, 0)

@@ -119,7 +119,7 @@ def test_a_run_that_goes_on_elsewhere_forgets_what_was_measured(forker, tmp_path
 AVERAGE = """
 import torch
 from localprop.parallel import averaging
-from localprop.parallel import join
+from localprop.parallel.job import join
 from localprop.parallel.replicas import Replicas
 averaging.BUCKET = 40  # bytes: several buckets, and some tensors alone
 job = join("cpu")
@@ -161,7 +161,7 @@ def test_stopped_by_a_signal_and_resumed_in_other_layouts_gives_the_same_bits(fo
 HAND_ON = """
 import os, time, torch
 from localprop.network.carry import Carry
-from localprop.parallel import join
+from localprop.parallel.job import join
 from localprop.parallel.messages import Receiver, Sender
 job = join("cpu")
 path, count = os.environ["SENT"], 20

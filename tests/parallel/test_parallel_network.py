@@ -184,7 +184,7 @@ STREAMS = """
 import os, tempfile
 tempfile.tempdir = "TEMPORARY"
 from localprop.settings.config import DataConfig
-from localprop.data import load_data
+from localprop.data.loading import load_data
 from localprop.system.launched import leave
 data = load_data(DataConfig(data="folder:IMAGES", workers=2), 8, 0)
 for epoch in range(3):

@@ -153,7 +153,7 @@ def test_only_the_last_steps_are_kept():
 
 ALIGN = """
 import time
-from localprop.parallel import join
+from localprop.parallel.job import join
 from localprop.parallel.timeline.traces import align
 job = join("cpu")
 clock = lambda: time.perf_counter() + (0, 1000)[job.rank]
