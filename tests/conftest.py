@@ -1,21 +1,27 @@
 """What tests of several files share.
 
-Every test computes in one thread: roundings are the same on every machine then, and a fork loses no threads.
+torch is imported by those who need it: with several processes (`-n`), the one that hands out tests does without.
 """
 
 import subprocess
 import sys
 
 import pytest
-import torch
 
-from ranks import FORKER, Forker, flags
 
-torch.set_num_threads(1)
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Every test computes in one thread: roundings are the same on every machine, and a fork loses no threads."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def forker():
+    """A process that has imported everything and starts others by forking."""
+    from ranks import FORKER, Forker
+
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", FORKER], **pipes) as process:
         yield Forker(process)
@@ -25,6 +31,8 @@ def forker():
 @pytest.fixture(scope="session")
 def alone(forker, tmp_path_factory):
     """Gives the output folder of a finished run in one process, by its flags."""
+    from ranks import flags
+
     done = {}
 
     def get(modules, *more):

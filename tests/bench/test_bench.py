@@ -102,6 +102,7 @@ def test_what_has_a_result_is_not_run_again(finished, suite_file, capsys):
     assert "2 of 2 runs done" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_killed_or_stopped_and_called_again_gives_the_same_results(finished, suite_file, tmp_path):
     command = [sys.executable, "-m", "localprop", "bench", suite_file, "--output", str(tmp_path), "--only", "greedy-k3"]
     for number, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)):

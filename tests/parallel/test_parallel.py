@@ -23,6 +23,7 @@ from tiny import split
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("modules", "parts"), [(2, 1), (3, 1), (4, 1), (2, 4)])
 def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, modules, parts):
     more = ("--epochs", "2", "--micro-batches", str(parts))
@@ -35,6 +36,7 @@ def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, 
     assert all(shown.count(text) == 1 for text in ("run folder", "epoch 1/2", "epoch 2/2", "test accuracy"))
 
 
+@pytest.mark.processes
 def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_them(forker, alone, tmp_path):
     more = ("--epochs", "2", "--method", "infopro", "--micro-batches", "2")
     ranks = forker.train(tmp_path, 2, *flags(tmp_path, 4, *more))
@@ -46,6 +48,7 @@ def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_the
 # size, or else roundings of a gradient near zero would show.
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("kind", "count", "parts"), [("modules", 4, 1), ("modules", 4, 2), ("data", 2, 1)])
 def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, parts):
     settings = [*CALM, "--cuts", *MODULES[2], "--experiment", "run", "--micro-batches", str(parts)]
@@ -63,6 +66,7 @@ def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, part
     assert b.peak_memory == pytest.approx(b.predicted_memory, rel=0.01)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("steps", ["128", "256"])  # images at a time: 11 and 5 steps an epoch
 def test_what_is_on_its_way_is_measured_where_most_memory_is_in_a_process_that_receives(forker, tmp_path, steps):
     settings = flags(tmp_path, 3, "--epochs", "1", "--batch-size", steps, "--method", "greedy", "--cuts", "patch_embed")
@@ -73,6 +77,7 @@ def test_what_is_on_its_way_is_measured_where_most_memory_is_in_a_process_that_r
     assert "rank 1 (predicted)" in (tmp_path / "log.out").read_text()
 
 
+@pytest.mark.processes
 def test_what_averaging_takes_is_predicted(forker, tmp_path):
     wide = ["--model", "test_vit", "--model-kwargs", "depth=1", "patch_size=8", "embed_dim=384", "num_heads=4"]
     settings = [*wide, "--modules", "1", "--method", "end-to-end", "--opt", "sgd", "--batch-size", "64", "--device"]
@@ -85,6 +90,7 @@ def test_what_averaging_takes_is_predicted(forker, tmp_path):
     assert row.peak_memory > 3.9 * weights  # with momenta, gradients and their copy
 
 
+@pytest.mark.processes
 def test_processes_evaluate_test_images_once_after_training(forker, tmp_path, capsys):
     for number, (part, count) in enumerate([("train", 8), ("val", 2), ("test", 3)]):
         for name in ("cat", "dog"):
@@ -104,6 +110,7 @@ def test_processes_evaluate_test_images_once_after_training(forker, tmp_path, ca
     assert (tmp_path / "log.out").read_text().count("test accuracy") == 1
 
 
+@pytest.mark.processes
 def test_a_run_that_goes_on_elsewhere_forgets_what_was_measured(forker, tmp_path):
     ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, *LONG))
     wait_for_step(tmp_path, 10)
@@ -134,11 +141,13 @@ job.wait_for_all()
 """
 
 
+@pytest.mark.processes
 def test_tensors_of_any_type_are_averaged_in_buckets(forker, tmp_path):
     ranks = forker.start(tmp_path / "log", 2, code=AVERAGE)
     assert ranks.wait() == [0, 0], ranks.log.read_text()
 
 
+@pytest.mark.processes
 def test_stopped_by_a_signal_and_resumed_in_other_layouts_gives_the_same_bits(forker, alone, tmp_path):
     wanted = alone(3, *LONG)
     resume = ["--resume", str(tmp_path / "run")]
@@ -183,6 +192,7 @@ job.wait_for_all()
 """
 
 
+@pytest.mark.processes
 def test_a_slow_stage_holds_up_the_one_before(forker, tmp_path, monkeypatch):
     code = HAND_ON.replace('os.environ["SENT"]', repr(str(tmp_path / "sent")))
     ranks = forker.start(tmp_path / "log", 2, code=code)

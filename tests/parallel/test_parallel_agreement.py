@@ -31,6 +31,7 @@ def start(forker, tmp_path, ours, others, attempt=None):
     return ranks.log.read_text()
 
 
+@pytest.mark.processes
 @needs_fork
 @pytest.mark.parametrize(
     ("ours", "others", "line"),
@@ -46,12 +47,14 @@ def test_processes_with_other_settings_end_with_a_line_that_names_the_flag(forke
     assert start(forker, tmp_path, ours, others) == f"localprop: {line}; {REMEDY}\n"
 
 
+@pytest.mark.processes
 @needs_fork
 def test_processes_that_torchrun_starts_compare_their_settings_too(forker, tmp_path):
     said = start(forker, tmp_path, [], ["--seed", "7"], attempt=0)
     assert said == f"localprop: --seed is 42 in rank 0 and 7 in rank 1; {REMEDY}\n"
 
 
+@pytest.mark.processes
 @needs_fork
 def test_processes_with_other_images_end_with_a_line(forker, tmp_path):
     places = [tmp_path / "here" / "images", tmp_path / "there" / "images"]

@@ -25,6 +25,7 @@ from ranks import CALM, LONG, MODULES, SECONDS, assert_same_run, flags, wait_for
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
+@pytest.mark.processes
 def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alone, tmp_path):
     settings = flags(tmp_path, 3, *LONG)
     ranks = forker.train(tmp_path, 3, *settings, attempt=0)
@@ -42,6 +43,7 @@ def test_a_killed_process_ends_all_and_the_job_started_again_goes_on(forker, alo
     assert_same_run(tmp_path, alone(3, *LONG))
 
 
+@pytest.mark.processes
 def test_a_job_started_again_leaves_other_runs_alone(forker, tmp_path):
     """torchrun calls many jobs "none": what another of that name did is not to be gone on with."""
     settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path)]
@@ -54,6 +56,7 @@ def test_a_job_started_again_leaves_other_runs_alone(forker, tmp_path):
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
 
+@pytest.mark.processes
 def test_a_job_takes_an_empty_folder_of_its_name(forker, tmp_path):
     (tmp_path / "run").mkdir()
     settings = [*CALM, "--cuts", *MODULES[2], "--output", str(tmp_path), "--experiment", "run"]
@@ -72,6 +75,7 @@ def test_variables_that_number_processes_must_be_set(tmp_path, monkeypatch, name
         meet("cpu")
 
 
+@pytest.mark.processes
 def test_no_process_resumes_on_other_data(forker, tmp_path):
     run = Path(shutil.copytree(FIXTURES / "run-0.1", tmp_path / "run"))
     description = json.loads((run / "run.json").read_text())
@@ -166,6 +170,7 @@ def test_processes_that_cannot_be_started_are_told_in_a_line(monkeypatch, capsys
     assert ended == [0]
 
 
+@pytest.mark.processes
 def test_a_loss_that_is_not_finite_ends_all_with_one_line(forker, tmp_path):
     ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, "--epochs", "2", "--lr", "1e30", "--sched", "none"))
     assert sorted(ranks.wait()) == [1, 2]
@@ -174,6 +179,7 @@ def test_a_loss_that_is_not_finite_ends_all_with_one_line(forker, tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_the_launcher_says_who_was_killed_and_leaves_nothing(tmp_path):
     command = [sys.executable, "-m", "localprop", "train", *flags(tmp_path, 2, "--epochs", "400")]
     process = subprocess.Popen(
@@ -193,6 +199,7 @@ def test_the_launcher_says_who_was_killed_and_leaves_nothing(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
+@pytest.mark.processes
 def test_a_reader_that_has_read_enough_is_no_error(tmp_path):
     command = [sys.executable, "-m", "localprop", "train", *flags(tmp_path, 2, "--epochs", "1")]
     command += ["--parallel", "modules", "--nproc", "2"]

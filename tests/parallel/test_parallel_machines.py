@@ -49,7 +49,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.slow  # ten seconds and more: six interpreters import torch
+@pytest.mark.processes
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the loopback interface is called lo on Linux")
 def test_two_agents_with_a_rendezvous_give_the_same_bits(tmp_path):
     agent = [

@@ -104,6 +104,7 @@ assert code == 0, code
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_run_of_several_processes_pickles_nothing(forker, tmp_path):
     argv = ["train", *CALM, "--cuts", *MODULES[2], "--output", str(tmp_path), "--parallel", "modules", "--trace"]

@@ -87,6 +87,7 @@ def is_alive(process):
         return False
 
 
+@pytest.mark.processes
 def test_nothing_listens_beyond_the_loopback_and_all_end_with_the_launcher(tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -152,6 +153,7 @@ while time.monotonic() < end:  # a step that does not end
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("when", "grace"), [("before training", 0), ("while it trains", 0.3), ("while it saves", 0.3)])
 def test_a_process_that_does_not_stop_in_time_ends_anyway_with_its_workers(forker, tmp_path, when, grace):
     folder = tmp_path / "job"
@@ -194,6 +196,7 @@ leave(0)
 """
 
 
+@pytest.mark.processes
 def test_processes_that_decode_images_leave_no_folders_behind(forker, tmp_path):
     images, temporary = tmp_path / "images", tmp_path / "temporary"
     temporary.mkdir()
@@ -220,6 +223,7 @@ else:
 """
 
 
+@pytest.mark.processes
 def test_processes_of_one_machine_talk_over_the_interface_that_is_chosen(forker, tmp_path):
     ranks = forker.start(tmp_path / "log", 2, code="import sys\n" + CHOOSES)
     assert ranks.wait() == [0, 0], ranks.log.read_text()

@@ -31,10 +31,12 @@ def spans_of(trace, *kinds, rank=None):
     return sorted((e for e in events if e["cat"] in kinds), key=lambda e: e["ts"])
 
 
+@pytest.mark.processes
 def test_a_traced_run_is_the_same_run(traced, alone):
     assert_same_run(traced[0], alone(3, "--epochs", "2"))
 
 
+@pytest.mark.processes
 def test_every_step_of_every_module_is_there_once_and_in_order(traced):
     output, trace = traced
     count = read_results(output / "run" / "results.csv")[-1].step
@@ -56,6 +58,7 @@ def test_every_step_of_every_module_is_there_once_and_in_order(traced):
         assert event["ts"] < begin
 
 
+@pytest.mark.processes
 def test_spans_do_not_overlap_and_take_the_time_that_the_run_took(traced):
     output, trace = traced
     rows = read_results(output / "run" / "results.csv")
@@ -75,6 +78,7 @@ def test_spans_do_not_overlap_and_take_the_time_that_the_run_took(traced):
         assert waiting == pytest.approx(shares["wait"] + shares["room"], abs=1e-4)
 
 
+@pytest.mark.processes
 def test_the_picture_of_a_run_is_drawn(traced):
     assert imread(traced[0] / "run" / "timeline.png").shape[1] == 1400
 
@@ -164,6 +168,7 @@ job.leave()
 """
 
 
+@pytest.mark.processes
 def test_clocks_of_two_machines_are_brought_together(forker, tmp_path):
     ranks = forker.start(tmp_path / "log", 2, code=ALIGN)
     assert ranks.wait() == [0, 0], ranks.log.read_text()

@@ -44,7 +44,7 @@ def steps(state, count, device=CPU):
     return [state.train_step([t.to(device) for t in batch()], seed=state.step).cpu() for _ in range(count)]
 
 
-@pytest.mark.slow  # up to a minute, as the cache of torch.compile has it or not
+@pytest.mark.processes  # compilers, for up to a minute where the cache of torch.compile is empty
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiled_training_is_eager_training(tmp_path):
     torch._dynamo.utils.counters.clear()

@@ -196,6 +196,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_ten_times_and_resumed_gives_the_same_weights(lively, tmp_path):
     rng = random.Random(0)
