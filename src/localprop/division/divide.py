@@ -16,7 +16,8 @@ from localprop.division.partition import balanced, module_ends, most_modules, st
 from localprop.errors import ChainError, ConfigError, listing, suggestion
 from localprop.features import image_layout, infer_layout
 from localprop.heads import HEADS
-from localprop.memory.cost import Circumstances, Cost, Costs, module_peak
+from localprop.memory.cost import Costs, module_peak
+from localprop.memory.part import Conditions, Cost
 from localprop.memory.tracker import MACHINES
 from localprop.methods import build_loss, check_method
 from localprop.network.network import Criterion, LocalLoss, LocalModule, LocalNetwork, ModuleSpec
@@ -122,15 +123,14 @@ def localize(
     recompute = count > 1 if recompute is None else recompute
     where = device or next((p.device.type for p in model.parameters()), "cpu")
     where = where if where in MACHINES else "cpu"
-    circumstances = Circumstances(
+    conditions = Conditions(
         -(-batch_size // micro_batches),
         amp_dtype,
-        recompute,
-        grad_checkpointing,
+        "cheap" if recompute else "none",
         where,
         gradients_wait=micro_batches > 1,
     )
-    division = _Division(costs, method, options, spec, circumstances)
+    division = _Division(costs, method, options, spec, conditions, grad_checkpointing)
     if cuts is not None:
         ends = [*(units.position(name) for name in cuts), len(units)]
         if ends != sorted(set(ends)):
@@ -156,11 +156,13 @@ class _Division:
         method: str,
         options: dict[str, Any],
         spec: ModuleSpec,
-        circumstances: Circumstances,
+        conditions: Conditions,
+        grad_checkpointing: bool,
     ) -> None:
         self.costs, self.method, self.options, self.spec = costs, method, options, spec
         self.model, self.units = costs.model, costs.chain
-        self.circumstances = circumstances
+        self.conditions = conditions  # of a module's last unit, and of its local loss, which run once
+        self.grad_checkpointing = grad_checkpointing
         units = self.units
         self.layouts = [
             spec.image,
@@ -201,11 +203,11 @@ class _Division:
 
     def _costs(self, aim: Literal["memory", "time"]) -> Callable[[int, int], float]:
         """The cost of a module of units [start, stop): bytes at its peak, or expected time."""
-        plain = replace(self.circumstances, grad_checkpointing=False)
+        others = replace(self.conditions, recomputation="whole") if self.grad_checkpointing else self.conditions
         # What a unit costs as the first of its module, which needs no gradient of its input, and as the last, which is
         # never checkpointed.
         costs = {
-            (first, last): self.costs.units(replace(plain if last else self.circumstances, input_gradient=not first))
+            (first, last): self.costs.units(replace(self.conditions if last else others, input_gradient=not first))
             for first in (False, True)
             for last in (False, True)
         }
@@ -215,7 +217,7 @@ class _Division:
             with torch.random.fork_rng(devices=[]):
                 # The user's criterion may not take such labels as the cost is found with, and keeps next to nothing.
                 loss = self.loss(index, start, stop, criterion=F.cross_entropy)
-            return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), plain)
+            return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), self.conditions)
 
         def cost(start: int, stop: int) -> float:
             own = [costs[i == start, i == stop - 1][i] for i in range(start, stop)]
@@ -239,8 +241,8 @@ class _Division:
                     self.units[start:stop],
                     loss,
                     self.layouts[stop],
-                    self.circumstances.recompute,
-                    self.circumstances.grad_checkpointing,
+                    self.conditions.recomputation == "cheap",
+                    self.grad_checkpointing,
                 )
             )
         return LocalNetwork(self.model, local_modules, self.units.input_size)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from localprop.division.divide import localize
 from localprop.division.partition import balanced
-from localprop.memory.cost import Circumstances, Costs
+from localprop.memory.cost import Costs
 from localprop.memory.measure import total_bytes
+from localprop.memory.part import Conditions
 from localprop.network.network import LocalModule, LocalNetwork
 from localprop.parallel.placement import IN_FLIGHT, arrange
 from localprop.planning.schedules import Link, StageTime, Timing, local_modules, one_f_one_b, one_f_one_b_order
@@ -140,7 +141,7 @@ def pipeline(
     if len(units) < processes or batch_size < count:
         return None
     micro = -(-batch_size // count)
-    seconds = [cost.seconds for cost in costs.units(Circumstances(micro, amp_dtype, device=device))]
+    seconds = [cost.seconds for cost in costs.units(Conditions(micro, amp_dtype, device=device))]
     ends = balanced(len(units), processes, lambda start, stop: sum(seconds[start:stop]))
     whole = localize(costs.model, 1, "end-to-end", costs=costs).local_modules[0]
     spans = list(pairwise([0, *ends]))
