@@ -230,7 +230,7 @@ def test_resumed_display_starts_where_the_run_was():
 
 def test_time_left_counts_steps_and_tests():
     """An epoch is 10 steps of 2 s and a pause of 30 s, of which 20 s are the test."""
-    pace, now = Pace(epochs=5, steps_per_epoch=10), 100.0
+    pace, now = Pace(total=50, steps_per_epoch=10), 100.0
     assert pace.seconds_left(0, 0, True) is None
     for epoch in (1, 2):
         for _ in range(10):
@@ -245,14 +245,14 @@ def test_time_left_counts_steps_and_tests():
 
 
 def test_time_left_with_a_step_per_epoch():
-    pace = Pace(epochs=10, steps_per_epoch=1)
+    pace = Pace(total=10, steps_per_epoch=1)
     for epoch in (1, 2, 3):
         pace.step(epoch, 7.0 * epoch)
     assert pace.seconds_left(3, 1, True) == pytest.approx(7 * 7)
 
 
 def test_pace_follows_a_change_of_speed():
-    pace = Pace(epochs=1, steps_per_epoch=10_000)
+    pace = Pace(total=10_000, steps_per_epoch=10_000)
     for now in [*np.arange(0, 100, 0.1), *np.arange(100, 600, 1.0)]:
         pace.step(1, float(now))
     assert pace.seconds_per_step == pytest.approx(1.0, rel=0.01)

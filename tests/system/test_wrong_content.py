@@ -509,7 +509,7 @@ def test_what_a_run_with_a_skipped_step_writes_can_be_read_again(tmp_path, train
     curve = LossCurve(steps=2, modules=2)
     for step, losses in ((1, [math.nan, math.inf]), (2, [1.0, 2.0])):
         curve.add(step, losses, 0.1, 0.1)
-    curve.write(tmp_path / "losses.csv")
+    curve.write(tmp_path / "losses.csv", 2)
     assert math.isnan(read_losses(tmp_path / "losses.csv")[0][3])
     again = LossCurve(steps=2, modules=2)
     again.load(curve.state())

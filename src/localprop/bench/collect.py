@@ -56,10 +56,9 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
     if not rows or not losses:
         raise BenchError(f"{folder} has no results; delete it to run it again")
     last = rows[-1]
-    if last.epoch != run.config.optim.epochs:
-        raise BenchError(
-            f"{folder} ends with epoch {last.epoch} of {run.config.optim.epochs}; delete it to run it again"
-        )
+    steps = run.config.run.steps or description["steps"]
+    if last.step != steps:
+        raise BenchError(f"{folder} ends with step {last.step} of {steps}; delete it to run it again")
     # Labels of random pixels are no better than random.
     meaningless = run.config.data.data == "synthetic"
     return Record(

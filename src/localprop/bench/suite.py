@@ -45,6 +45,7 @@ _QUIET = (
     "model_kwargs",
     "img_size",
     "epochs",
+    "steps",
     "val_interval",
     "batch_size",
     "lr",

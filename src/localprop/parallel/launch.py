@@ -45,7 +45,7 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
     children = Children()
     try:
         children.run(interpreter_words("train", *argv), processes, folder)
-        return _exit_code(children, folder, config.backbone.plugin)
+        return _exit_code(children, folder, config)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -70,7 +70,7 @@ def _check(config: TrainConfig, processes: int) -> None:
     require_equal_parts(optim.batch_size, optim.micro_batches, layout.replicas)
 
 
-def _exit_code(children: Children, folder: Path, plugin: Path | None) -> int:
+def _exit_code(children: Children, folder: Path, config: TrainConfig) -> int:
     codes = [code for _, code in children.ended]
     if not any(codes):
         return 0
@@ -82,7 +82,7 @@ def _exit_code(children: Children, folder: Path, plugin: Path | None) -> int:
     quiet = (-signal.SIGTERM, -signal.SIGINT)
     for rank, code in children.ended:
         if code < 0 and code not in quiet and rank not in children.ended_by_us:
-            raise ParallelError(_killed_line(rank, -code, folder, plugin))
+            raise ParallelError(_killed_line(rank, -code, folder, config))
     if stop:
         print("localprop: stopped", file=sys.stderr)
         return stop
@@ -91,7 +91,7 @@ def _exit_code(children: Children, folder: Path, plugin: Path | None) -> int:
     return max([code for code in codes if code > 0], default=128 + signal.SIGTERM)
 
 
-def _killed_line(rank: int, number: int, folder: Path, plugin: Path | None) -> str:
+def _killed_line(rank: int, number: int, folder: Path, config: TrainConfig) -> str:
     from localprop.training.checkpoint import has_checkpoint
 
     name = signal.Signals(number).name
@@ -99,6 +99,6 @@ def _killed_line(rank: int, number: int, folder: Path, plugin: Path | None) -> s
     known = described_ranks(folder)
     if known is None:
         return f"rank {rank} was killed by {cause} before training began"
-    then = resume_command(Path(known.run), plugin)
+    then = resume_command(Path(known.run), config.backbone.plugin, config.run.steps)
     then += "" if has_checkpoint(Path(known.checkpoints)) else ", which starts anew: there is no checkpoint yet"
     return f"rank {rank} ({known.names[rank]}) was killed by {cause}; resume with: {then}"

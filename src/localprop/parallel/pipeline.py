@@ -63,19 +63,19 @@ class PipelineStage(Stage):
         return self._looks or self._receiver is None
 
     def train_batches(
-        self, data: Data, epoch: int, batch_size: int, parts: int, device: torch.device, start: int
+        self, data: Data, epoch: int, batch_size: int, parts: int, device: torch.device, steps: range
     ) -> Iterator[Carry]:
         """See `Stage.train_batches`. Images are loaded here where a loss looks at them, not received."""
         self._training = self._announced = True
-        count = data.steps_per_epoch(batch_size)
-        steps = [step for step in range(epoch * count + start, (epoch + 1) * count) for _ in range(parts)]
-        loaded = super().train_batches(data, epoch, batch_size, parts, device, start)
+        before = epoch * data.steps_per_epoch(batch_size)
+        numbers = [before + step for step in steps for _ in range(parts)]
+        loaded = super().train_batches(data, epoch, batch_size, parts, device, steps)
         if self._receiver is None:
-            for carry in self._watched("load", loaded, steps):
+            for carry in self._watched("load", loaded, numbers):
                 carry.images = carry.images if self._looks else None
                 yield carry
             return
-        for carry in self._watched("wait", self._receiver.stream(len(steps)), steps):
+        for carry in self._watched("wait", self._receiver.stream(len(numbers)), numbers):
             if self._looks:
                 with self.doing("load"):
                     carry.images = next(loaded).images

@@ -22,7 +22,9 @@ MOST_LABELS = 16
 FIGURE_SPACE = "\u2007"  # as wide as a digit
 
 
-def draw_curves(path: Path, rows: Sequence[EpochRow], title: str, evaluated_on: str = "test") -> None:
+def draw_curves(
+    path: Path, rows: Sequence[EpochRow], title: str, evaluated_on: str = "test", steps_per_epoch: int | None = None
+) -> None:
     """Draws loss (left) and accuracy (right) of every module over epochs, as a PNG of 1400 x 560 pixels.
 
     Args:
@@ -30,6 +32,7 @@ def draw_curves(path: Path, rows: Sequence[EpochRow], title: str, evaluated_on: 
         rows: one or more epochs.
         title: what was trained, such as "infopro, vit_tiny"; number of modules and accuracy are added.
         evaluated_on: "test" or "validation" images.
+        steps_per_epoch: where it is given, an epoch that was cut short is drawn as the part of an epoch that it is.
     """
     modules = len(rows[0].train_losses)
     counted = f"{modules} module{'s' if modules > 1 else ''}"
@@ -47,7 +50,7 @@ def draw_curves(path: Path, rows: Sequence[EpochRow], title: str, evaluated_on: 
     accuracies = np.array([row.test_accuracies for row in rows], dtype=float).T
     if losses.min() > 0 and losses.max() > 50 * losses.min():
         left.set_yscale("log")
-    epochs = np.array([row.epoch for row in rows])
+    epochs = np.array([row.step / steps_per_epoch if steps_per_epoch else row.epoch for row in rows])
     _draw_panel(left, epochs, losses, format_loss)
     # Not every epoch is evaluated, and the network's accuracy is there whenever one was.
     evaluated = np.isfinite(accuracies[-1])
@@ -76,10 +79,10 @@ def _draw_panel(axes: Axes, epochs: np.ndarray, values: np.ndarray, text: Callab
     named = [k for k in range(modules) if modules <= MOST_LABELS or k in (0, modules - 1)]
     named = [k for k in named if math.isfinite(values[k, -1])]
     if named:
-        _label_ends(axes, int(epochs[-1]), {k: values[k, -1] for k in named}, colors, text)
+        _label_ends(axes, epochs[-1], {k: values[k, -1] for k in named}, colors, text)
 
 
-def _label_ends(axes: Axes, epoch: int, ends: dict[int, float], colors: list, text: Callable[[float], str]) -> None:
+def _label_ends(axes: Axes, epoch: float, ends: dict[int, float], colors: list, text: Callable[[float], str]) -> None:
     """Writes number and last value of modules beside the ends of their lines, without overlap."""
     modules = len(colors)
     order = sorted(ends, key=lambda k: ends[k])

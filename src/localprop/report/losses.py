@@ -21,7 +21,7 @@ class LossCurve:
     """Mean losses and time per step since the moment before. What it holds is saved with each checkpoint.
 
     Args:
-        steps: steps of the whole run.
+        steps: steps of the whole run, whether or not it is stopped before: moments lie at the same steps then.
         modules: number of local modules.
 
     Attributes:
@@ -51,10 +51,13 @@ class LossCurve:
         # So that moments lie at the same steps whatever was interrupted, and the last step is one.
         if step * MOMENTS // self.steps == (step - 1) * MOMENTS // self.steps:
             return False
-        totals = (self.seconds, self.processor, *self.sums)
-        self.rows.append([step, *(total / self.count for total in totals)])
+        self.rows.append(self._means(step))
         self.count, self.seconds, self.processor, self.sums = 0, 0.0, 0.0, []
         return True
+
+    def _means(self, step: int) -> list[float]:
+        """The row of a moment: means since the moment before."""
+        return [step, *(total / self.count for total in (self.seconds, self.processor, *self.sums))]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to keep."""
@@ -73,12 +76,19 @@ class LossCurve:
         for name in _STATE:
             setattr(self, name, state[name])
 
-    def write(self, path: Path) -> None:
-        """Writes the rows to a CSV file, in place of what was there; floats so that reading gives the same bits."""
+    def write(self, path: Path, step: int) -> None:
+        """Writes the rows to a CSV file, in place of what was there; floats so that reading gives the same bits.
+
+        Args:
+            path: the file.
+            step: the last step; where it is no moment, because the run stops early, it gets a row in the file all the
+                same.
+        """
+        rows = self.rows + ([self._means(step)] if self.count else [])
         with written_aside(path) as aside, aside.open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow([*COLUMNS, *(f"loss_{k}" for k in range(1, self.modules + 1))])
-            table.writerows([int(row[0]), *row[1:]] for row in self.rows)
+            table.writerows([int(row[0]), *row[1:]] for row in rows)
 
 
 def read_losses(path: Path) -> list[list[float]]:

@@ -28,8 +28,8 @@ class Pace:
     What happens between the last step of an epoch and the first of the next (testing, saving) is timed apart.
     """
 
-    def __init__(self, epochs: int, steps_per_epoch: int) -> None:
-        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+    def __init__(self, total: int, steps_per_epoch: int) -> None:
+        self.total, self.steps_per_epoch = total, steps_per_epoch
         self.steps = self.step_seconds = 0.0  # both decay, so that their ratio follows the recent pace
         self.pause: float | None = None
         self.last: tuple[int, float] | None = None
@@ -56,11 +56,11 @@ class Pace:
             self.pause = now - self.last[1]
 
     def seconds_left(self, epoch: int, step_in_epoch: int, tested: bool) -> float | None:
-        """Seconds to the end of the last epoch's test, or None while nothing has been timed."""
+        """Seconds to the end of the last test, or None while nothing has been timed."""
         if not self.steps and self.pause is None:
             return None
-        steps = (self.epochs - epoch) * self.steps_per_epoch + self.steps_per_epoch - step_in_epoch
-        pauses = self.epochs - epoch + (not tested)
+        steps = self.total - (epoch - 1) * self.steps_per_epoch - step_in_epoch
+        pauses = math.ceil(self.total / self.steps_per_epoch) - epoch + (not tested)
         return steps * self.seconds_per_step + pauses * (self.pause or 0.0)
 
 
@@ -77,6 +77,7 @@ class Progress:
         modules: number of local modules.
         rows: the epochs already done, of a resumed run.
         evaluated_on: "test" or "validation" images.
+        last_step: the step that training stops after, where that is before the end of the last epoch.
     """
 
     def __init__(
@@ -88,14 +89,16 @@ class Progress:
         modules: int,
         rows: Sequence[EpochRow] = (),
         evaluated_on: str = "test",
+        last_step: int | None = None,
     ) -> None:
         self._evaluated_on = evaluated_on
-        self._console, self._epochs, self._steps = console, epochs, steps_per_epoch
+        self._total = epochs * steps_per_epoch if last_step is None else last_step
+        self._console, self._epochs, self._steps = console, math.ceil(self._total / steps_per_epoch), steps_per_epoch
         self._batch_size, self._modules = batch_size, modules
-        self._pace = Pace(epochs, steps_per_epoch)
+        self._pace = Pace(self._total, steps_per_epoch)
         self._row = rows[-1] if rows else None
         self._epoch = self._row.epoch if self._row else 0
-        self._step = self._steps if self._row else 0
+        self._step = self._steps_of(self._epoch) if self._row else 0
         self._losses = np.array(self._row.train_losses if self._row else [])
         self._seen = 0
         self._peak_memory = (self._row.peak_memory or 0) if self._row else 0
@@ -130,23 +133,28 @@ class Progress:
         self._seen += 1
         self._losses += (np.asarray(losses) - self._losses) / self._seen
         self._epoch, self._step, self._peak_memory = epoch, step_in_epoch, peak_memory
-        if self._live and (now - self._drawn >= REDRAW_SECONDS or step_in_epoch == self._steps):
+        if self._live and (now - self._drawn >= REDRAW_SECONDS or step_in_epoch == self._steps_of(epoch)):
             self._drawn = now
             self._live.refresh()
         elif not self._live and now - self._drawn >= LINE_SECONDS:
             self._drawn = now
-            self.note(f"{self._counter()}  {step_in_epoch}/{self._steps}  loss {self._plain_losses()}  {self._time()}")
+            done = f"{step_in_epoch}/{self._steps_of(epoch)}"
+            self.note(f"{self._counter()}  {done}  loss {self._plain_losses()}  {self._time()}")
 
     def epoch(self, row: EpochRow) -> None:
         """An epoch has been trained, and evaluated where that was due."""
         self._pace.epoch(time.monotonic())
-        self._row, self._epoch, self._step = row, row.epoch, self._steps
+        self._row, self._epoch, self._step = row, row.epoch, self._steps_of(row.epoch)
         self._losses, self._peak_memory = np.array(row.train_losses), row.peak_memory or 0
         self._drawn = time.monotonic()
         if self._live:
             self._live.refresh()
         else:
             self.note(self._plain_line(row))
+
+    def _steps_of(self, epoch: int) -> int:
+        """Steps that an epoch, counted from 1, comes to."""
+        return min(self._steps, self._total - max(epoch - 1, 0) * self._steps)
 
     def note(self, line: str) -> None:
         """Prints a line, above the live display where there is one."""
@@ -188,7 +196,8 @@ class Progress:
 
     def _bar_line(self, width: int) -> RenderableType:
         counter = self._counter()
-        done = f"{self._step}/{self._steps}" if self._tested or self._step < self._steps else "testing"
+        steps = self._steps_of(self._epoch)
+        done = f"{self._step}/{steps}" if self._tested or self._step < steps else "testing"
         rate = self._pace.seconds_per_step
         speed = self._batch_size / rate if rate else self._row.images_per_second if self._row else 0.0
         memory = self._peak_memory
@@ -203,7 +212,7 @@ class Progress:
             parts.pop(0)
         completed = max(self._epoch - 1, 0) * self._steps + self._step
         line = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-        line.add_row(counter, ProgressBar(self._epochs * self._steps, completed, width=max(room, 1)), *parts)
+        line.add_row(counter, ProgressBar(self._total, completed, width=max(room, 1)), *parts)
         return line
 
 

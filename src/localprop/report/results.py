@@ -33,7 +33,8 @@ class EpochRow:
     """What is known after an epoch: one row of results.csv.
 
     Args:
-        epoch: epochs completed, from 1.
+        epoch: number of the epoch, from 1. All are complete but for the last one of a run that `--steps` stopped within
+            it; what is said of an epoch is then said of its steps so far.
         step: optimizer steps completed.
         lr: learning rate of the last step.
         train_losses: mean local loss over the epoch, one per module.

@@ -131,16 +131,21 @@ def _begin(
         if lock:
             write_description(folder, experiment, trainer.net, job)
         return [*notes, f"{folder} has no checkpoint yet: the run starts anew"] if resumed else notes
-    trainer.wants_test = tested_before(folder) is None
     notes += trainer.resume()
+    # What the test images came to after an earlier --steps is not what the run comes to.
+    trainer.wants_test = tested_before(folder) is None or trainer.state.step < trainer.last_step
     if lock:
         note_resumption(folder)
     return notes
 
 
 def _tell_how_to_resume(stop: Interrupted, trainer: Trainer) -> None:
-    again = resume_command(trainer.folder, trainer.config.backbone.plugin)
-    print(f"localprop: {stop}\nresume with: {again}", file=sys.stderr)
+    print(f"localprop: {stop}\nresume with: {_resume_command(trainer)}", file=sys.stderr)
+
+
+def _resume_command(trainer: Trainer) -> str:
+    config = trainer.config
+    return resume_command(trainer.folder, config.backbone.plugin, config.run.steps)
 
 
 def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
@@ -227,7 +232,7 @@ def _blamed(job: Job, names: list[str], trainer: Trainer | None = None) -> Itera
         raise ParallelError(f"rank {job.rank}: {error}") from error
     except Lost as error:
         saved = trainer is not None and has_checkpoint(trainer.folder / CHECKPOINTS)
-        again = resume_command(trainer.folder, trainer.config.backbone.plugin) if trainer else ""
+        again = _resume_command(trainer) if trainer else ""
         raise Lost(f"{error}; resume with: {again}" if saved else str(error)) from error
     except LocalpropError as error:
         raise ParallelError(f"{who}: {error}") from error
@@ -258,6 +263,12 @@ def _prepare(config: TrainConfig, resumed: Path | None, anew: bool, console: Con
     if resumed and not anew:
         data, more = data_of_run(resumed, experiment.data)
         experiment, notes = replace(experiment, data=data), notes + more
+    steps, whole = config.run.steps, _steps(experiment) * config.optim.epochs
+    if steps and steps > whole:
+        raise ConfigError(
+            f"--steps is {steps}, but --epochs {config.optim.epochs} come to {whole} steps; choose fewer steps, or "
+            "more epochs"
+        )
     if not config.local.budget or resumed:
         return experiment, notes
     with console.status("looking for what fits the budget ..."):
@@ -315,7 +326,14 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
     config, folder, net = experiment.config, trainer.folder, trainer.net
     evaluated_on, count = experiment.data.evaluated_on, len(net.local_modules)
     progress = Progress(
-        console, config.optim.epochs, _steps(experiment), config.optim.batch_size, count, trainer.rows, evaluated_on
+        console,
+        config.optim.epochs,
+        _steps(experiment),
+        config.optim.batch_size,
+        count,
+        trainer.rows,
+        evaluated_on,
+        trainer.last_step,
     )
     with progress:
         for note in notes:
@@ -331,6 +349,10 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
             folder, folder / WEIGHTS, config.backbone.model, experiment.model_kwargs, config.backbone.plugin
         )
         console.out(steps, highlight=False)
+        whole = _steps(experiment) * config.optim.epochs
+        if trainer.last_step < whole:
+            again = resume_command(folder, config.backbone.plugin)
+            console.out(f"Stopped after step {trainer.last_step} of {whole}. Train on:\n\n{again}\n", highlight=False)
 
 
 def _describe(net: LocalNetwork, layout: Layout, rank: int) -> str:

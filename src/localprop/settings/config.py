@@ -183,6 +183,9 @@ class RunConfig:
     """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
     compile: bool = False
     """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
+    steps: OptionalInt = None
+    """Stop after so many steps in all, with everything that the end of a run has. The learning rate still follows
+    --epochs, so that the run can be resumed: to its end, or to more --steps."""
     val_interval: int = 1
     """Evaluate after every so many epochs, and after the last."""
     checkpoint_steps: OptionalInt = None

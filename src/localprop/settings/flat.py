@@ -26,6 +26,7 @@ _FREE = {
     "workers": ("resume", "record", "processes"),
     "data_dir": ("resume", "record", "processes"),
     "download": ("resume", "record", "processes"),
+    "steps": ("resume", "config"),
     "checkpoint_steps": ("resume", "record"),
     "checkpoint_hist": ("resume", "record"),
     "val_interval": ("resume",),

@@ -26,9 +26,16 @@ def command(*words: str | Path) -> str:
     return shlex.join(["localprop", *map(str, words)])
 
 
-def resume_command(folder: Path, plugin: Path | None = None) -> str:
-    """The command that resumes a run; `plugin` is the one that its settings name."""
-    return command("train", "--resume", folder, *plugin_words(plugin))
+def resume_command(folder: Path, plugin: Path | None = None, steps: int | None = None) -> str:
+    """The command that resumes a run.
+
+    Args:
+        folder: the run folder.
+        plugin: the one that the run's settings name.
+        steps: after how many steps in all the run was to stop; None for its end.
+    """
+    stop = [] if steps is None else ["--steps", str(steps)]
+    return command("train", "--resume", folder, *stop, *plugin_words(plugin))
 
 
 def without_flag(words: Sequence[str], flag: str) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,13 @@ class Stage:
         self.held: list[Tensor] = []
 
     def train_batches(
-        self, data: Data, epoch: int, batch_size: int, parts: int, device: torch.device, start: int
+        self, data: Data, epoch: int, batch_size: int, parts: int, device: torch.device, steps: range
     ) -> Iterator[Carry]:
-        """The batches of an epoch from number `start` on, each as `parts` micro-batches, as they come to the first
+        """The batches of an epoch with the numbers `steps`, each as `parts` micro-batches, as they come to the first
         module here.
         """
-        for batch in self._loaded(data.train_batches(epoch, batch_size, device, start)):
+        batches = self._loaded(data.train_batches(epoch, batch_size, device, steps.start))
+        for batch in islice(batches, len(steps)):
             self.held = batch
             yield from Carry.micro_batches(batch, parts)
 

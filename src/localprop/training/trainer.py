@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from localprop.data.base import Data
-from localprop.errors import CheckpointError, first_line, listing
+from localprop.errors import CheckpointError, ConfigError, first_line, listing
 from localprop.memory.measure import is_out_of_memory
 from localprop.network.carry import Carry
 from localprop.report.curves import draw_curves
@@ -94,6 +94,7 @@ class Trainer:
     Attributes:
         wants_test: whether to evaluate the `Data.final` test images after training, where there are any.
         tested: what they came to, in the process that reports; None before.
+        last_step: the step after which training ends: the last of the last epoch, or that of `--steps`.
         gauge: measures memory. A run that is resumed in the same layout knows what was measured before.
     """
 
@@ -119,12 +120,15 @@ class Trainer:
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
         self.position = Position(loss_sums=[0.0] * len(self.net.local_modules), layout=self.stage.name)
         self.rows: list[EpochRow] = []
-        self.curve = LossCurve(self.steps_per_epoch * config.optim.epochs, len(self.net.local_modules))
+        steps = self.steps_per_epoch * config.optim.epochs
+        self.last_step = min(steps, config.run.steps or steps)
+        self.curve = LossCurve(steps, len(self.net.local_modules))
         self.wants_test = True
         self.tested: Scores | None = None
         self._signal = 0
         self._skipped_noted = 0
         self._drawn = time.monotonic()
+        self._finished = 0  # the step of which the folder has the weights of a run's end
 
     def resume(self) -> list[str]:
         """Goes back to the newest valid checkpoint of the run folder.
@@ -134,6 +138,7 @@ class Trainer:
 
         Raises:
             CheckpointError: there is none, or it does not fit.
+            ConfigError: it is of a step after `--steps`.
         """
         refuse_link(self.folder / CHECKPOINTS)  # now, not hours later when the first one is saved
         if self.stage.reports:
@@ -151,12 +156,21 @@ class Trainer:
         if checkpoint is None:
             reasons = f" ({listing(notes)})" if notes else ""
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
+        if self.state.step > self.last_step:
+            raise ConfigError(
+                f"--steps is {self.last_step}, but {self.folder} is at step {self.state.step} already; choose more "
+                "--steps, or leave them out"
+            )
         if self.position.layout != self.stage.name:
             self.position.layout, self.position.peak = self.stage.name, None
         self.gauge.peak = self.position.peak
         results = self.folder / RESULTS
         if results.exists():
-            self.rows = [row for row in read_results(results) if row.epoch <= self.position.epoch]
+            rows = read_results(results)
+            self._finished = rows[-1].step if rows else 0
+            # A row of an epoch that --steps cut short stays only where the run still ends there.
+            here = self.state.step if self.state.step == self.last_step else None
+            self.rows = [row for row in rows if row.epoch <= self.position.epoch or row.step == here]
             count = len(self.net.local_modules)
             if self.rows and len(self.rows[0].train_losses) != count:
                 raise CheckpointError(f"{results} has not the losses of {count} modules; restore it, or delete it")
@@ -193,7 +207,7 @@ class Trainer:
         return position
 
     def run(self, progress: Progress) -> list[EpochRow]:
-        """Trains to the last epoch, and writes results, curves and weights into the run folder.
+        """Trains to `last_step`, and writes results, curves and weights into the run folder.
 
         Raises:
             Interrupted: SIGTERM or SIGINT came; a checkpoint of the step under way has been saved.
@@ -201,19 +215,17 @@ class Trainer:
             NonFiniteLossError, DataError, CheckpointError: see there. Checkpoints written before stay.
         """
         with self._signals(), _out_of_memory_told():
-            if self.position.epoch and self.position.batch == 0:
-                if not self.rows or self.rows[-1].epoch < self.position.epoch:
-                    self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
-                else:
-                    self._begin_epoch()  # the checkpoint still has the sums of the epoch before
-            while self.position.epoch < self.config.optim.epochs:
+            at_an_end = self.position.batch == 0 or self.state.step == self.last_step
+            if self.state.step and at_an_end and (not self.rows or self.rows[-1].step < self.state.step):
+                self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
+            while self.state.step < self.last_step:
                 self._train_epoch(progress)
                 self._finish_epoch(progress)
             # Of a finished run that is resumed nothing is left to do but this.
             weights = self.stage.weights(self.state)
             if self.stage.reports:
                 self._require_folder()
-                self.curve.write(self.folder / LOSSES)
+                self.curve.write(self.folder / LOSSES, self.state.step)
                 self._draw()
                 self.state.require_finite(weights)
                 save_weights(self.folder / WEIGHTS, weights)
@@ -264,18 +276,24 @@ class Trainer:
         position, optim = self.position, self.config.optim
         every = self.config.run.checkpoint_steps
         sizes = optim.batch_size, optim.micro_batches
+        if position.batch == 0:  # a checkpoint of the end of an epoch still has what belongs to that
+            position.loss_sums = [0.0] * len(self.net.local_modules)
+            position.epoch_seconds = 0.0
+        steps = range(position.batch, min(self.steps_per_epoch, position.batch + self.last_step - self.state.step))
         self.net.train()
         self._start_clock()
-        batches = self.stage.train_batches(self.data, position.epoch, *sizes, self.device, position.batch)
-        for _ in range(position.batch, self.steps_per_epoch):
+        batches = self.stage.train_batches(self.data, position.epoch, *sizes, self.device, steps)
+        for _ in steps:
             losses, stop = self._step(islice(batches, optim.micro_batches))
             position.batch += 1
             self._note_skipped(progress)
             if self.stage.reports:
                 self._record(losses.tolist(), progress)
-            if every and self.state.step % every == 0 and position.batch < self.steps_per_epoch:
+            if every and self.state.step % every == 0 and position.batch < steps.stop:
                 self._save()
             self._stop_if_asked(stop)
+        if position.batch < self.steps_per_epoch:
+            self._save()  # --steps ends here
 
     def _record(self, losses: list[float], progress: Progress) -> None:
         """Takes down the losses of a step that has been done."""
@@ -283,7 +301,7 @@ class Trainer:
         position.loss_sums = [total + loss for total, loss in zip(position.loss_sums, losses, strict=True)]
         if self.curve.add(self.state.step, losses, *self._advance_clock(training=True)):
             self._require_folder()
-            self.curve.write(self.folder / LOSSES)
+            self.curve.write(self.folder / LOSSES, self.state.step)
         progress.step(position.epoch + 1, position.batch, losses, self.gauge.peak or self.predicted or 0)
 
     def _step(self, parts: Iterator[Carry]) -> tuple[Tensor, int]:
@@ -313,27 +331,27 @@ class Trainer:
 
     def _finish_epoch(self, progress: Progress) -> None:
         position = self.position
-        if position.batch:
+        if position.batch == self.steps_per_epoch:
             position.epoch, position.batch = position.epoch + 1, 0
             self._save()  # before the evaluation, which may fail
         self._start_clock()
         self.gauge.peak = self.stage.highest(self.gauge.peak)
-        due = position.epoch % self.config.run.val_interval == 0 or position.epoch == self.config.optim.epochs
+        due = position.epoch % self.config.run.val_interval == 0 or self.state.step == self.last_step
         scores = self.evaluate() if due else None
         self._advance_clock(training=False)
         if self.stage.reports:
             self._report(scores, progress)
-        self._begin_epoch()
 
     def _report(self, scores: Scores | None, progress: Progress) -> None:
         """Writes and shows what an epoch came to."""
         position = self.position
-        images = self.steps_per_epoch * self.config.optim.batch_size
+        steps = position.batch or self.steps_per_epoch
+        images = steps * self.config.optim.batch_size
         row = EpochRow(
-            epoch=position.epoch,
+            epoch=position.epoch + (position.batch > 0),
             step=self.state.step,
             lr=self.state.lr,
-            train_losses=tuple(total / self.steps_per_epoch for total in position.loss_sums),
+            train_losses=tuple(total / steps for total in position.loss_sums),
             test_accuracies=scores.top1 if scores else (None,) * len(position.loss_sums),
             test_top5=scores.top5 if scores else None,
             test_loss=scores.loss if scores else None,
@@ -346,17 +364,13 @@ class Trainer:
         self._require_folder()
         write_results(self.folder / RESULTS, self.rows)
         # At the end of training they are drawn once more.
-        if time.monotonic() - self._drawn > _REDRAW_SECONDS and position.epoch < self.config.optim.epochs:
+        if time.monotonic() - self._drawn > _REDRAW_SECONDS and self.state.step < self.last_step:
             self._draw()
         progress.epoch(row)
 
     def _draw(self) -> None:
-        draw_curves(self.folder / CURVES, self.rows, self.title, self.data.evaluated_on)
+        draw_curves(self.folder / CURVES, self.rows, self.title, self.data.evaluated_on, self.steps_per_epoch)
         self._drawn = time.monotonic()
-
-    def _begin_epoch(self) -> None:
-        self.position.loss_sums = [0.0] * len(self.net.local_modules)
-        self.position.epoch_seconds = 0.0
 
     def _require_folder(self) -> None:
         """Checks that nobody has removed the run folder: what is written now would be found by nobody."""
@@ -369,7 +383,11 @@ class Trainer:
         meta = {"position": vars(self.position), "curve": self.curve.state()}
         run = self.config.run
         folder = self.folder / CHECKPOINTS
-        return self.stage.save(folder, self.state.step, self.state.parts(), meta, run.checkpoint_hist)
+        path = self.stage.save(folder, self.state.step, self.state.parts(), meta, run.checkpoint_hist)
+        if self.stage.reports and self.state.step > self._finished:
+            # Weights of an earlier --steps would be taken for those of the run.
+            (self.folder / WEIGHTS).unlink(missing_ok=True)
+        return path
 
     def _start_clock(self) -> None:
         self._clock, self._processor_clock = time.perf_counter(), time.process_time()
