@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import localprop
-from localprop.methods import METHODS
 
 
+@localprop.METHODS.register("predsim")
 class PredSim(localprop.LocalLoss):
     """(1 - `beta`) x criterion of a linear head + `beta` x mean squared difference of the similarities.
 
@@ -52,8 +52,6 @@ def similarities(vectors: Tensor) -> Tensor:
     rows = F.normalize(vectors - vectors.mean(1, keepdim=True), dim=1)
     return rows @ rows.T
 
-
-METHODS["predsim"] = PredSim
 
 if __name__ == "__main__":
     torch.manual_seed(0)

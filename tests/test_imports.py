@@ -68,7 +68,7 @@ def drawing(name):
 
 def levels(lines):
     """Room -> its level; rooms of one level are set apart by commas."""
-    names = [(name, level) for level, line in enumerate(lines) for name in re.split(r"[\s,]+", line.strip())]
+    names = [(name, level) for level, line in enumerate(lines) for name in re.findall(r"[^\s,]+", line)]
     assert len(dict(names)) == len(names), "a room is drawn twice"
     return dict(names)
 

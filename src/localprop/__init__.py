@@ -8,22 +8,25 @@ from localprop.system.startup import catch_interrupts as _catch_interrupts
 _catch_interrupts()
 _watch_launcher()
 
-from localprop.decoders import DECODERS
+from localprop.data.sources import ImageDataset
 from localprop.division.divide import localize
 from localprop.errors import LocalpropError
-from localprop.heads import HEADS
-from localprop.methods import METHODS
 from localprop.network.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
 from localprop.planning.plans import Plan, PlanRow, plan
+from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS, TASKS
 from localprop.system.provenance import provenance
 from localprop.tracing.chains import Chain, Unit, chain
 
 __version__ = "0.2.0.dev0"
 __all__ = [
+    "DATASETS",
     "DECODERS",
     "HEADS",
     "METHODS",
+    "MODELS",
+    "TASKS",
     "Chain",
+    "ImageDataset",
     "LocalLoss",
     "LocalModule",
     "LocalNetwork",

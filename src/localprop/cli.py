@@ -285,7 +285,7 @@ class ChainOptions(ModelConfig):
 
 
 def _chain(argv: Sequence[str]) -> int:
-    from localprop.runs.experiment import create_backbone
+    from localprop.models.backbone import create_backbone
     from localprop.tracing.chains import chain
 
     options: ChainOptions = parse(ChainOptions, "chain", argv)

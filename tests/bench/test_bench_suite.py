@@ -7,11 +7,11 @@ import pytest
 from localprop.bench.collect import differing
 from localprop.bench.record import read_record
 from localprop.bench.suite import load_suite, shipped_suites
-from localprop.data.sources import NAMED
 from localprop.decoders import DECODERS
 from localprop.errors import BenchError, ConfigError
 from localprop.heads import HEADS
 from localprop.methods import check_method
+from localprop.registry import DATASETS
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, to_flat
 from places import ROOT
@@ -115,7 +115,7 @@ def test_a_base_comes_before_a_suites_own_runs(write):
         ("settings: {}\nruns: []", BenchError, "has no runs"),
         ("settings: {seed: []}\nruns: [{}]", BenchError, "has no runs: a setting has an empty list"),
         (f"settings: {{seed: 0x{'f' * 400}}}\nruns: [{{}}]", ConfigError, "--seed is a number of more than 24 digits"),
-        ("settings: {decoder: conf}\nruns: [{}]", BenchError, "unknown decoder 'conf'; did you mean 'conv'"),
+        ("settings: {decoder: conf}\nruns: [{}]", BenchError, "no decoder is called 'conf'; did you mean 'conv'"),
         ("base: own.yaml\nruns: [{}]", BenchError, "is its own base"),
     ],
 )
@@ -140,7 +140,7 @@ def test_shipped_suites_name_only_what_there_is(name):
     assert len({run.name for run in suite.runs}) == len(suite.runs)
     for run in suite.runs:
         local = run.config.local
-        assert run.config.data.data in NAMED
+        assert run.config.data.data in DATASETS
         assert local.decoder in DECODERS
         assert local.head in HEADS
         check_method(local.method, local.modules, dict(local.method_kwargs or {}))

@@ -200,7 +200,7 @@ def test_impossible_batches_are_refused_at_once(settings, batch_size, error, wor
     ("settings", "words"),
     [
         ({"data": "cifar"}, "did you mean 'cifar10"),
-        ({"data": "imagenet"}, "unknown --data 'imagenet'"),
+        ({"data": "imagenet"}, "no dataset is called 'imagenet'"),
         ({"data": "."}, "did you mean 'folder:.'"),
         ({"data": "folder:"}, "write folder:PATH"),
         ({"hflip": 1.5}, "--hflip is 1.5"),

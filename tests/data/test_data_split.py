@@ -18,6 +18,7 @@ from localprop.data.images.streaming import StreamStore
 from localprop.data.loading import load_data
 from localprop.data.split import hold_out
 from localprop.errors import ConfigError, DataError
+from localprop.registry import DATASETS
 from localprop.settings.config import DataConfig
 
 LARGE, SMALL = 120, 24
@@ -60,13 +61,13 @@ def flat(images: torch.Tensor) -> Counter:
 def test_a_named_dataset_is_split_without_its_test_images(name, monkeypatch):
     whole = load(name, val_split=0.0)
     assert whole.evaluated_on == "test"
-    named = sources.NAMED[name]
+    named = DATASETS[name]
 
     def read(root, train, download):
         assert train, "the test images were read"
         return named.read(root, train, download)
 
-    monkeypatch.setitem(sources.NAMED, name, dataclasses.replace(named, read=read))
+    monkeypatch.setattr(sources, name.upper(), dataclasses.replace(named, read=read))
     data = load(name, val_split=0.25)
     assert data.evaluated_on == "validation"
     assert data.test_size == -(-whole.train_size // 4)

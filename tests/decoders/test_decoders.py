@@ -210,5 +210,5 @@ def test_autocast_reaches_the_norm_of_the_reduction(name):
 
 
 def test_an_unknown_decoder_gets_a_suggestion():
-    with pytest.raises(ConfigError, match="unknown decoder 'pixelshuffle'; did you mean 'pixel-shuffle'"):
+    with pytest.raises(ConfigError, match="no decoder is called 'pixelshuffle'; did you mean 'pixel-shuffle'"):
         build_decoder("pixelshuffle", LAYOUTS["NCHW"], LAYOUTS["NCHW"])

@@ -144,5 +144,5 @@ def test_conv_has_infopros_widths(channels, side, width, stride):
 
 
 def test_an_unknown_head_gets_a_suggestion():
-    with pytest.raises(ConfigError, match="unknown head 'liner'; did you mean 'linear'"):
+    with pytest.raises(ConfigError, match="no head is called 'liner'; did you mean 'linear'"):
         build_head("liner", LAYOUTS["NCHW"], CLASSES)

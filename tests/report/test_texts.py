@@ -128,7 +128,7 @@ def test_a_terminal_gets_no_commands(capsys, monkeypatch, tmp_path):
 def test_names_of_units_are_no_markup(monkeypatch, capsys):
     import torch
 
-    from localprop.runs import experiment
+    from localprop.registry import MODELS
 
     model = torch.nn.Sequential()
     model.add_module("[red]a[", torch.nn.Conv2d(3, 4, 3))
@@ -136,6 +136,6 @@ def test_names_of_units_are_no_markup(monkeypatch, capsys):
         "rest",
         torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2)),
     )
-    monkeypatch.setattr(experiment, "create_backbone", lambda *_: (model, {}))
+    monkeypatch.setitem(MODELS, "made-up", lambda **_: model)
     assert main(["chain", "made-up", "--img-size", "16"]) == 0
     assert "[red]a[" in capsys.readouterr().out

@@ -129,7 +129,7 @@ def test_a_file_of_settings_does_not_choose_code(here, code, capsys, command):
     assert typed == [command, "-c", "theirs.yaml", "--plugin", str(code)]
     assert not Path("ran").exists()
     assert main(typed) == 2
-    assert "timm has no model 'none'" in capsys.readouterr().err
+    assert "no model is called 'none'" in capsys.readouterr().err
     assert Path("ran").exists()
 
 
@@ -173,7 +173,7 @@ def test_a_file_does_not_choose_weights_or_other_places(here, capsys, settings):
     # What the line says to type is taken as it is.
     if "resume" not in settings:
         assert main(typed) == 2
-        assert "timm has no model 'none'" in capsys.readouterr().err
+        assert "no model is called 'none'" in capsys.readouterr().err
     if not {"output", "experiment", "resume"} & set(settings):  # which no suite may set
         Path("suite.yaml").write_text(yaml.safe_dump({"settings": {**settings, "epochs": 1}, "runs": [{}]}))
         typed = refused(["bench", "suite.yaml", "--list"], capsys)

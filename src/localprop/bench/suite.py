@@ -23,10 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from localprop.decoders import DECODERS
-from localprop.errors import BenchError, listing, suggestion
-from localprop.heads import HEADS
+from localprop.errors import BenchError, ConfigError, listing, suggestion
 from localprop.methods import check_method
+from localprop.registry import DECODERS, HEADS
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, plain_keys, to_flat
 from localprop.settings.trust import require_typed
@@ -194,9 +193,11 @@ def _check(config: TrainConfig, source: str) -> None:
     local = config.local
     if config.backbone.plugin is None:
         check_method(local.method, local.modules, dict(local.method_kwargs or {}))
-        for kind, name, known in (("head", local.head, HEADS), ("decoder", local.decoder, DECODERS)):
-            if name not in known:
-                raise BenchError(f"{source}: unknown {kind} {name!r}; {suggestion(name, known)}")
+        try:
+            HEADS.lookup(local.head)
+            DECODERS.lookup(local.decoder)
+        except ConfigError as error:
+            raise BenchError(f"{source}: {error}") from None
 
 
 def _expand(settings: dict[str, Any], blocks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -22,10 +22,11 @@ from localprop.data.images.folder import (
 )
 from localprop.data.images.memory import MemoryStore
 from localprop.data.images.streaming import StreamStore
-from localprop.data.sources import NAMED, read_named
+from localprop.data.sources import read_named
 from localprop.data.split import hold_out
 from localprop.data.view import SQUASHED, WHOLE
-from localprop.errors import ConfigError, suggestion
+from localprop.errors import ConfigError
+from localprop.registry import DATASETS
 from localprop.settings.config import DataConfig
 
 FOLDER = "folder:"
@@ -52,17 +53,15 @@ def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_s
     """
     if config.data.startswith(FOLDER):
         return _load_folder(config, img_size or default_img_size, seed)
-    if config.data not in NAMED:
-        hint = suggestion(config.data, [*NAMED, f"{FOLDER}PATH"])
-        if Path(config.data).expanduser().is_dir():
-            hint = f"did you mean {FOLDER + config.data!r}?"
-        raise ConfigError(f"unknown --data {config.data!r}; {hint}")
+    if config.data not in DATASETS and Path(config.data).expanduser().is_dir():
+        raise ConfigError(f"no dataset is called {config.data!r}; did you mean {FOLDER + config.data!r}?")
+    DATASETS.lookup(config.data, also=[f"{FOLDER}PATH"])
     return _load_named(config, img_size, seed)
 
 
 def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
-    named, arrays = NAMED[config.data], read_named(config.data, config)
-    img_size = img_size or named.img_size
+    arrays, dataset = read_named(config.data, config), DATASETS[config.data]
+    img_size = img_size or dataset.img_size
     store = MemoryStore(
         arrays.train_images,
         arrays.train_labels,
@@ -70,12 +69,12 @@ def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
         arrays.test_labels,
         img_size,
         _crop_pad(config, arrays.train_images.shape[-1]),
-        named.hflip if config.hflip is None else config.hflip,
+        dataset.hflip if config.hflip is None else config.hflip,
         seed,
         hold_on_device=config.hold_on_device,
     )
     identity = identity_of(config.data, arrays.classes, store.train_size, store.test_size)
-    mean, std = named.mean, named.std
+    mean, std = dataset.mean, dataset.std
     return Data(config.data, arrays.classes, img_size, mean, std, store, config, seed, identity, store.view)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from localprop.errors import DataError
 
@@ -23,6 +22,8 @@ def hold_out(labels: Sequence[int], share: float, name: str, classes: list[str])
     Raises:
         DataError: a class would be missing on one side.
     """
+    from sklearn.model_selection import train_test_split  # slow to import, and few runs need it
+
     counts = np.bincount(labels, minlength=len(classes))
     present = np.flatnonzero(counts)
     try:

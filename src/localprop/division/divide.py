@@ -11,16 +11,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn import functional as F
 
-from localprop.decoders import DECODERS
 from localprop.division.partition import balanced, module_ends, most_modules, stage_ends
 from localprop.errors import ChainError, ConfigError, listing, suggestion
 from localprop.features import image_layout, infer_layout
-from localprop.heads import HEADS
 from localprop.memory.cost import Costs, module_peak
 from localprop.memory.part import Conditions, Cost
 from localprop.memory.tracker import MACHINES
 from localprop.methods import build_loss, check_method
 from localprop.network.network import Criterion, LocalLoss, LocalModule, LocalNetwork, ModuleSpec
+from localprop.registry import DECODERS, HEADS
 from localprop.tracing.chains import chain
 
 PARTITIONS = ("balanced", "compute", "stage")
@@ -90,9 +89,8 @@ def localize(
     if cuts is not None and modules not in (None, len(cuts) + 1):
         raise ConfigError(f"{len(cuts)} cuts make {len(cuts) + 1} modules, not {modules}; leave out one of the two")
     count = check_method(method, len(cuts) + 1 if cuts is not None else modules, options)
-    for kind, name, known in (("head", head, HEADS), ("decoder", decoder, DECODERS)):
-        if name not in known:  # also where the method has no use for it
-            raise ConfigError(f"unknown {kind} {name!r}; {suggestion(name, known)}")
+    HEADS.lookup(head)  # also where the method has no use for it
+    DECODERS.lookup(decoder)
     if min_depth < 0:
         raise ConfigError(f"min_depth is {min_depth}; it must be at least 0")
     if num_classes == 0 or getattr(model, "num_classes", None) == 0:

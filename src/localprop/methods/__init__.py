@@ -1,22 +1,14 @@
-"""Methods of local learning. To add one: a file with a `LocalLoss`, and a line here."""
+"""Methods of local learning. To add one: a file with a `LocalLoss`, and a line in `localprop.registry`."""
 
 import inspect
 from numbers import Real
 from typing import Any
 
 from localprop.errors import ConfigError, suggestion
-from localprop.methods.end_to_end import EndToEnd
-from localprop.methods.feature_reconstruction import FeatureReconstruction
-from localprop.methods.greedy import Greedy
-from localprop.methods.infopro import InfoPro
 from localprop.network.network import Classification, LocalLoss, ModuleSpec
+from localprop.registry import METHODS
 
-METHODS: dict[str, type[LocalLoss]] = {
-    "feature-reconstruction": FeatureReconstruction,
-    "infopro": InfoPro,
-    "greedy": Greedy,
-    "end-to-end": EndToEnd,
-}
+__all__ = ["METHODS", "build_loss", "check_method"]
 
 
 def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int:
@@ -25,9 +17,8 @@ def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int
     Raises:
         ConfigError: no such method or option, or a number of modules that the method does not allow.
     """
-    if name not in METHODS:
-        raise ConfigError(f"no method is called {name!r}; {suggestion(name, METHODS)}")
-    known = dict(list(inspect.signature(METHODS[name]).parameters.items())[1:])
+    method = METHODS.lookup(name)
+    known = dict(list(inspect.signature(method).parameters.items())[1:])
     for option, value in options.items():
         if option not in known:
             hint = suggestion(option, known) if known else "it has none"
@@ -39,7 +30,7 @@ def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int
             )
     if modules is not None and modules < 1:
         raise ConfigError(f"{modules} modules asked for; it takes at least 1")
-    only = getattr(METHODS[name], "only_modules", None)
+    only = getattr(method, "only_modules", None)
     if only and modules not in (None, only):
         raise ConfigError(f"method {name} has {only} module, not {modules}; leave out modules, or choose a method")
     return modules or only or 4

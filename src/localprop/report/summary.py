@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from localprop.registry import MODELS
 from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
 from localprop.report.results import EpochRow
 from localprop.system.commands import command, plugin_words
@@ -61,22 +62,27 @@ def next_steps(
     Args:
         run_folder: where the run was written to.
         weights: the backbone's weights, in safetensors.
-        model_name: name of the timm model.
-        model_kwargs: everything else that timm.create_model needs for the same network, such as num_classes.
+        model_name: name of the model.
+        model_kwargs: everything else that is needed to build the same network, such as num_classes.
         plugin: the file that the run's settings name, if they name one.
     """
-    arguments = [repr(model_name), *(f"{key}={value!r}" for key, value in model_kwargs.items())]
-    call = f"model = timm.create_model({', '.join(arguments)})"
+    arguments = [f"{key}={value!r}" for key, value in model_kwargs.items()]
+    if model_name in MODELS:
+        where, package, build = "once your plugin is imported", "localprop", f"localprop.MODELS[{model_name!r}]"
+    else:
+        where, package, build = "without localprop", "timm", "timm.create_model"
+        arguments.insert(0, repr(model_name))
+    call = f"model = {build}({', '.join(arguments)})"
     if len(call) > 80:
-        call = "\n".join(["model = timm.create_model(", *(f"    {argument}," for argument in arguments), ")"])
+        call = "\n".join([f"model = {build}(", *(f"    {argument}," for argument in arguments), ")"])
     return f"""
 Evaluate it:
 
 {command("eval", run_folder, *plugin_words(plugin))}
 
-Use it in Python, without localprop:
+Use it in Python, {where}:
 
-import timm
+import {package}
 from safetensors.torch import load_file
 
 {call}

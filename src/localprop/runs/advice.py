@@ -11,12 +11,13 @@ from torch import nn
 
 from localprop.errors import OutOfMemory, PlanError
 from localprop.memory.measure import available, most_taken, total_bytes
+from localprop.models.backbone import create_backbone
 from localprop.network.network import LocalNetwork
 from localprop.planning.plans import MODULES, Plan, PlanRow, Setting, plan
 from localprop.planning.processes import Processes
 from localprop.planning.simulation import simulate_step
 from localprop.report.formats import format_bytes
-from localprop.runs.experiment import Experiment, create_backbone
+from localprop.runs.experiment import Experiment
 from localprop.settings.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig
 from localprop.settings.flat import to_flags, to_flat
 from localprop.settings.values import parse_bytes

@@ -10,8 +10,10 @@ from timm.models import save_for_hf
 from torch import nn
 
 from localprop.errors import CheckpointError, ConfigError, DataError, NonFiniteWeightError, first_line
+from localprop.models.backbone import create_backbone
+from localprop.registry import MODELS
 from localprop.runs.description import evaluated_as, evaluation_of, read_config, read_description
-from localprop.runs.experiment import create_backbone, prepare
+from localprop.runs.experiment import prepare
 from localprop.settings.flat import from_flat
 from localprop.settings.trust import DESCRIPTIONS, without_starting_weights
 from localprop.system.commands import resume_command
@@ -95,7 +97,8 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
     load_weights(folder, model)
-    loads = hasattr(model, "pretrained_cfg")  # else it is a plugin's, not built by what loads weights in timm
+    # Else it is a plugin's, not built by what loads weights in timm.
+    loads = hasattr(model, "pretrained_cfg") and own.model not in MODELS
     settings = _described(model, own.model, len(description["classes"]))
     if not own.pretrained:
         # The weights are new: timm's tag and licence are those of weights that have no part in them.
@@ -114,18 +117,20 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             line = str(error).partition("\n")[0]
             raise ConfigError(f"{folder}: timm cannot export a model of {arguments}: {line}") from None
-    code = f"import timm\n{_code(output, own.model, kwargs, loads)}"
-    return output, code, notes
+    return output, _code(output, own.model, kwargs, loads), notes
 
 
 def _code(output: Path, name: str, kwargs: dict[str, Any], loads: bool) -> str:
     """Python code that gives an exported model."""
     if loads:
-        return f"model = timm.create_model({f'local-dir:{output}'!r}, pretrained=True)"
-    arguments = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in kwargs.items())])
+        return f"import timm\nmodel = timm.create_model({f'local-dir:{output}'!r}, pretrained=True)"
+    values = [f"{key}={value!r}" for key, value in kwargs.items()]
+    package, build = "timm", f"timm.create_model({', '.join([repr(name), *values])})"
+    if name in MODELS:
+        package, build = "localprop", f"localprop.MODELS[{name!r}]({', '.join(values)})"
     weights = str(output / "model.safetensors")
     return (
-        f"from safetensors.torch import load_file\nmodel = timm.create_model({arguments})  # with its plugin loaded\n"
+        f"import {package}\nfrom safetensors.torch import load_file\nmodel = {build}  # with its plugin loaded\n"
         f"model.load_state_dict(load_file({weights!r}))"
     )
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,9 +11,10 @@ from torch.nn import functional as F
 from localprop.data.base import Data
 from localprop.data.loading import FOLDER, load_data, load_evaluated
 from localprop.division.divide import localize
-from localprop.errors import ConfigError, first_line, suggestion
+from localprop.errors import ConfigError
+from localprop.models.backbone import create_backbone, native_size
 from localprop.network.network import LocalNetwork
-from localprop.settings.config import DEFAULT_MODEL, SMALL_SWIN, ModelConfig, TrainConfig
+from localprop.settings.config import DEFAULT_MODEL, SMALL_SWIN, TrainConfig
 from localprop.settings.trust import without_starting_weights
 from localprop.system.plugins import load_plugin
 from localprop.training.compiling import compile_network, require_compiler
@@ -129,55 +129,7 @@ def _load(config: TrainConfig, classes: list[str] | None) -> Data:
     size, seed = config.backbone.img_size, config.run.seed
     if classes and size and config.data.data.startswith(FOLDER) and not config.data.val_split:
         return load_evaluated(config.data, classes, size, seed)
-    return load_data(config.data, size, seed, _native_size(config.backbone))
-
-
-def create_backbone(config: ModelConfig, num_classes: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Builds a timm model.
-
-    Returns:
-        The model, and the arguments that `timm.create_model` took beside its name and pretrained.
-
-    Raises:
-        ConfigError: no such model, an argument it does not take, or pretrained weights that cannot be had.
-    """
-    load_plugin(config.plugin)
-    kwargs: dict[str, Any] = dict(config.model_kwargs or {})
-    if num_classes is not None and kwargs.setdefault("num_classes", num_classes) != num_classes:
-        raise ConfigError(
-            f"--model-kwargs num_classes={kwargs['num_classes']}: the data has {num_classes}; leave it out"
-        )
-    if config.drop_path:
-        kwargs["drop_path_rate"] = config.drop_path
-    attempts = [kwargs]
-    if config.img_size is not None and "img_size" not in kwargs:
-        # Convolutional models take images of any size and have no such argument.
-        attempts.insert(0, {**kwargs, "img_size": config.img_size})
-    if not timm.is_model(config.model):
-        raise ConfigError(f"timm has no model {config.model!r}; {suggestion_of_model(config.model)}")
-    for i, attempt in enumerate(attempts):
-        try:
-            return timm.create_model(config.model, pretrained=config.pretrained, **attempt), attempt
-        except TypeError as error:
-            if "img_size" in str(error) and i + 1 < len(attempts):
-                continue
-            line = str(error).partition("\n")[0]  # torch adds where in its own code it was
-            raise ConfigError(f"{config.model} cannot be built with --model-kwargs {kwargs}: {line}") from None
-        except Exception as error:  # whatever a model's own code, or the hub's client, may raise
-            line = first_line(error)
-            if config.pretrained:
-                raise ConfigError(
-                    f"the pretrained weights of {config.model} cannot be had ({line}); go online once, put them into "
-                    "the Hugging Face cache, or leave out --pretrained"
-                ) from None
-            raise ConfigError(f"{config.model} cannot be built with {attempt}: {line}") from None
-    raise AssertionError("unreachable")
-
-
-def suggestion_of_model(name: str) -> str:
-    """What a misspelt model's name may have meant."""
-    hint = suggestion(name, timm.list_models())
-    return hint if hint.startswith("did") else "see timm.list_models()"
+    return load_data(config.data, size, seed, native_size(config.backbone))
 
 
 def _device(config: TrainConfig) -> torch.device:
@@ -193,14 +145,3 @@ def _device(config: TrainConfig) -> torch.device:
     if config.optim.offload_optimizer and device.type != "cuda":
         raise ConfigError(f"--offload-optimizer needs CUDA, and the device is {device}; leave it out")
     return device
-
-
-def _native_size(config: ModelConfig) -> int | None:
-    """The image size a timm model was made for; None for the small Swin, which suits any."""
-    if config.model == DEFAULT_MODEL and not config.pretrained:
-        return None
-    try:
-        settings = timm.get_pretrained_cfg(config.model)
-    except RuntimeError:
-        settings = None
-    return settings.input_size[-1] if settings else 224

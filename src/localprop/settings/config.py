@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from localprop.errors import ConfigError
+from localprop.registry import DATASETS, DECODERS, HEADS, METHODS
 from localprop.settings.bounds import require_within_bounds
 from localprop.settings.values import (
     OptionalBool,
@@ -28,6 +29,10 @@ from localprop.system.lock import LOCK
 # The backbone where none is named: timm's Swin-Tiny, made small enough for images of 16 to 96 pixels.
 DEFAULT_MODEL = "swin_tiny_patch4_window7_224"
 SMALL_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": [2, 2], "num_heads": [3, 6]}
+_DATA_HELP = (
+    f"{', '.join(name for name in DATASETS if name != 'synthetic')}, folder:PATH with train/ and test/ or val/ (with "
+    "both, test/ is evaluated once, after training), or synthetic (random pixels, to measure memory and time)."
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,9 @@ class ModelConfig:
     """Backbone."""
 
     model: str = DEFAULT_MODEL
-    """Name of a timm model."""
+    """Name of a timm model, or of one that --plugin registers."""
     model_kwargs: Pairs = None
-    """For timm.create_model (default: a small Swin for the default model, else nothing)."""
+    """For the function that builds the model (default: a small Swin for the default model, else nothing)."""
     pretrained: bool = False
     """Start from timm's pretrained weights."""
     img_size: OptionalInt = None
@@ -45,7 +50,7 @@ class ModelConfig:
     drop_path: float = 0.0
     """Stochastic depth rate, for models that have it."""
     plugin: OptionalPath = None
-    """A Python file to run first, which may add methods, heads, decoders and timm models."""
+    """A Python file to run first, which may register methods, heads, decoders, datasets and models."""
 
     def __post_init__(self) -> None:
         require_within_bounds(self)
@@ -55,14 +60,11 @@ class ModelConfig:
 class LocalConfig:
     """Local learning."""
 
-    method: str = "feature-reconstruction"
-    """How modules learn: feature-reconstruction, infopro, greedy, end-to-end."""
+    method: Annotated[str, tyro.conf.arg(help=f"How modules learn: {', '.join(METHODS)}.")] = "feature-reconstruction"
     modules: OptionalInt = None
     """Number of local modules (default: 4, or 1 for end-to-end)."""
-    decoder: str = "conv"
-    """What rebuilds the target: conv, deconv, pixel-shuffle, transformer, infopro."""
-    head: str = "mlp"
-    """What predicts the label inside the network: linear, mlp, conv."""
+    decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "conv"
+    head: Annotated[str, tyro.conf.arg(help=f"What predicts the label inside the network: {', '.join(HEADS)}.")] = "mlp"
     partition: Literal["balanced", "compute", "stage"] = "balanced"
     """Where to cut: balanced (the module with the highest peak memory takes as little as can be), compute (the
     slowest module is as fast as can be) or stage (where the resolution changes)."""
@@ -94,9 +96,7 @@ class LocalConfig:
 class DataConfig:
     """Data and augmentation."""
 
-    data: str = "digits"
-    """digits, cifar10, cifar100, stl10, svhn, fashion-mnist, folder:PATH with train/ and test/ or val/ (with
-    both, test/ is evaluated once, after training), or synthetic (random pixels, to measure memory and time)."""
+    data: Annotated[str, tyro.conf.arg(help=_DATA_HELP)] = "digits"
     data_dir: Path = Path("data")
     """Where torchvision's datasets lie or are downloaded to."""
     download: bool = False

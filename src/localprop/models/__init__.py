@@ -1,0 +1,1 @@
+"""Where a backbone comes from: a plugin that has registered it, or timm."""
