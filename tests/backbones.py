@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from localprop.tracing.chains import Chain, chain
+from localprop.tracing.chains import chain
+from localprop.tracing.units import Chain
 
 IMAGE = (3, 64, 64)
 RATES = {"num_classes": 5, "drop_rate": 0.1, "drop_path_rate": 0.1}

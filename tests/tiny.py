@@ -12,7 +12,7 @@ from localprop import chain, localize
 from localprop.division import divide
 from localprop.memory.measure import measured, total_bytes
 from localprop.memory.recompute import recomputing
-from localprop.tracing.tracer import tensors_of
+from localprop.tracing.copies import tensors_of
 
 CLASSES = 5
 SIZE = (3, 32, 32)

@@ -15,7 +15,8 @@ from localprop.network.network import LocalLoss, LocalModule, LocalNetwork, Loca
 from localprop.planning.plans import Plan, PlanRow, plan
 from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS, TASKS
 from localprop.system.provenance import provenance
-from localprop.tracing.chains import Chain, Unit, chain
+from localprop.tracing.chains import chain
+from localprop.tracing.units import Chain, Unit
 
 __version__ = "0.2.0.dev0"
 __all__ = [

@@ -10,7 +10,7 @@ from localprop.division.partition import balanced, module_ends, most_modules, st
 from localprop.errors import ChainError, ConfigError
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
-from localprop.tracing.chains import Chain, Unit
+from localprop.tracing.units import Chain, Unit
 from tiny import SIZE, build, traced_once, units_of
 
 

@@ -14,7 +14,7 @@ from checkpoint_states import bits
 from localprop.errors import ConfigError
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
-from localprop.tracing.tracer import fake_copy
+from localprop.tracing.copies import fake_copy
 from localprop.training.checkpoint import load_checkpoint, save_checkpoint
 from localprop.training.optimizers import LOW_BIT, create_optimizer, create_scheduler, fill_tables
 from localprop.training.state import TrainingState

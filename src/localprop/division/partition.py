@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from localprop.tracing.chains import Chain
+from localprop.tracing.units import Chain
 
 
 def balanced(size: int, modules: int, cost: Callable[[int, int], float]) -> list[int]:

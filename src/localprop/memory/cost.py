@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.errors import batch_norm_told
 from localprop.memory.part import Conditions, Cost, part_cost
-from localprop.tracing.chains import Chain
-from localprop.tracing.tracer import fake_copy
+from localprop.tracing.copies import fake_copy
+from localprop.tracing.units import Chain
 
 
 def module_peak(units: Sequence[Cost], auxiliary: Cost) -> int:

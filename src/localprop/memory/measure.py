@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from localprop.tracing.tracer import tensors_of
+from localprop.tracing.copies import tensors_of
 
 
 @dataclass

@@ -13,7 +13,7 @@ from localprop.features import Layout
 from localprop.memory.recompute import recomputing
 from localprop.network.carry import Carry
 from localprop.seeding import derive_seed
-from localprop.tracing.chains import Unit
+from localprop.tracing.units import Unit
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, C), labels: (B,) integers or (B, C) probabilities) -> a scalar loss."""

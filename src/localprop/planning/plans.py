@@ -16,7 +16,8 @@ from localprop.planning.processes import Processes, pipeline, share_out
 from localprop.planning.schedules import Link
 from localprop.planning.simulation import StepTrace, simulate_step
 from localprop.settings.config import OptimConfig, require_equal_parts
-from localprop.tracing.chains import Chain, chain
+from localprop.tracing.chains import chain
+from localprop.tracing.units import Chain
 
 _CLEARLY = 0.97
 MODULES: tuple[int | Literal["max"], ...] = (2, 3, 4, 6, 8, "max")

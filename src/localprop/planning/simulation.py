@@ -23,7 +23,7 @@ from localprop.network.network import LocalNetwork
 from localprop.parallel.averaging import average
 from localprop.settings.config import OptimConfig
 from localprop.tracing.constants import KeepConstants
-from localprop.tracing.tracer import fake_copy
+from localprop.tracing.copies import fake_copy
 from localprop.training.optimizers import fill_tables
 from localprop.training.state import TrainingState
 

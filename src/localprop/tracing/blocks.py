@@ -20,9 +20,7 @@ def container_classes(model: nn.Module) -> set[type]:
 
 
 def holds_blocks(module: nn.Module, containers: set[type]) -> bool:
-    """Whether to look for cuts inside a module, given the container classes of its model."""
-    if is_notrace_module(type(module)):
-        return False
+    """Whether a module is to be cut inside, given the container classes of its model."""
     if isinstance(module, nn.Sequential):
         parts = [child for child in module if has_matrix(child)]
         return len(parts) > 1 or any(_is_composite(part) for part in parts)

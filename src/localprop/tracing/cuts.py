@@ -1,16 +1,16 @@
 """Where a traced forward can be cut, and the code of the parts."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from importlib import import_module
 from itertools import pairwise
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, fx, nn
 
+from localprop.errors import listing
 from localprop.tracing.blocks import has_matrix
-from localprop.tracing.tracer import BATCHES, tensors_of
+from localprop.tracing.code import Code
+from localprop.tracing.copies import tensors_of
+from localprop.tracing.proxies import BATCHES
 
 
 class Cut(NamedTuple):
@@ -28,51 +28,6 @@ class Segment(NamedTuple):
     result: fx.Node
 
 
-@dataclass(frozen=True)
-class Code:
-    """The generated code of one segment.
-
-    Attributes:
-        function: (backbone, features, *values read) -> output, or (output, values written).
-        reads: names of the values that earlier segments hand along.
-        writes: names of the values that it hands along.
-        source: of the function.
-        scope: what names in it stand for.
-    """
-
-    function: Callable[..., Any]
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-    source: str = field(default="", repr=False)
-    scope: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def generate(cls, source: str, scope: dict[str, Any], reads: tuple[str, ...], writes: tuple[str, ...]) -> "Code":
-        """Code from the source of a function called `forward`, and what its names stand for."""
-        names = dict(scope)
-        exec(source, names)
-        return cls(names["forward"], reads, writes, source, scope)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A generated function cannot be pickled, but generated again. Modules such as torch are imported again.
-        scope = {name: _Module(v.__name__) if isinstance(v, ModuleType) else v for name, v in self.scope.items()}
-        return _regenerate, (self.source, scope, self.reads, self.writes)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
-        return self  # it holds no tensors
-
-
-class _Module(NamedTuple):
-    """Stands for a Python module in a pickle."""
-
-    name: str
-
-
-def _regenerate(source: str, scope: dict[str, Any], reads: tuple[str, ...], writes: tuple[str, ...]) -> Code:
-    whole = {name: import_module(v.name) if isinstance(v, _Module) else v for name, v in scope.items()}
-    return Code.generate(source, whole, reads, writes)
-
-
 class Forward:
     """A traced forward in one mode (train or eval).
 
@@ -80,10 +35,16 @@ class Forward:
     tensor may cross a cut. What requires a gradient but not from the image (a position bias made of parameters)
     each segment computes *anew*, so that gradients reach those parameters. The rest (sizes, rotary tables, masks)
     is handed along: no gradient flows through it.
+
+    Args:
+        root: the model.
+        graph: of its forward.
+        whole: why parts of it are called as they are, by their name; as of `localprop.tracing.tracer.trace`.
     """
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, whole: dict[str, str]) -> None:
         self.root = root
+        self.whole = whole
         self.image, *nodes, output = graph.nodes
         self.result: fx.Node = output.args[0]
         nodes = _sizes_first(nodes)
@@ -110,10 +71,9 @@ class Forward:
         not flattened.
         """
         crossings = self._crossings()
-        blocks = [i for i, node in enumerate(self.nodes) if self.is_block(node)]
         opened = [node.meta["block"] for node in self.nodes]
         result: dict[str, Cut] = {}
-        for start, stop in pairwise(blocks):
+        for start, stop in self._gaps():
             ends, begins = opened[start], opened[stop]
             legal = [Cut(i, crossings[i]) for i in range(start + 1, stop + 1) if i in crossings]
             inside = begins is not None and begins == ends
@@ -129,23 +89,54 @@ class Forward:
                 result[name] = [cut for cut, count in zip(legal, axes, strict=True) if count >= enough][-1]
         return result
 
+    def _gaps(self) -> Iterable[tuple[int, int]]:
+        """The places of each block and of the next."""
+        return pairwise(i for i, node in enumerate(self.nodes) if self.is_block(node))
+
+    def obstacle(self, name: str) -> str:
+        """Why there is no cut after the block `name`, though another follows."""
+        start, stop = next((i, j) for i, j in self._gaps() if self.nodes[i].target == name)
+        alive = min(self._alive()[start + 1 : stop + 1], key=len)
+        if len(alive) > 1:
+            makers = list(dict.fromkeys(self._maker(node) for node in sorted(alive, key=self._rank)))
+            return f"{len(alive)} tensors cross after {name}, made by {listing(makers)}; a cut needs a single one"
+        return f"after {name} no tensor crosses alone that has a row per image and is not written to later"
+
+    def _rank(self, node: fx.Node) -> int:
+        return self._order.get(node, -1)
+
+    def _maker(self, node: fx.Node) -> str:
+        """The last module that worked on what a node gives; "the image" if none did."""
+        while node.op != "call_module":
+            sources = [source for source in node.all_input_nodes if source in self._carrying]
+            if not sources:
+                return "the image"
+            node = max(sources, key=self._rank)
+        return str(node.target)
+
     def _crossings(self) -> dict[int, fx.Node]:
-        """The one carrying tensor alive before node `i`, for each `i` where there is just one."""
+        """The one carrying tensor alive before node `i`, for each `i` where there is just one that may be cut at."""
+        written = {n: i for i, node in enumerate(self.nodes) for n in node.meta["mutated"]}
+        result: dict[int, fx.Node] = {}
+        for i, alive in enumerate(self._alive()):
+            if len(alive) == 1:
+                (crossing,) = alive
+                later = [n for n, at in written.items() if at >= i]
+                if crossing is not self.image and not any(_share_memory(crossing, n) for n in later):
+                    result[i] = crossing
+        return {i: n for i, n in result.items() if isinstance(n.meta["value"], Tensor)}
+
+    def _alive(self) -> list[set[fx.Node]]:
+        """The carrying tensors that are alive before each node."""
         last_use = {s: i for i, node in enumerate(self.nodes) for s in node.all_input_nodes}
         last_use[self.result] = len(self.nodes)
-        mutated = {n: i for i, node in enumerate(self.nodes) for n in node.meta["mutated"]}
-        result: dict[int, fx.Node] = {}
+        result = []
         alive = {self.image}
         for i, node in enumerate(self.nodes):
             alive = {n for n in alive if last_use.get(n, -1) >= i}
-            if len(alive) == 1:
-                (crossing,) = alive
-                later = [n for n, at in mutated.items() if at >= i]
-                if crossing is not self.image and not any(_share_memory(crossing, n) for n in later):
-                    result[i] = crossing
-            if node in self._carrying:
-                alive.add(node)
-        return {i: n for i, n in result.items() if isinstance(n.meta["value"], Tensor)}
+            result.append(alive)
+            alive = alive | {node} if node in self._carrying else alive
+        return result
 
     def split(self, cuts: Iterable[Cut]) -> list[Segment]:
         """The segments between `cuts`, which are in order."""
@@ -189,8 +180,8 @@ class Forward:
         needs = [self._needs(segment) for segment in segments]
         result = []
         for i, (segment, (nodes, reads)) in enumerate(zip(segments, needs, strict=True)):
-            wanted = {node for _, later in needs[i + 1 :] for node in later}
-            writes = [node for node in segment.nodes if node in wanted]
+            read_later = {node for _, later in needs[i + 1 :] for node in later}
+            writes = [node for node in segment.nodes if node in read_later]
             graph = _graph([segment.source, *reads], nodes, segment.result, writes)
             code = graph.python_code("self")
             names = (tuple(node.name for node in group) for group in (reads, writes))

@@ -9,26 +9,24 @@ constant. So the graph holds for any batch size, or tracing fails.
 
 import copy
 import math
-import operator
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
-from timm.models import get_notrace_functions
+from timm.models import get_notrace_functions, is_notrace_module
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.proxy import TraceError
 
 from localprop.tracing.blocks import container_classes, holds_blocks
 from localprop.tracing.constants import KeepConstants
+from localprop.tracing.proxies import BATCHES, ConcreteProxy
+from localprop.tracing.reasons import why_not_opened, why_whole
 
 _ROOT = "backbone"
-BATCHES = {"value": 2, "twin": 3}  # key of a node's meta: size of the batch it is computed for
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # torch.fx does not see calls that make a tensor from numbers.
 _FACTORIES = [torch.arange, torch.linspace, torch.tensor, torch.eye, torch.empty, torch.full, torch.ones, torch.zeros]
 _FACTORIES += [torch.rand, torch.randint, torch.randn, torch.randperm]
@@ -45,36 +43,9 @@ class _Root(nn.Module):
         return self.backbone(image)
 
 
-def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy of `model` with fake parameters and buffers on the CPU: no memory, and the original stays untouched.
-
-    Hooks are left out, since they are the user's own code and not to be run on fake tensors.
-    """
-    memo: dict[int, Any] = {}
-    with mode:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            fake: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
-            if isinstance(tensor, nn.Parameter):
-                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = fake
-    for module in model.modules():
-        memo.update({id(t): t.detach().cpu() for t in vars(module).values() if isinstance(t, Tensor)})
-        memo.update({id(getattr(module, hooks)): OrderedDict() for hooks in _HOOKS})
-    return copy.deepcopy(model, memo)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in a value, in lists, tuples and dicts too."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for item in value for t in tensors_of(item)] if isinstance(value, (list, tuple)) else []
-
-
 def trace(
     model: nn.Module, size: tuple[int, ...], dtype: torch.dtype, mode: FakeTensorMode, opened: Set[str] = frozenset()
-) -> fx.Graph:
+) -> tuple[fx.Graph, dict[str, str]]:
     """Traces `model(image)`.
 
     Args:
@@ -82,13 +53,14 @@ def trace(
         size: (channels, height, width) of the image.
         dtype: type of the image.
         mode: the mode that the copy belongs to.
-        opened: names of the blocks whose own forward is traced too. What they call stays whole, and so does a
-            block whose forward cannot be traced.
+        opened: names of the blocks whose own forward is traced too. What they call stays whole.
 
     Returns:
         A graph of calls to blocks and of the operations between them. `node.meta["value"]` is each node's fake
         value, `node.meta["mutated"]` the nodes whose tensors it writes in place, `node.meta["block"]` the name of
         the opened block that it is in, or None. Module names carry no prefix.
+
+        And the parts that were to be traced inside and cannot be, which the graph calls as they are: why, by name.
 
     Raises:
         Exception: any, since it runs the model's own code.
@@ -111,53 +83,7 @@ def trace(
             node.target = node.target.removeprefix(_ROOT + ".")
     kept = {"placeholder", "output", "call_module"}
     graph.eliminate_dead_code(lambda node: node.op in kept or bool(node.meta.get("mutated")))
-    return graph
-
-
-class _ConcreteProxy(fx.Proxy):
-    """A traced value that also has concrete ones."""
-
-    def _fixed(self, function: Callable[[Any], Any]) -> Any:
-        """What Python code needs as a plain number: possible if it is the same for every batch size."""
-        first, *rest = (function(self.node.meta[key]) for key in BATCHES)
-        if any(other != first for other in rest):
-            raise TraceError("its control flow depends on the size of the batch")
-        return first
-
-    def __getattr__(self, name: str) -> Any:
-        if not callable(getattr(self.node.meta["value"], name)):
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return super().__getattr__(name)
-
-    def __setitem__(self, index: Any, item: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, item), {})
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])  # type: ignore[index]
-
-    def __bool__(self) -> bool:
-        return self._fixed(bool)
-
-    def __len__(self) -> int:
-        return self._fixed(len)
-
-    def __index__(self) -> int:
-        return self._fixed(operator.index)
-
-    def __int__(self) -> int:
-        return self._fixed(int)
-
-    def __float__(self) -> float:
-        return self._fixed(float)
-
-
-def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
-    function = getattr(operator, name)
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _name in ("iadd", "isub", "imul", "itruediv"):  # torch.fx turns x += y into x = x + y
-    setattr(_ConcreteProxy, f"__{_name}__", _in_place(_name))
+    return graph, tracer.whole
 
 
 class _ConcreteTracer(fx.Tracer):
@@ -167,6 +93,7 @@ class _ConcreteTracer(fx.Tracer):
         self._images = images
         self._containers = container_classes(model)
         self._opened = opened
+        self.whole: dict[str, str] = {}  # why parts are called as they are, by their name
         self._block: str | None = None  # the opened block that is being traced
         self._running = False  # inside a leaf, modules and functions behave as outside a trace
         self._context = _context()
@@ -196,7 +123,7 @@ class _ConcreteTracer(fx.Tracer):
         return record
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ConcreteProxy(node, self)
+        return ConcreteProxy(node, self)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._names = {id(t): n for n, t in [*root.named_buffers(), *root.named_parameters()]}
@@ -224,16 +151,20 @@ class _ConcreteTracer(fx.Tracer):
         block = name.removeprefix(_ROOT + ".")
         is_opened = block in self._opened
         if self._block is None and (is_opened or holds_blocks(m, self._containers)):
-            before = len(self.graph.nodes)
-            self._block = block if is_opened else None
-            try:
-                with _stateless(m) if is_opened else nullcontext():
-                    return forward(*args, **kwargs)
-            except Exception:  # a model's own code may raise anything: keep this part whole
-                for node in list(self.graph.nodes)[: before - 1 : -1]:
-                    self.graph.erase_node(node)
-            finally:
-                self._block = None
+            if is_notrace_module(type(m)):
+                self.whole[block] = why_not_opened(m)
+            else:
+                nodes, whole = len(self.graph.nodes), dict(self.whole)
+                self._block = block if is_opened else None
+                try:
+                    with _stateless(m) if is_opened else nullcontext():
+                        return forward(*args, **kwargs)
+                except Exception as error:  # a model's own code may raise anything
+                    for node in list(self.graph.nodes)[: nodes - 1 : -1]:
+                        self.graph.erase_node(node)
+                    self.whole = whole | {block: why_whole(error)}
+                finally:
+                    self._block = None
         return self.create_proxy("call_module", name, args, kwargs)
 
     def create_node(self, kind: str, *rest: Any, **named: Any) -> fx.Node:
@@ -249,7 +180,7 @@ class _ConcreteTracer(fx.Tracer):
 
     def _evaluate(self, node: fx.Node) -> None:
         if _context() != self._context:
-            raise TraceError("it switches no_grad or autocast around blocks")
+            raise TraceError("it switches no_grad or autocast around blocks, or calls an autograd function of its own")
         versions = {n: _version(n) for n in node.all_input_nodes}
         self._running = True
         try:
