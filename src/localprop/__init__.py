@@ -1,6 +1,12 @@
-"""Train transformers, and any other timm or torch model, without end-to-end backpropagation."""
+"""Train transformers, and any other timm or torch model, without end-to-end backpropagation.
 
-# ruff: noqa: E402
+A name is imported when it is asked for: `import localprop` alone does not import torch.
+"""
+
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from localprop.system.launched import watch_launcher as _watch_launcher
 from localprop.system.startup import catch_interrupts as _catch_interrupts
 
@@ -8,15 +14,16 @@ from localprop.system.startup import catch_interrupts as _catch_interrupts
 _catch_interrupts()
 _watch_launcher()
 
-from localprop.data.sources import ImageDataset
-from localprop.division.divide import localize
-from localprop.errors import LocalpropError
-from localprop.network.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
-from localprop.planning.plans import Plan, PlanRow, plan
-from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS, TASKS
-from localprop.system.provenance import provenance
-from localprop.tracing.chains import chain
-from localprop.tracing.units import Chain, Unit
+if TYPE_CHECKING:
+    from localprop.data.sources import ImageDataset
+    from localprop.division.divide import localize
+    from localprop.errors import LocalpropError
+    from localprop.network.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
+    from localprop.planning.plans import Plan, PlanRow, plan
+    from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS, TASKS
+    from localprop.system.provenance import provenance
+    from localprop.tracing.chains import chain
+    from localprop.tracing.units import Chain, Unit
 
 __version__ = "0.2.0.dev0"
 __all__ = [
@@ -42,3 +49,27 @@ __all__ = [
     "plan",
     "provenance",
 ]
+_PLACES = {
+    "localprop.data.sources": ("ImageDataset",),
+    "localprop.division.divide": ("localize",),
+    "localprop.errors": ("LocalpropError",),
+    "localprop.network.network": ("LocalLoss", "LocalModule", "LocalNetwork", "LocalOutput", "ModuleSpec"),
+    "localprop.planning.plans": ("Plan", "PlanRow", "plan"),
+    "localprop.registry": ("DATASETS", "DECODERS", "HEADS", "METHODS", "MODELS", "TASKS"),
+    "localprop.system.provenance": ("provenance",),
+    "localprop.tracing.chains": ("chain",),
+    "localprop.tracing.units": ("Chain", "Unit"),
+}
+_MODULES = {name: module for module, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    if not name.startswith("_") and find_spec(f"localprop.{name}"):
+        return importlib.import_module(f"localprop.{name}")
+    raise AttributeError(f"module 'localprop' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -113,7 +113,8 @@ def test_killed_or_stopped_and_called_again_gives_the_same_results(finished, sui
             bench.send_signal(number)
             output = bench.stdout.read()
         assert bench.returncode == code
-        assert ("1 of 1 runs are left; the same command goes on" in output) == (number == signal.SIGTERM)
+        said = "1 of 1 runs are not finished; the same command continues with them"
+        assert (said in output) == (number == signal.SIGTERM)
         wait_for_the_lock(tmp_path)
     assert 0 < steps_of(tmp_path) < STEPS, "the kills must hit a run that is not over"
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
@@ -137,7 +138,7 @@ def test_a_time_limit_stops_cleanly_and_failures_are_named(tmp_path, capsys):
     path.write_text(SUITE.replace("runs:", "runs:\n  - {method: greedy, modules: 3, lr: 1.0e+30}"))
     flags = ["bench", str(path), "--output", str(tmp_path / "out"), "--device", "cpu"]
     assert main([*flags, "--time-limit", "1s"]) == 75
-    assert "3 of 3 runs are left; the same command goes on" in capsys.readouterr().out
+    assert "3 of 3 runs are not finished; the same command continues with them" in capsys.readouterr().out
     assert main([*flags, "--only", "*1e+30*"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1

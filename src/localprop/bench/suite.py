@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from localprop.errors import BenchError, ConfigError, listing, suggestion
-from localprop.methods import check_method
 from localprop.registry import DECODERS, HEADS
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, plain_keys, to_flat
@@ -190,6 +189,8 @@ def check_run_name(name: str, source: str) -> None:
 
 def _check(config: TrainConfig, source: str) -> None:
     """Finds a misspelt name before hours of runs; what a plugin adds is known only to the runs."""
+    from localprop.methods import check_method  # imports torch, which a misspelt suite or flag does not need
+
     local = config.local
     if config.backbone.plugin is None:
         check_method(local.method, local.modules, dict(local.method_kwargs or {}))

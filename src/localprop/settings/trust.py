@@ -5,21 +5,15 @@ A file of settings, a suite or a run folder may be a stranger's. What the user t
 
 import inspect
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-import timm
-from timm.models import build_model_with_cfg
 
 from localprop.errors import ConfigError, listing
 from localprop.settings.flat import flag_words
 from localprop.system.commands import command, without_flag
 
-# What timm's factory and builder take beside the arguments of a model: weights, where to have them and how to read
-# them. The last three only choose how layers are written.
-_FACTORY = {name for f in (timm.create_model, build_model_with_cfg) for name in inspect.signature(f).parameters}
-_FACTORY -= {"kwargs", "scriptable", "exportable", "no_jit"}
-# What of these says where the weights are that training starts from.
+# Which of timm's arguments say where the weights are that training starts from.
 _START = ("checkpoint_path", "cache_dir")
 DESCRIPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay")
 """Arguments of `timm.create_model` that describe pretrained weights."""
@@ -93,7 +87,7 @@ def _undecided(settings: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     if "resume" in settings:
         yield "resume", settings["resume"], "which run is resumed"
     kwargs = settings.get("model_kwargs")
-    if isinstance(kwargs, dict) and any(name in _FACTORY or _names_a_place(value) for name, value in kwargs.items()):
+    if isinstance(kwargs, dict) and any(_chooses_weights(*item) for item in kwargs.items()):
         yield "model_kwargs", kwargs, "which weights are loaded"
     written = ["output", "experiment"] + (["data_dir"] if settings.get("download") else [])
     for name in written:
@@ -102,6 +96,20 @@ def _undecided(settings: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
     for name in ("json", "picture"):
         if name in settings:
             yield name, settings[name], "which file is written"
+
+
+def _chooses_weights(name: str, value: Any) -> bool:
+    return _names_a_place(value) or name in _factory_arguments()
+
+
+@cache
+def _factory_arguments() -> set[str]:
+    """What timm's factory and builder accept beside the arguments of a model: which weights, and how to read them."""
+    import timm  # only here: reading flags and files of settings needs no torch
+    from timm.models import build_model_with_cfg
+
+    names = {name for f in (timm.create_model, build_model_with_cfg) for name in inspect.signature(f).parameters}
+    return names - {"kwargs", "scriptable", "exportable", "no_jit"}  # these three only choose how layers are written
 
 
 def _leaves(place: str) -> bool:

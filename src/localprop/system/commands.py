@@ -18,7 +18,7 @@ sys.argv[0] = "localprop"
 from localprop.cli import main
 sys.exit(main())
 """
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def command(*words: str | Path) -> str:

@@ -1,0 +1,43 @@
+"""`localprop plan`."""
+
+import json
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from localprop.cli.common import take_config_files, with_files
+from localprop.errors import ConfigError
+from localprop.settings.config import PlanConfig
+from localprop.settings.flags import parse
+from localprop.system.files import write_text
+
+
+def prepare(argv: Sequence[str]) -> Callable[[], int]:
+    """Reads the flags of `plan`, and imports what predicts. `-c FILE.yaml` sets defaults; flags win."""
+    words = ("plan", *argv)
+    argv, files = take_config_files(argv)
+    config: PlanConfig = parse(PlanConfig, "plan", argv, with_files(PlanConfig(), files, words))
+    for path in (config.picture, config.json):
+        if path and not path.resolve().parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: there is no folder {path.resolve().parent}; make it first")
+        if path and path.exists() and not path.is_file():  # such as /dev/stdout, which must not be replaced
+            raise ConfigError(f"{path} is no regular file; name a file to write")
+    from localprop.planning.tables import draw_plan, plan_table, processes_table
+    from localprop.runs.advice import plan_lines, plan_model, plan_report
+
+    def plan() -> int:
+        console = Console()
+        with console.status("") as status:
+            result, title = plan_model(config, lambda setting: status.update(f"simulating {setting.name} ..."))
+        console.print(plan_table(result, title))
+        if config.parallel:
+            console.print(processes_table(result))
+        drawn = result.choice if result.choice and result.choice.setting.modules > 1 else result.typical
+        draw_plan(config.picture, result, drawn, f"{title}: memory over one training step")
+        if config.json:
+            write_text(config.json, json.dumps(plan_report(config, result), indent=1) + "\n")
+        for line in plan_lines(config, result):
+            console.out(line, highlight=False)
+        return 0
+
+    return plan
