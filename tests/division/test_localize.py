@@ -162,8 +162,8 @@ INFOPRO = {"method": "infopro", "modules": 2}
 MISTAKES = [
     ({"modules": 99}, ChainError, ["99", "at most 4: 1, 4, 7, 9"]),
     ({"modules": 3, "partition": "stage"}, ChainError, ["3 modules", "1 stages", "at most 1"]),
-    ({"modules": 0}, ConfigError, ["0 modules", "at least 1"]),
-    ({"modules": -1}, ConfigError, ["-1 modules", "at least 1"]),
+    ({"modules": 0}, ConfigError, ["modules is 0", "at least 1"]),
+    ({"modules": -1}, ConfigError, ["modules is -1", "at least 1"]),
     ({"modules": 4, "cuts": ["1"]}, ConfigError, ["1 cuts make 2 modules, not 4"]),
     ({"cuts": ["44"]}, ChainError, ["'44'", "did you mean '4'?"]),
     ({"cuts": ["4", "1"]}, ChainError, ["4, 1", "order", "1, 4, 7, 9"]),

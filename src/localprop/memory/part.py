@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.memory.attention import kernels_of
-from localprop.memory.recompute import Recomputation, recomputing
+from localprop.memory.recompute import recomputing
 from localprop.memory.tracker import MACHINES, Tracker
+from localprop.settings.recipe import Recomputation
 from localprop.tracing.constants import KeepConstants
 
 

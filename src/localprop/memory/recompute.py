@@ -11,16 +11,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-
-Recomputation = Literal["none", "cheap", "whole"]
-"""What of a unit runs again in backward: nothing; what is cheap, as `recomputing` says; or the whole unit, which then
-keeps its input only (activation checkpointing)."""
 
 # Each keeps its own input for backward, and gives the same bits when it is called again.
 _CHEAP = {

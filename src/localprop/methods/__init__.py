@@ -30,10 +30,15 @@ def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int
             )
     if modules is not None and modules < 1:
         raise ConfigError(f"{modules} modules asked for; it takes at least 1")
-    only = getattr(method, "only_modules", None)
+    only = only_modules(name)
     if only and modules not in (None, only):
         raise ConfigError(f"method {name} has {only} module, not {modules}; leave out modules, or choose a method")
     return modules or only or 4
+
+
+def only_modules(name: str) -> int | None:
+    """The only number of modules that a method allows; None where it allows any, or is unknown."""
+    return getattr(METHODS.get(name), "only_modules", None)
 
 
 def build_loss(name: str, spec: ModuleSpec, options: dict[str, Any]) -> LocalLoss:

@@ -13,6 +13,7 @@ from localprop.features import Layout
 from localprop.memory.recompute import recomputing
 from localprop.network.carry import Carry
 from localprop.seeding import derive_seed
+from localprop.settings.recipe import Recipe
 from localprop.tracing.units import Unit
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -226,6 +227,7 @@ class LocalNetwork(nn.Module):
         local_modules: its local modules, in order.
         input_size: (channels, height, width) of the images that it is made for, where that is known; others are
             refused.
+        recipe: what it is made of, with every default filled in, where that is known.
     """
 
     local_modules: Sequence[LocalModule]
@@ -235,8 +237,10 @@ class LocalNetwork(nn.Module):
         backbone: nn.Module,
         local_modules: Sequence[LocalModule],
         input_size: tuple[int, int, int] | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         super().__init__()
+        self.recipe = recipe
         self.input_size = input_size
         self.backbone = backbone
         self.local_modules = nn.ModuleList(local_modules)  # type: ignore[assignment]

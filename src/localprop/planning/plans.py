@@ -7,19 +7,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from localprop.division.divide import localize
+from localprop.division.divide import divide
 from localprop.division.partition import most_modules
 from localprop.errors import ChainError, ConfigError, ParallelError, PlanError
 from localprop.memory.cost import Costs
 from localprop.memory.tracker import MACHINES
+from localprop.methods import only_modules
 from localprop.planning.processes import Processes, pipeline, share_out
 from localprop.planning.schedules import Link
 from localprop.planning.simulation import StepTrace, simulate_step
 from localprop.settings.config import OptimConfig, require_equal_parts
+from localprop.settings.recipe import Recipe
 from localprop.tracing.chains import chain
 from localprop.tracing.units import Chain
 
 _CLEARLY = 0.97
+_OTHERS = ("num_classes", "criterion", "mean", "std")  # arguments of `localize` that are no part of a recipe
 MODULES: tuple[int | Literal["max"], ...] = (2, 3, 4, 6, 8, "max")
 
 
@@ -28,25 +31,45 @@ class Setting:
     """One way to train a model.
 
     Attributes:
-        modules: number of local modules; 1 is end-to-end training.
-        method: how modules learn.
-        split_blocks: whether units are parts of blocks.
-        grad_checkpointing: whether units are checkpointed.
+        recipe: what the network is made of, with a number of modules.
         largest: whether there cannot be more modules.
     """
 
-    modules: int
-    method: str
-    split_blocks: bool = False
-    grad_checkpointing: bool = False
+    recipe: Recipe
     largest: bool = False
+
+    @property
+    def modules(self) -> int:
+        """Number of modules, K; the baseline is end-to-end training with one."""
+        return self.recipe.modules or 1
+
+    @property
+    def method(self) -> str:
+        """How modules learn."""
+        return self.recipe.method
+
+    @property
+    def split_blocks(self) -> bool:
+        """Whether units are parts of blocks."""
+        return self.recipe.split_blocks
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether units are run again in backward."""
+        return self.recipe.grad_checkpointing
 
     @property
     def name(self) -> str:
         """For a table."""
-        name = "end-to-end" if self.modules == 1 else f"K={self.modules}"
-        name += ", split" * self.split_blocks + ", max" * self.largest
-        return name + " + ckpt" * self.grad_checkpointing
+        words = ["end-to-end" if self.modules == 1 else f"{'exact ' if self.recipe.end_to_end else ''}K={self.modules}"]
+        words += ["split"] if self.split_blocks else []
+        words += ["max"] if self.largest else []
+        return ", ".join(words) + (" + ckpt" if self.grad_checkpointing else "")
+
+    def described(self) -> dict[str, Any]:
+        """Name and settings, for a JSON file. A setting that is not there is off."""
+        keys = ("modules", "method", "split_blocks", "grad_checkpointing", "largest")
+        return {"setting": self.name, **{key: getattr(self, key) for key in keys}}
 
 
 @dataclass(frozen=True)
@@ -130,7 +153,7 @@ def plan(
     batch_size: int = 32,
     *,
     modules: Sequence[int | Literal["max"]] = MODULES,
-    method: str = "feature-reconstruction",
+    method: str = Recipe.method,
     input_size: tuple[int, int, int] | None = None,
     opt: OptimConfig | str = "adamw",
     micro_batches: int | None = None,
@@ -165,8 +188,7 @@ def plan(
             plan what a pipeline of end-to-end training takes.
         bandwidth: bytes per second between two processes; default: an order of magnitude for the device.
         on_setting: called before each setting is looked at.
-        options: further arguments of `localize`: decoder, head, partition, cuts, min_depth, split_blocks, recompute,
-            grad_checkpointing, method_kwargs, ...
+        options: further arguments of `localize`: settings of a `localprop.Recipe`, num_classes, criterion, ...
 
     Raises:
         ChainError, ConfigError: as `localize`.
@@ -181,13 +203,16 @@ def plan(
     optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
     optim = replace(optim, amp=amp_dtype is not None, micro_batches=micro_batches or optim.micro_batches)
     require_equal_parts(batch_size, optim.micro_batches)
-    planner = _Planner(model, chain(model, input_size), optim, amp_dtype, batch_size, device, options, on_setting)
+    others: dict[str, Any] = {name: options.pop(name) for name in _OTHERS if name in options}
+    recipe, units = Recipe.of(method=method, **options), chain(model, input_size)
+    planner = _Planner(model, units, optim, amp_dtype, batch_size, device, recipe, others, on_setting)
     planner.processes, planner.link = nproc, Link(bandwidth or MACHINES[device].link)
     rows = planner.baselines()
-    if method != "end-to-end":
-        rows += planner.local(modules, method)
+    divided = only_modules(method) != 1
+    if divided:
+        rows += planner.divided(modules)
     if nproc:
-        if method != "end-to-end" and not any(row.parallel for row in rows):
+        if divided and not any(row.parallel for row in rows):
             most = max(row.setting.modules for row in rows)
             raise ParallelError(
                 f"{nproc} processes cannot share the {most} modules that there are at most; fewer --nproc"
@@ -196,9 +221,10 @@ def plan(
         return Plan(rows, pipeline=other)
     if budget is None:
         return Plan(rows)
-    # Who names a number of modules, or cuts, wants local modules.
-    named = method != "end-to-end" and (len(modules) == 1 or options.get("cuts") is not None)
-    return Plan(rows, budget, planner.choose(Plan(rows), rows[2:] if named else rows, budget))
+    # Who names a number of modules, or cuts, wants these.
+    named = divided and (len(modules) == 1 or recipe.cuts is not None)
+    candidates = [row for row in rows if row.setting.modules > 1] if named else rows
+    return Plan(rows, budget, planner.choose(Plan(rows), candidates, budget))
 
 
 class _Planner:
@@ -212,15 +238,14 @@ class _Planner:
         amp_dtype: torch.dtype | None,
         batch_size: int,
         device: str,
+        recipe: Recipe,
         options: dict[str, Any],
         on_setting: Callable[[Setting], None] | None,
     ) -> None:
         self.model, self.optim, self.amp_dtype, self.device = model, optim, amp_dtype, device
         self.batch_size = batch_size
-        self.options = dict(options)
+        self.recipe, self.options = recipe, options
         self.costs = {False: Costs(model, units)}
-        self.split = bool(self.options.pop("split_blocks", False))
-        self.checkpointing = bool(self.options.pop("grad_checkpointing", False))
         self.must_fit = False
         self.processes: int | None = None
         self.link = Link()
@@ -228,25 +253,26 @@ class _Planner:
 
     def baselines(self) -> list[PlanRow]:
         """End-to-end training, plain and with activation checkpointing."""
-        plain = Setting(1, "end-to-end")
-        rows = [self.row(setting) for setting in (plain, replace(plain, grad_checkpointing=True))]
+        plain = Setting(Recipe(modules=1, method="end-to-end"))
+        again = Setting(replace(plain.recipe, grad_checkpointing=True))
+        rows = [self.row(setting) for setting in (plain, again)]
         return [row for row in rows if row]
 
-    def local(self, modules: Sequence[int | Literal["max"]], method: str) -> list[PlanRow]:
-        """Local learning with each number of modules.
+    def divided(self, modules: Sequence[int | Literal["max"]]) -> list[PlanRow]:
+        """The recipe with each number of modules.
 
         Where more modules of whole blocks save nothing any more, the largest block is what is left: from there on
         blocks are split.
         """
         rows: list[PlanRow] = []
-        self.must_fit = len(modules) == 1 or self.options.get("cuts") is not None
-        split, depth = self.split, self.options.get("min_depth", 1)
+        self.must_fit = len(modules) == 1 or self.recipe.cuts is not None
+        split, depth = self.recipe.split_blocks, self.recipe.min_depth
         for count in modules:
             while True:
                 units = self.known(split).chain
                 most = most_modules(units, range(1, len(units) + 1), depth)
                 number = most if count == "max" else count
-                setting = Setting(number, method, split, self.checkpointing, number == most)
+                setting = Setting(replace(self.recipe, modules=number, split_blocks=split), number == most)
                 known = any(row.setting == setting for row in rows)
                 row = self.row(setting) if number > 1 and not known else None
                 least = min((row.trace.peak for row in rows), default=None)
@@ -276,20 +302,17 @@ class _Planner:
         optim = replace(self.optim, micro_batches=micro_batches or self.optim.micro_batches)
         costs = self.known(setting.split_blocks)
         local = setting.modules > 1
-        options = self.options if local else {}
         try:
             with torch.random.fork_rng(devices=[]):  # weights of auxiliary nets are drawn
-                net = localize(
+                net = divide(
                     self.model,
-                    setting.modules,
-                    setting.method,
-                    costs=costs,
+                    setting.recipe,
+                    costs,
                     batch_size=self.batch_size,
                     micro_batches=optim.micro_batches,
                     amp_dtype=self.amp_dtype,
-                    grad_checkpointing=setting.grad_checkpointing,
                     device=self.device,
-                    **options,
+                    **self.options,
                 )
         except ChainError:
             if not local or self.must_fit:

@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from localprop.report.formats import format_bytes
 from localprop.runs.experiment import Experiment
 from localprop.settings.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig
 from localprop.settings.flat import to_flags, to_flat
+from localprop.settings.recipe import Recipe
 from localprop.settings.values import parse_bytes
 from localprop.tracing.chains import chain
 
@@ -33,40 +34,28 @@ def plan_for(
     **options: Any,
 ) -> Plan:
     """The plan of a run's own settings; `options` are further arguments of `localprop.plan.plan`."""
-    count = len(local.cuts) + 1 if local.cuts is not None and local.modules is None else local.modules
+    recipe = {f.name: getattr(local, f.name) for f in fields(Recipe)}
+    del recipe["modules"]
     return plan(
         model,
         optim.batch_size,
-        modules=MODULES if count is None else (count,),
-        method=local.method,
-        decoder=local.decoder,
-        head=local.head,
-        method_kwargs=local.method_kwargs,
-        recompute=local.recompute,
-        split_blocks=local.split_blocks,
-        grad_checkpointing=local.grad_checkpointing,
+        modules=MODULES if local.count is None else (local.count,),
         input_size=input_size,
         opt=optim,
         amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
         budget=budget,
-        min_depth=local.min_depth,
-        partition=local.partition,
-        cuts=local.cuts,
+        **recipe,
         **options,
     )
 
 
 def chosen(config: TrainConfig, row: PlanRow) -> TrainConfig:
     """The settings of a run, with a plan's choice in them."""
-    setting = row.setting
-    local = replace(
-        config.local,
-        method=setting.method,
-        modules=setting.modules if setting.modules > 1 else None,
-        cuts=config.local.cuts if setting.modules > 1 else None,
-        split_blocks=setting.split_blocks,
-        grad_checkpointing=setting.grad_checkpointing,
-    )
+    choice = row.setting.recipe
+    if row.setting.modules == 1:  # the rest of the recipe is as the user had it
+        choice = replace(config.local.recipe, method=choice.method, modules=None, cuts=None, split_blocks=False)
+        choice = replace(choice, grad_checkpointing=row.setting.grad_checkpointing)
+    local = replace(config.local, **{f.name: getattr(choice, f.name) for f in fields(Recipe)})
     optim = replace(config.optim, batch_size=row.batch_size, micro_batches=row.micro_batches)
     return replace(config, local=local, optim=optim)
 
@@ -228,8 +217,7 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
 
     def describe(row: PlanRow) -> dict[str, Any]:
         return {
-            "setting": row.setting.name,
-            **vars(row.setting),
+            **row.setting.described(),
             "batch_size": row.batch_size,
             "micro_batches": row.micro_batches,
             "peak": row.trace.peak,

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from localprop.data.base import Data
 from localprop.data.loading import FOLDER, load_data, load_evaluated
-from localprop.division.divide import localize
+from localprop.division.divide import divide
 from localprop.errors import ConfigError
 from localprop.models.backbone import create_backbone, native_size
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import DEFAULT_MODEL, SMALL_SWIN, TrainConfig
+from localprop.settings.recipe import Recipe
 from localprop.settings.trust import without_starting_weights
 from localprop.system.plugins import load_plugin
 from localprop.training.compiling import compile_network, require_compiler
@@ -33,6 +34,7 @@ class Experiment:
         backbone: the model, on its device.
         model_kwargs: with which `timm.create_model` gives the same model.
         device: where it is.
+        recorded: what the network of a run that is resumed is made of; None for a new run.
     """
 
     config: TrainConfig
@@ -40,6 +42,12 @@ class Experiment:
     backbone: nn.Module
     model_kwargs: dict[str, Any]
     device: torch.device
+    recorded: Recipe | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the network is made of."""
+        return self.recorded or self.config.local.recipe
 
     def localize(self) -> LocalNetwork:
         """The backbone as a local network, on its device, compiled if asked.
@@ -47,19 +55,10 @@ class Experiment:
         Raises:
             ConfigError, ChainError: the settings do not fit the model, or there is no compiler that they need.
         """
-        local, data, optim = self.config.local, self.data, self.config.optim
-        net = localize(
+        data, optim = self.data, self.config.optim
+        net = divide(
             self.backbone,
-            local.modules,
-            local.method,
-            local.decoder,
-            local.head,
-            partition=local.partition,
-            cuts=local.cuts,
-            min_depth=local.min_depth,
-            split_blocks=local.split_blocks,
-            recompute=local.recompute,
-            grad_checkpointing=local.grad_checkpointing,
+            self.recipe,
             input_size=self.input_size,
             num_classes=data.num_classes,
             batch_size=optim.batch_size,
@@ -68,7 +67,6 @@ class Experiment:
             criterion=partial(_criterion, smoothing=data.config.smoothing),
             mean=data.mean,
             std=data.std,
-            method_kwargs=local.method_kwargs,
         )
         if self.config.optim.opt in LOW_BIT and self.device.type != "cpu":
             require_compiler(self.device, f"--opt {self.config.optim.opt}")

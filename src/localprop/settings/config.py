@@ -3,17 +3,17 @@
 A flag of the command line, a key of a YAML file and a field here are the same word. Field docstrings are the help.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from localprop.errors import ConfigError
-from localprop.registry import DATASETS, DECODERS, HEADS, METHODS
+from localprop.registry import DATASETS
 from localprop.settings.bounds import require_within_bounds
+from localprop.settings.recipe import Recipe
 from localprop.settings.values import (
-    OptionalBool,
     OptionalFloat,
     OptionalInt,
     OptionalNames,
@@ -57,39 +57,22 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LocalConfig:
+class LocalConfig(Recipe):
     """Local learning."""
 
-    method: Annotated[str, tyro.conf.arg(help=f"How modules learn: {', '.join(METHODS)}.")] = "feature-reconstruction"
-    modules: OptionalInt = None
-    """Number of local modules (default: 4, or 1 for end-to-end)."""
-    decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "conv"
-    head: Annotated[str, tyro.conf.arg(help=f"What predicts the label inside the network: {', '.join(HEADS)}.")] = "mlp"
-    partition: Literal["balanced", "compute", "stage"] = "balanced"
-    """Where to cut: balanced (the module with the highest peak memory takes as little as can be), compute (the
-    slowest module is as fast as can be) or stage (where the resolution changes)."""
-    cuts: OptionalNames = None
-    """Names of units or blocks of units to cut after, instead of --modules and --partition."""
-    min_depth: int = 1
-    """Least number of blocks, or of parts of split ones, in a module; very shallow modules learn worse."""
-    split_blocks: bool = False
-    """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
     budget: OptionalStr = None
     """Choose what fits into so much memory, 8GiB or 500MiB: end-to-end training if it does, else --modules. With
     --modules or --cuts, these must fit."""
-    recompute: OptionalBool = None
-    """Compute activation functions and layer norms again in backward, instead of keeping their results: less memory,
-    the same numbers (default: yes in local modules, no end-to-end)."""
-    grad_checkpointing: bool = False
-    """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
 
     def __post_init__(self) -> None:
-        require_within_bounds(self)
+        super().__post_init__()
         if self.budget is not None:
             parse_bytes(self.budget, "--budget")
 
-    method_kwargs: Pairs = None
-    """For the method, such as weight=0.5."""
+    @property
+    def recipe(self) -> Recipe:
+        """What the network is made of, without the budget."""
+        return Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""Where a chain is cut, and the network that comes of it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional as F
+
+from localprop.division.partition import balanced, module_ends, most_modules, stage_ends
+from localprop.errors import ChainError, ConfigError, listing, suggestion
+from localprop.features import infer_layout
+from localprop.memory.cost import Costs, module_peak
+from localprop.memory.part import Conditions, Cost
+from localprop.methods import build_loss
+from localprop.network.network import LocalLoss, LocalModule, LocalNetwork, ModuleSpec
+from localprop.settings.recipe import Recipe
+
+PARTITIONS = ("balanced", "compute", "stage")
+
+
+class Division:
+    """A backbone with everything settled but where to cut.
+
+    Args:
+        costs: its chain, and what is known of its costs.
+        recipe: what the network is made of, resolved.
+        spec: the modules, but for their places.
+        step: of the step for which it is cut; what units compute again is the recipe's to say.
+    """
+
+    def __init__(self, costs: Costs, recipe: Recipe, spec: ModuleSpec, step: Conditions) -> None:
+        self.costs, self.recipe, self.spec, self.step = costs, recipe, spec, step
+        self.model, self.units = costs.model, costs.chain
+        units = self.units
+        self.layouts = [
+            spec.image,
+            *(
+                infer_layout((1, *unit.shape), units.input_size, units.prefix_tokens, units.output_format)
+                for unit in units
+            ),
+        ]
+
+    def loss(self, index: int, start: int, stop: int, **changes: Any) -> LocalLoss:
+        """The local loss of the module of units [start, stop)."""
+        spec = replace(self.spec, index=index, input=self.layouts[start], output=self.layouts[stop], **changes)
+        return build_loss(self.recipe.method, spec, self.recipe.options)
+
+    def ends(self) -> list[int]:
+        """After how many units each module ends, as the recipe says.
+
+        Raises:
+            ChainError: the chain has no such cuts, or not so many modules.
+            ConfigError: no such partition.
+        """
+        recipe, units = self.recipe, self.units
+        if recipe.cuts is not None:
+            ends = [*(units.position(name) for name in recipe.cuts), len(units)]
+            if ends != sorted(set(ends)):
+                names = listing(unit.name for unit in units)
+                raise ChainError(f"cuts {listing(recipe.cuts)} are not in order and before the last unit of: {names}")
+            return ends
+        if recipe.partition == "stage":
+            return self._balance(stage_ends(units), "memory", "stages, where the resolution changes")
+        if recipe.partition in ("balanced", "compute"):
+            aim: Literal["memory", "time"] = "memory" if recipe.partition == "balanced" else "time"
+            return self._balance(list(range(1, len(units) + 1)), aim, "units")
+        raise ConfigError(f"no partition is called {recipe.partition!r}; {suggestion(recipe.partition, PARTITIONS)}")
+
+    def _balance(self, ends: list[int], aim: Literal["memory", "time"], what: str) -> list[int]:
+        """The `count` of the possible `ends` with which the largest module is smallest, auxiliary nets included."""
+        if self.spec.count == 1:
+            return ends[-1:]
+        min_depth = self.recipe.min_depth
+        possible = module_ends(self.units, ends, min_depth)
+        count, most = self.spec.count, most_modules(self.units, possible, min_depth)
+        if count > most:
+            blocks = sum(unit.depth for unit in self.units)
+            depth = f", and a module takes at least {min_depth} of its {blocks} blocks" if most < len(ends) else ""
+            raise ChainError(
+                f"{count} modules asked for, but the backbone has {len(ends)} {what}{depth}: "
+                f"at most {max(most, 1)}: {listing(self.units[end - 1].name for end in possible)}"
+            )
+        ends = possible
+        starts = [0, *ends]
+        cost = self._costs(aim)
+        depths = [0, *accumulate(unit.depth for unit in self.units)]
+
+        def allowed(i: int, j: int) -> float:
+            start, stop = starts[i], starts[j]
+            return cost(start, stop) if depths[stop] - depths[start] >= min_depth else float("inf")
+
+        return [starts[j] for j in balanced(len(ends), count, allowed)]
+
+    def _costs(self, aim: Literal["memory", "time"]) -> Callable[[int, int], float]:
+        """The cost of a module of units [start, stop): bytes at its peak, or expected time."""
+
+        def unit(i: int, first: bool, last: bool) -> Cost:
+            # The first unit of a module needs no gradient of its input.
+            step = replace(self.step, recomputation=self.recipe.recomputation(last), input_gradient=not first)
+            return self.costs.units(step)[i]
+
+        @cache
+        def auxiliary(index: int, start: int, stop: int) -> Cost:
+            with torch.random.fork_rng(devices=[]):
+                # The user's criterion may not take such labels as the cost is found with, and keeps next to nothing.
+                loss = self.loss(index, start, stop, criterion=F.cross_entropy)
+            step = replace(self.step, recomputation=self.recipe.recomputation(last=True))
+            return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), step)
+
+        def cost(start: int, stop: int) -> float:
+            own = [unit(i, i == start, i == stop - 1) for i in range(start, stop)]
+            # Which module it will be is not known yet, only whether the first, the last or between.
+            index = 0 if start == 0 else self.spec.count - 1 if stop == len(self.units) else 1
+            # Of units with equal outputs any stands for all: their auxiliary nets cost the same.
+            loss = auxiliary(index, self._representative(start), self._representative(stop))
+            return module_peak(own, loss) if aim == "memory" else sum(part.seconds for part in [*own, loss])
+
+        return cost
+
+    def build(self, ends: list[int]) -> LocalNetwork:
+        """The network with modules that end after these numbers of units."""
+        first = next(self.model.parameters(), torch.empty(0))
+        local_modules = []
+        for index, (start, stop) in enumerate(pairwise([0, *ends])):
+            loss = self.loss(index, start, stop).to(first.device, first.dtype)
+            local_modules.append(
+                LocalModule(
+                    self.model,
+                    self.units[start:stop],
+                    loss,
+                    self.layouts[stop],
+                    bool(self.recipe.recompute),
+                    self.recipe.grad_checkpointing,
+                )
+            )
+        return LocalNetwork(self.model, local_modules, self.units.input_size, self.recipe)
+
+    def _shape(self, position: int) -> tuple[int, ...]:
+        return self.units[position - 1].shape if position else self.units.input_size
+
+    def _representative(self, position: int) -> int:
+        if position in (0, len(self.units)):
+            return position
+        return next(p for p in range(1, position + 1) if self._shape(p) == self._shape(position))

@@ -1,0 +1,99 @@
+"""What a local network is made of: one list of settings for flags, the library, plans and records."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from localprop.errors import ConfigError, suggestion
+from localprop.registry import DECODERS, HEADS, METHODS
+from localprop.settings.bounds import require_within_bounds
+from localprop.settings.values import OptionalBool, OptionalInt, OptionalNames, Pairs
+
+Recomputation = Literal["none", "cheap", "whole"]
+"""What a unit computes again in backward instead of keeping it: nothing; activation functions and layer norms (see
+`localprop.memory.recompute`); or all of it, from its input alone."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a local network is made of. What is None depends on the rest: see `resolved`."""
+
+    method: Annotated[str, tyro.conf.arg(help=f"How modules learn: {', '.join(METHODS)}.")] = "feature-reconstruction"
+    modules: OptionalInt = None
+    """Number of local modules (default: 4, or 1 for end-to-end)."""
+    decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "conv"
+    head: Annotated[str, tyro.conf.arg(help=f"What predicts the label inside the network: {', '.join(HEADS)}.")] = "mlp"
+    partition: Literal["balanced", "compute", "stage"] = "balanced"
+    """Where to cut: balanced (the module with the highest peak memory takes as little as can be), compute (the
+    slowest module is as fast as can be) or stage (where the resolution changes)."""
+    cuts: OptionalNames = None
+    """Names of units or blocks of units to cut after, instead of --modules and --partition."""
+    min_depth: int = 1
+    """Least number of blocks, or of parts of split ones, in a module; very shallow modules learn worse."""
+    split_blocks: bool = False
+    """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
+    recompute: OptionalBool = None
+    """Compute activation functions and layer norms again in backward, instead of keeping their results: less memory,
+    the same numbers (default: yes in local modules, no end-to-end)."""
+    grad_checkpointing: bool = False
+    """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
+    method_kwargs: Pairs = None
+    """For the method, such as weight=0.5."""
+
+    def __post_init__(self) -> None:
+        require_within_bounds(self)
+
+    @classmethod
+    def of(cls, **settings: Any) -> "Recipe":
+        """A recipe of some settings, with one line for a name that there is not.
+
+        Raises:
+            ConfigError: no such setting, or an impossible value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"a local network has no setting {name!r}; {suggestion(name, known)}")
+        try:
+            return cls(**settings)
+        except ConfigError as error:  # its line names a flag, and here there are none
+            raise ConfigError(re.sub(r"^--([\w-]+)", lambda flag: flag[1].replace("-", "_"), str(error))) from None
+
+    @property
+    def count(self) -> int | None:
+        """The number of local modules that is asked for, K; None where it is left open.
+
+        Raises:
+            ConfigError: modules and cuts say different things.
+        """
+        if self.cuts is None:
+            return self.modules
+        if self.modules not in (None, len(self.cuts) + 1):
+            raise ConfigError(
+                f"{len(self.cuts)} cuts make {len(self.cuts) + 1} modules, not {self.modules}; leave out one of the two"
+            )
+        return len(self.cuts) + 1
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether gradients are those of end-to-end training, whatever the number of modules."""
+        return self.method == "end-to-end"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options that are given."""
+        return dict(self.method_kwargs or {})
+
+    def recomputation(self, last: bool) -> Recomputation:
+        """What a unit computes again in backward, where all that is open is resolved.
+
+        Args:
+            last: whether it is the last unit of its module. What that keeps is needed at once, so nothing is gained by
+                computing it twice.
+        """
+        if self.grad_checkpointing and not last:
+            return "whole"
+        return "cheap" if self.recompute else "none"
