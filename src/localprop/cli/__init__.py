@@ -17,14 +17,14 @@ from localprop.system.startup import release_interrupts
 USAGE = """\
 usage: localprop COMMAND [OPTIONS]
 
-Train transformers, and any other timm model, without end-to-end backpropagation.
+Train transformers, and other models, without end-to-end backpropagation.
 
-  train          train a model by local learning; without options, a small Swin on handwritten digits
-  plan           memory and time of training, predicted without a GPU and without data; --budget tells what fits
-  bench SUITE    a grid of training runs under one protocol, and a report with tables and pictures
-  eval RUN       accuracy of a run's weights
-  export RUN     a run's weights as a folder that timm.create_model loads
-  chain MODEL    the units that a model can be cut into
+  train          train a model; without options, a small Swin on digits
+  plan           predict memory and time of training, without GPU and data
+  bench SUITE    run a grid of trainings, and make tables and pictures of them
+  eval RUN       measure the accuracy of a run's weights
+  export RUN     write a run's weights as a folder that timm.create_model loads
+  chain MODEL    show the units that a model can be cut into
 
 localprop COMMAND --help lists the options of a command.
 """

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -25,9 +25,9 @@ UNFINISHED = 75  # the shell's EX_TEMPFAIL: call again
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Tables and pictures of a suite's results: report.md and PNGs, written into their folder."""
+    """Write tables and pictures of a suite's results: report.md and PNGs."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder with results."""
 
 

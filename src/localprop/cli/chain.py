@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -17,7 +18,7 @@ from localprop.settings.flags import parse
 class ChainOptions(ModelConfig):
     """The units that a model can be cut into: their output shapes and parameters."""
 
-    model: tyro.conf.Positional[str] = field(kw_only=True)
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = field(kw_only=True)
     """Name of a timm model, or of one that --plugin registers."""
 
 

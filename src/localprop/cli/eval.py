@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -16,7 +17,7 @@ from localprop.settings.values import OptionalFloat, OptionalInt, OptionalPath, 
 class EvalOptions:
     """Accuracy of a run's weights on its test images, or on others."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     data: OptionalStr = None
     """Other data, such as folder:PATH (default: the run's own)."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -13,9 +14,9 @@ from localprop.settings.values import OptionalPath
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """A run's weights as a folder that timm.create_model loads: model.safetensors and config.json."""
+    """A run's weights and config.json as a folder that timm.create_model loads."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
     output: OptionalPath = None
     """Folder to write (default: RUN/export)."""

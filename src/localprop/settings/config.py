@@ -29,6 +29,24 @@ from localprop.system.lock import LOCK
 # The backbone where none is named: timm's Swin-Tiny, made small enough for images of 16 to 96 pixels.
 DEFAULT_MODEL = "swin_tiny_patch4_window7_224"
 SMALL_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": [2, 2], "num_heads": [3, 6]}
+# Of what needs more than a line: tyro keeps a line break of a field's docstring.
+_VAL_SPLIT_HELP = (
+    "Part of the training images that is held out, the same in every run, and evaluated on instead of the test images: "
+    "for choosing settings without looking at the test images."
+)
+_HOLD_HELP = (
+    "Keep images that are held in memory on the training device: no transfers, the same batches. The peak memory that "
+    "is shown is that of training, without them."
+)
+_MICRO_BATCHES_HELP = (
+    "Equal parts of a batch that go through the modules one after another, before one step with the sum of their "
+    "gradients: less memory and the same training, except that batch norm and contrastive losses see parts."
+)
+_PARALLEL_HELP = (
+    "Train in several processes, started by --nproc or torchrun: modules (each process trains its own modules, with "
+    "the same numbers; a multiple of --modules makes replicas that share every batch) or data (each process trains all "
+    "modules on its part of every batch)."
+)
 _DATA_HELP = (
     f"{', '.join(name for name in DATASETS if name != 'synthetic')}, folder:PATH with train/ and test/ or val/ (with "
     "both, test/ is evaluated once, after training), or synthetic (random pixels, to measure memory and time)."
@@ -37,7 +55,7 @@ _DATA_HELP = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Backbone."""
+    """The model that is trained."""
 
     model: str = DEFAULT_MODEL
     """Name of a timm model, or of one that --plugin registers."""
@@ -46,7 +64,7 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights."""
     img_size: OptionalInt = None
-    """Side of the square input in pixels (default: the dataset's own; for a folder, what --model was made for)."""
+    """Side of the square input in pixels (default: the dataset's; for a folder, the model's)."""
     drop_path: float = 0.0
     """Stochastic depth rate, for models that have it."""
     plugin: OptionalPath = None
@@ -58,11 +76,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LocalConfig(Recipe):
-    """Local learning."""
+    """How the model is divided into local modules, and how they learn."""
 
     budget: OptionalStr = None
-    """Choose what fits into so much memory, 8GiB or 500MiB: end-to-end training if it does, else --modules. With
-    --modules or --cuts, these must fit."""
+    """Memory to fit into, 8GiB or 500MiB: end-to-end if it fits, else modules; --modules or --cuts must fit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,21 +94,17 @@ class LocalConfig(Recipe):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Data and augmentation."""
+    """What the model is trained on and evaluated on, and how images are augmented."""
 
     data: Annotated[str, tyro.conf.arg(help=_DATA_HELP)] = "digits"
     data_dir: Path = Path("data")
-    """Where torchvision's datasets lie or are downloaded to."""
+    """Where torchvision's datasets are, or are downloaded to."""
     download: bool = False
     """Download the dataset if it is not there."""
-    val_split: float = 0.0
-    """Part of the training images that is held out, the same in every run, and evaluated on instead of the test images:
-    for choosing settings; the test images are not looked at."""
+    val_split: Annotated[float, tyro.conf.arg(help=_VAL_SPLIT_HELP)] = 0.0
     workers: int = 2
     """Processes that decode images, for data that is not held in memory."""
-    hold_on_device: bool = False
-    """Keep images that are held in memory on the training device, for a GPU with room to spare: no transfers, the same
-    batches. The peak memory that is shown is that of training, without them."""
+    hold_on_device: Annotated[bool, tyro.conf.arg(help=_HOLD_HELP)] = False
     crop_pad: OptionalInt = None
     """Padding in pixels before the random crop of small images (default: an eighth of the image; none below 16)."""
     hflip: OptionalFloat = None
@@ -111,15 +124,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimization."""
+    """Steps, optimizer and learning rate."""
 
     epochs: int = 24
     """Epochs to train."""
     batch_size: int = 32
     """Images per step."""
-    micro_batches: int = 1
-    """Equal parts of a batch that go through the modules one after the other, before a step with the sum of their
-    gradients: less memory. The same training, but that batch norm and contrastive losses see parts."""
+    micro_batches: Annotated[int, tyro.conf.arg(help=_MICRO_BATCHES_HELP)] = 1
     opt: str = "adamw"
     """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
     lr: float = 3e-3
@@ -129,8 +140,7 @@ class OptimConfig:
     sched: str = "cosine"
     """Any scheduler of timm, stepped per update: cosine, tanh, poly, wsd, rsqrt, constant or none."""
     warmup_epochs: OptionalFloat = None
-    """Epochs, or parts of them, over which the learning rate rises linearly (default: a tenth of --epochs, at most
-    3)."""
+    """Epochs, or parts of one, in which the learning rate rises (default: a tenth of --epochs, at most 3)."""
     min_lr: float = 1e-6
     """Learning rate at the end of the schedule."""
     clip_grad: OptionalFloat = None
@@ -152,14 +162,14 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Run."""
+    """Where and how a run is computed, and what is saved."""
 
     output: Path = Path("runs")
     """Folder that holds the run folders."""
     experiment: OptionalStr = None
     """Name of the run folder (default: from date, data and method). A run never writes into an old one."""
     resume: OptionalStr = None
-    """Go on with a run: its folder, or nothing for the newest in --output."""
+    """Resume a run: its folder, or nothing for the newest in --output."""
     seed: int = 42
     """Seed of weights, data order, augmentation and dropout."""
     device: OptionalStr = None
@@ -167,8 +177,7 @@ class RunConfig:
     compile: bool = False
     """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
     steps: OptionalInt = None
-    """Stop after so many steps in all, with everything that the end of a run has. The learning rate still follows
-    --epochs, so that the run can be resumed: to its end, or to more --steps."""
+    """Stop after this many steps in all, as at the end of a run; --resume continues, up to --epochs."""
     val_interval: int = 1
     """Evaluate after every so many epochs, and after the last."""
     checkpoint_steps: OptionalInt = None
@@ -176,16 +185,13 @@ class RunConfig:
     checkpoint_hist: int = 2
     """Checkpoints kept."""
     parallel: Annotated[
-        Literal["modules", "data"] | None, tyro.conf.arg(metavar="{modules,data}", help_behavior_hint="")
+        Literal["modules", "data"] | None,
+        tyro.conf.arg(metavar="{modules,data}", help_behavior_hint="", help=_PARALLEL_HELP),
     ] = None
-    """Train in several processes, --nproc or as torchrun says: modules (each its own modules, the same numbers; with a
-    multiple of --modules, replicas that share every batch out) or data (each all modules, and a part of every
-    batch)."""
     nproc: OptionalInt = None
     """Processes for --parallel on this machine; where there are fewer than modules, consecutive ones share one."""
     trace: bool = False
-    """Record when each process of --parallel computes, waits and sends, in the last steps: trace.json and
-    timeline.png."""
+    """Record when each process of --parallel computes, waits and sends: trace.json and timeline.png."""
 
     def __post_init__(self) -> None:
         require_within_bounds(self)
@@ -204,8 +210,8 @@ class RunConfig:
 class TrainConfig:
     """Train a model by local learning.
 
-    Without options: a small Swin on handwritten digits. -c FILE.yaml sets defaults, which flags override; its keys
-    are the flags' names.
+    Without options: a small Swin on handwritten digits.
+    -c FILE.yaml gives settings, named like flags; flags win over it.
     """
 
     backbone: ModelConfig = field(default_factory=ModelConfig)
@@ -227,13 +233,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Run a suite: a grid of training runs under one protocol, each with its result in one JSON file.
+    """Run a suite: a grid of training runs under one protocol.
 
-    What has a result is not run again, and what was cut off goes on from its checkpoint. `localprop bench` alone
-    lists the suites that are shipped, `localprop bench report FOLDER` makes tables and pictures of the results.
+    Each run has its result in a JSON file. Called again, it runs what is missing.
+    `localprop bench` alone lists the shipped suites.
+    `localprop bench report FOLDER` makes tables and pictures of the results.
     """
 
-    suite: tyro.conf.Positional[str]
+    suite: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SUITE")]
     """Name of a shipped suite, or a YAML file."""
     output: OptionalPath = None
     """Folder for the results (default: bench/ and the suite's name)."""
@@ -244,13 +251,13 @@ class BenchConfig:
     jobs: int = 1
     """Runs at once; the processor's cores are shared out."""
     time_limit: OptionalStr = None
-    """Stop between two steps after this time, 9m or 1h30m, with everything saved; exit code 75 if runs are left."""
+    """Stop between two steps after this time, 9m or 1h30m, with everything saved; exit code 75 if runs remain."""
     data: Pairs = None
     """Folders of images in place of named datasets, such as cifar10=PATH, with PATH/train and PATH/test."""
     set: Pairs = None
     """Other settings for all runs, such as epochs=1; they are part of the result."""
     data_dir: OptionalPath = None
-    """Where torchvision's datasets lie or are downloaded to."""
+    """Where torchvision's datasets are, or are downloaded to."""
     download: bool = False
     """Download datasets that are not there."""
     device: OptionalStr = None
@@ -266,10 +273,11 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Tell what training takes: memory, time and operations per step, without a GPU and without data.
+    """Predict memory, time and operations of a step, without GPU and data.
 
-    A table with end-to-end training, activation checkpointing and K local modules, and a picture of memory over one
-    step. With --budget also which of them fits.
+    Compares end-to-end training, activation checkpointing and local modules.
+    --budget also says which of them fits into so much memory.
+    -c FILE.yaml gives settings, named like flags; flags win over it.
     """
 
     backbone: ModelConfig = field(default_factory=ModelConfig)
@@ -291,14 +299,13 @@ class PlanConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     """Whose kernels and speed to assume."""
     parallel: Annotated[Literal["modules"] | None, tyro.conf.arg(metavar="{modules}", help_behavior_hint="")] = None
-    """Tell also what modules take that are trained at the same time by several processes: modules. With --nproc."""
+    """Predict also what each process needs when modules are trained by several: modules. Needs --nproc."""
     nproc: OptionalInt = None
     """Processes for --parallel."""
     bandwidth: OptionalStr = None
-    """What a second moves from one process to another, 100MiB or 10GiB (default: an order of magnitude for
-    --device)."""
+    """Data per second from one process to another, 100MiB or 10GiB (default: a typical value for --device)."""
     json: OptionalPath = None
-    """Write everything into this file too."""
+    """Write all numbers into this file as well."""
     picture: Path = Path("plan.png")
     """Where to draw the picture."""
 

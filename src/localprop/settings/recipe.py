@@ -15,6 +15,11 @@ from localprop.settings.values import OptionalBool, OptionalInt, OptionalNames, 
 Recomputation = Literal["none", "cheap", "whole"]
 """What a unit computes again in backward instead of keeping it: nothing; activation functions and layer norms (see
 `localprop.memory.recompute`); or all of it, from its input alone."""
+# Of what needs more than a line: tyro keeps a line break of a field's docstring.
+_PARTITION_HELP = (
+    "Where to cut: balanced (the largest peak memory of a module is as small as possible), compute (the slowest module "
+    "is as fast as possible) or stage (where the resolution changes)."
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,7 @@ class Recipe:
     """Number of local modules (default: 4, or 1 for end-to-end)."""
     decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "conv"
     head: Annotated[str, tyro.conf.arg(help=f"What predicts the label inside the network: {', '.join(HEADS)}.")] = "mlp"
-    partition: Literal["balanced", "compute", "stage"] = "balanced"
-    """Where to cut: balanced (the module with the highest peak memory takes as little as can be), compute (the
-    slowest module is as fast as can be) or stage (where the resolution changes)."""
+    partition: Annotated[Literal["balanced", "compute", "stage"], tyro.conf.arg(help=_PARTITION_HELP)] = "balanced"
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
     min_depth: int = 1
@@ -36,8 +39,7 @@ class Recipe:
     split_blocks: bool = False
     """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
     recompute: OptionalBool = None
-    """Compute activation functions and layer norms again in backward, instead of keeping their results: less memory,
-    the same numbers (default: yes in local modules, no end-to-end)."""
+    """Run activation functions and layer norms again in backward to save memory (default: in local modules only)."""
     grad_checkpointing: bool = False
     """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
     method_kwargs: Pairs = None
