@@ -58,9 +58,9 @@ def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, *
         "batch_size": row.batch_size,
         "micro_batches": row.micro_batches,
         "precision": "bf16" if amp else "fp32",
-        "predicted": row.trace.peak,
+        "predicted": row.step.peak,
         "measured": peak,
-        "error_percent": round(100 * (row.trace.peak / peak - 1), 3),
+        "error_percent": round(100 * (row.step.peak / peak - 1), 3),
     }
     print(
         f"{name:30s} {setting.method:22s} {setting.name:20s} batch {row.batch_size:3d} {result['precision']} "

@@ -55,9 +55,9 @@ HALF = replace(PLAIN, amp_dtype=torch.bfloat16)
 def test_the_largest_peak_is_that_of_the_simulated_step(name, conditions):
     checkpointing = conditions is HALF
     net = split(name, grad_checkpointing=checkpointing)
-    trace = simulate_step(net, OptimConfig(amp=conditions.amp_dtype is not None), BATCH, SIZE)
-    static = trace.parts["parameters"] + trace.parts["optimizer"]
-    assert static + max(map(sum, composed(net, name, conditions, checkpointing))) == pytest.approx(trace.peak, rel=0.04)
+    step = simulate_step(net, OptimConfig(amp=conditions.amp_dtype is not None), BATCH, SIZE)
+    static = step.parts["parameters"] + step.parts["optimizer"]
+    assert static + max(map(sum, composed(net, name, conditions, checkpointing))) == pytest.approx(step.peak, rel=0.04)
 
 
 def sequential():

@@ -156,11 +156,11 @@ def test_a_plan_divides_the_batch_where_nothing_else_fits():
     choice = result.choice
     assert choice.batch_size == BATCH
     assert BATCH % choice.micro_batches == 0
-    assert choice.trace.peak <= whole // 2
+    assert choice.step.peak <= whole // 2
     fewer = max(n for n in range(1, choice.micro_batches) if BATCH % n == 0)
     assert simulate_step(net, OptimConfig(micro_batches=fewer), BATCH, SIZE).peak > whole // 2
     asked = plan(build("cnn"), BATCH, **options, micro_batches=choice.micro_batches)
-    assert [row.trace.peak for row in asked.rows if row.setting == choice.setting] == [choice.trace.peak]
+    assert [row.step.peak for row in asked.rows if row.setting == choice.setting] == [choice.step.peak]
 
 
 def test_gradients_of_parts_in_a_loop_of_ones_own():

@@ -58,19 +58,19 @@ def real_peak(net, config, modules):
 @pytest.mark.parametrize("modules", [range(0, 1), range(1, 3), range(2, 3)])
 def test_the_predicted_peak_of_a_process_is_that_of_a_real_one(name, method, modules):
     config = OptimConfig(model_ema=name == "vit")
-    trace = simulate_step(split(name, 3, method), config, BATCH, SIZE, modules=modules)
-    assert trace.peak == pytest.approx(real_peak(split(name, 3, method), config, modules), rel=0.01)
-    assert trace.module in modules
+    step = simulate_step(split(name, 3, method), config, BATCH, SIZE, modules=modules)
+    assert step.peak == pytest.approx(real_peak(split(name, 3, method), config, modules), rel=0.01)
+    assert step.module in modules
     whole = simulate_step(split(name, 3, method), config, BATCH, SIZE)
-    assert trace.peak < whole.peak
+    assert step.peak < whole.peak
     starts = [0.0, *whole.module_ends]
-    assert trace.seconds < 1.2 * (whole.module_ends[modules[-1]] - starts[modules.start])
+    assert step.seconds < 1.2 * (whole.module_ends[modules[-1]] - starts[modules.start])
 
 
 def test_processes_hold_the_batches_in_flight():
     net = split("vit", 3)
-    trace = simulate_step(net, OptimConfig(), BATCH, SIZE)
-    result = share_out(net, trace, OptimConfig(), BATCH, SIZE, "cpu", 3, Link())
+    step = simulate_step(net, OptimConfig(), BATCH, SIZE)
+    result = share_out(net, step, OptimConfig(), BATCH, SIZE, "cpu", 3, Link())
     alone = [simulate_step(net, OptimConfig(), BATCH, SIZE, modules=range(k, k + 1)) for k in range(3)]
     images, labels = batch(BATCH)
     sizes = [0]
@@ -85,16 +85,16 @@ def test_processes_hold_the_batches_in_flight():
 
 def test_replicas_share_the_batch_and_reduce_gradients():
     net = split("swin", 2, "greedy")
-    trace = simulate_step(net, OptimConfig(), BATCH, SIZE)
-    one, two = (share_out(net, trace, OptimConfig(), BATCH, SIZE, "cpu", n, Link()) for n in (2, 4))
+    step = simulate_step(net, OptimConfig(), BATCH, SIZE)
+    one, two = (share_out(net, step, OptimConfig(), BATCH, SIZE, "cpu", n, Link()) for n in (2, 4))
     assert (one.replicas, two.replicas) == (1, 2)
     assert two.ranks == one.ranks == [range(0, 1), range(1, 2)]
     assert two.timing.seconds < one.timing.seconds
-    slow = share_out(net, trace, OptimConfig(), BATCH, SIZE, "cpu", 4, Link(bandwidth=1e5))
+    slow = share_out(net, step, OptimConfig(), BATCH, SIZE, "cpu", 4, Link(bandwidth=1e5))
     gradients = [total_bytes(module.parameters()) for module in net.local_modules]
     assert slow.timing.seconds >= max(gradients) / 1e5
     with pytest.raises(ConfigError, match="15 does not divide equally into 2 replicas; take --batch-size 16"):
-        share_out(net, trace, OptimConfig(), 15, SIZE, "cpu", 4, Link())
+        share_out(net, step, OptimConfig(), 15, SIZE, "cpu", 4, Link())
 
 
 def real_stage_peak(name, rank, ranks, names, micro, count):
@@ -156,13 +156,13 @@ def test_a_plan_for_processes():
     arguments = {"modules": (2, 3), "method": "greedy", "partition": "compute"}
     plain = plan(model, 16, **arguments)
     result = plan(model, 16, **arguments, nproc=2)
-    assert [row.trace for row in result.rows] == [row.trace for row in plain.rows]
+    assert [row.step for row in result.rows] == [row.step for row in plain.rows]
     assert all(row.parallel is None for row in [*plain.rows, *result.rows[:2]])
     assert plain.pipeline is None
     for row in result.rows[2:]:
         assert [*chain(*row.parallel.ranks)] == [*range(row.setting.modules)]
         assert [*chain(*row.parallel.units)] == [*chain(*row.module_units)]
-        assert max(row.parallel.peaks) < row.trace.peak
+        assert max(row.parallel.peaks) < row.step.peak
         assert 1 < result.speedup(row) <= 2.2
     assert 1 < result.pipeline_speedup < 2
     two = result.rows[2]

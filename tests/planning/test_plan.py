@@ -15,7 +15,8 @@ import torch
 from localprop import localize, plan
 from localprop.cli import main
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
-from localprop.planning.simulation import PARTS, simulate_step
+from localprop.planning.simulation import simulate_step
+from localprop.planning.steps import PARTS
 from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig, parse_bytes
 from localprop.settings.flags import parse
 from localprop.settings.flat import to_flags
@@ -57,7 +58,7 @@ def test_ratios_are_those_to_end_to_end(result):
         [ratio(row) for row in result.rows] for ratio in (result.memory_ratio, result.time_ratio, result.flops_ratio)
     )
     assert memory[0] == time[0] == flops[0] == 1
-    assert memory == [row.trace.peak / result.rows[0].trace.peak for row in result.rows]
+    assert memory == [row.step.peak / result.rows[0].step.peak for row in result.rows]
     assert 1 > memory[2] > memory[3]
     assert 1.2 < flops[1] < 1.4  # forward twice
     assert 1.2 < time[1] < 1.5
@@ -69,7 +70,7 @@ def test_a_row_is_a_simulated_step_of_that_setting(result):
     settings = {1: {"method": "end-to-end", "grad_checkpointing": True}, 2: {"modules": 2, "method": "greedy"}}
     for i, options in settings.items():
         net = localize(model, input_size=SIZE, batch_size=16, **options)
-        assert simulate_step(net, OptimConfig(), 16, SIZE) == result.rows[i].trace
+        assert simulate_step(net, OptimConfig(), 16, SIZE) == result.rows[i].step
         assert [module.units for module in net.local_modules] == result.rows[i].module_units
 
 
@@ -87,7 +88,7 @@ def test_blocks_are_split_where_more_modules_of_whole_ones_save_nothing():
     """Of five blocks, four modules have two together as three have."""
     rows = small_plan((3, 4, "max"), model=vit(5)).rows[2:]
     assert names(rows) == ["K=3", "K=4", "K=4, split", "K=10, split, max"]
-    assert rows[2].trace.peak < rows[1].trace.peak
+    assert rows[2].step.peak < rows[1].step.peak
     assert [row.setting.split_blocks for row in rows] == [False, False, True, True]
 
 
@@ -96,11 +97,11 @@ def test_options_reach_every_local_row():
     plain = small_plan(**kwargs).rows
     for options in ({"amp_dtype": torch.bfloat16}, {"opt": OptimConfig(opt="sgd", model_ema=True)}):
         other = small_plan(**kwargs, **options).rows
-        assert all(a.trace.peak != b.trace.peak for a, b in zip(plain, other, strict=True))
+        assert all(a.step.peak != b.step.peak for a, b in zip(plain, other, strict=True))
     for options in ({"head": "conv"}, {"cuts": ["3"]}):
         other = small_plan(**kwargs, **options).rows
-        assert other[0].trace == plain[0].trace
-        assert (other[2].trace, other[2].module_units) != (plain[2].trace, plain[2].module_units)
+        assert other[0].step == plain[0].step
+        assert (other[2].step, other[2].module_units) != (plain[2].step, plain[2].module_units)
     checkpointed = small_plan(**kwargs, grad_checkpointing=True).rows
     assert names(checkpointed) == ["end-to-end", "end-to-end + ckpt", "K=2 + ckpt"]
 
@@ -108,8 +109,8 @@ def test_options_reach_every_local_row():
 def test_a_plan_for_cuda_takes_its_speed():
     cpu, cuda = (small_plan((2,), model=build("mlp"), device=device).rows for device in ("cpu", "cuda"))
     for a, b in zip(cpu, cuda, strict=True):
-        assert b.trace.seconds < 0.01 * a.trace.seconds
-        assert (b.trace.peak, b.trace.flops) == (a.trace.peak, a.trace.flops)
+        assert b.step.seconds < 0.01 * a.step.seconds
+        assert (b.step.peak, b.step.flops) == (a.step.peak, a.step.flops)
 
 
 def test_end_to_end_has_baselines_only():
@@ -138,7 +139,7 @@ def test_a_mistake_is_one_line(options, error, words):
 
 def test_the_fastest_that_fits_is_chosen():
     model = vit(4)
-    whole, checkpointed, two = (row.trace.peak for row in small_plan((2, 99), 32, model).rows)
+    whole, checkpointed, two = (row.step.peak for row in small_plan((2, 99), 32, model).rows)
     assert max(checkpointed, two) < whole
 
     def choice(budget, modules=(2, 99)):
@@ -291,3 +292,9 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
     assert words in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_old_name_of_a_rows_step_warns():
+    row = small_plan((2,), model=build("mlp")).rows[0]
+    with pytest.warns(DeprecationWarning, match="PlanRow.step"):
+        assert row.trace is row.step

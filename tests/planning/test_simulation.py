@@ -19,7 +19,8 @@ from localprop.memory.attention import kernels_of
 from localprop.memory.cost import Costs
 from localprop.memory.measure import measured
 from localprop.memory.tracker import Tracker
-from localprop.planning.simulation import PARTS, simulate_step
+from localprop.planning.simulation import simulate_step
+from localprop.planning.steps import PARTS
 from localprop.settings.config import OptimConfig
 from localprop.training.state import TrainingState
 from tiny import MODELS, SIZE, batch, build, split, traced_once
@@ -49,16 +50,16 @@ def real_peak(net, config):
 
 def check(net, **settings):
     config = OptimConfig(**settings)
-    trace = simulate_step(net, config, BATCH, SIZE)
+    step = simulate_step(net, config, BATCH, SIZE)
     # Kernels for products of bfloat16 take up to a megabyte of their own, which is not predicted.
-    assert trace.peak == pytest.approx(real_peak(net, config), rel=0.03 if config.amp else 0.01)
-    assert trace.parts.keys() == set(PARTS)
-    assert sum(trace.parts.values()) == trace.peak == max(used for _, used in trace.timeline)
-    assert all(size >= 0 for size in trace.parts.values())
-    assert len(trace.module_ends) == len(net.local_modules) > trace.module
-    assert trace.module_ends == sorted(trace.module_ends)
-    assert trace.module_ends[-1] == trace.seconds > 0
-    return trace
+    assert step.peak == pytest.approx(real_peak(net, config), rel=0.03 if config.amp else 0.01)
+    assert step.parts.keys() == set(PARTS)
+    assert sum(step.parts.values()) == step.peak == max(used for _, used in step.timeline)
+    assert all(size >= 0 for size in step.parts.values())
+    assert len(step.module_ends) == len(net.local_modules) > step.module
+    assert step.module_ends == sorted(step.module_ends)
+    assert step.module_ends[-1] == step.seconds > 0
+    return step
 
 
 PLAIN = [(name, "feature-reconstruction") for name in MODELS]
@@ -103,12 +104,12 @@ def test_the_predicted_peak_follows_every_setting(name, settings, options):
 def test_the_parts_are_what_they_are_called():
     net = split("mlp", method="greedy")
     weights = 4 * sum(p.numel() for p in net.parameters())
-    trace = simulate_step(net, OptimConfig(), BATCH, SIZE)
+    step = simulate_step(net, OptimConfig(), BATCH, SIZE)
     largest = 4 * max(sum(p.numel() for p in module.parameters()) for module in net.local_modules)
-    assert trace.parts["parameters"] == weights
-    assert 2 * weights < trace.parts["optimizer"] < 2.01 * weights  # two moments, and counts of steps
-    assert trace.module == 0
-    assert trace.parts["gradients"] == largest  # never those of all modules
+    assert step.parts["parameters"] == weights
+    assert 2 * weights < step.parts["optimizer"] < 2.01 * weights  # two moments, and counts of steps
+    assert step.module == 0
+    assert step.parts["gradients"] == largest  # never those of all modules
     more = simulate_step(net, OptimConfig(model_ema=True), BATCH, SIZE)
     backbone = 4 * sum(p.numel() for p in net.backbone.parameters())
     assert more.parts["parameters"] == weights + backbone
@@ -131,12 +132,12 @@ def test_simulating_leaves_the_network_and_the_random_state_alone():
 
 def test_operations_are_counted():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 5))
-    trace = simulate_step(localize(model, method="end-to-end", input_size=SIZE), OptimConfig(), BATCH, SIZE)
+    step = simulate_step(localize(model, method="end-to-end", input_size=SIZE), OptimConfig(), BATCH, SIZE)
     # Products of forward, of gradients of weights, and of the second layer's input.
-    assert trace.flops == 2 * BATCH * (2 * 3072 * 64 + 3 * 64 * 5)
+    assert step.flops == 2 * BATCH * (2 * 3072 * 64 + 3 * 64 * 5)
     twice = simulate_step(localize(model, method="end-to-end", input_size=SIZE), OptimConfig(), 2 * BATCH, SIZE)
-    assert twice.flops == 2 * trace.flops
-    assert twice.seconds > trace.seconds
+    assert twice.flops == 2 * step.flops
+    assert twice.seconds > step.seconds
 
 
 def test_attention_keeps_no_probabilities_where_cuda_does_not():
@@ -159,17 +160,17 @@ def test_attention_keeps_no_probabilities_where_cuda_does_not():
 def test_memory_is_that_of_the_largest_module_not_of_the_sum():
     """With a module per block, a network of twice as many blocks takes no more, but for weights and their moments."""
 
-    def traces(depth):
+    def steps(depth):
         model = timm.create_model("test_vit", img_size=32, patch_size=2, depth=depth, num_classes=5)
         costs = Costs(model, units(model))
         local = localize(model, depth, costs=costs, batch_size=BATCH)
         whole = localize(model, method="end-to-end", costs=costs)
         return [simulate_step(net, OptimConfig(), BATCH, SIZE) for net in (local, whole)]
 
-    def beside_weights(trace):
-        return trace.peak - trace.parts["parameters"] - trace.parts["optimizer"]
+    def beside_weights(step):
+        return step.peak - step.parts["parameters"] - step.parts["optimizer"]
 
-    few, more = traces(2), traces(4)
+    few, more = steps(2), steps(4)
     assert beside_weights(more[0]) == pytest.approx(beside_weights(few[0]), rel=0.01)
     assert beside_weights(more[1]) > 1.8 * beside_weights(few[1])
     assert more[0].peak < 0.6 * more[1].peak
@@ -177,16 +178,16 @@ def test_memory_is_that_of_the_largest_module_not_of_the_sum():
 
 def test_the_peak_is_what_always_exists_plus_the_largest_module():
     net = split("vit", method="greedy")
-    trace = simulate_step(net, OptimConfig(), BATCH, SIZE)
-    static = trace.parts["parameters"] + trace.parts["optimizer"]
-    seconds, used = zip(*trace.timeline, strict=True)
-    starts = [0.0, *trace.module_ends]
+    step = simulate_step(net, OptimConfig(), BATCH, SIZE)
+    static = step.parts["parameters"] + step.parts["optimizer"]
+    seconds, used = zip(*step.timeline, strict=True)
+    starts = [0.0, *step.module_ends]
     tops = [
         max(u for s, u in zip(seconds, used, strict=True) if starts[k] < s <= end)
-        for k, end in enumerate(trace.module_ends)
+        for k, end in enumerate(step.module_ends)
     ]
-    assert tops.index(trace.peak) == trace.module == 1
-    assert sum(top - static for top in tops) > 2 * (trace.peak - static)
+    assert tops.index(step.peak) == step.module == 1
+    assert sum(top - static for top in tops) > 2 * (step.peak - static)
     assert used[-1] == pytest.approx(static, rel=0.01)  # nothing is left over
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from localprop.memory.layers import Layers
 from localprop.memory.workspace import workspace
 
 
@@ -24,12 +25,18 @@ class Allocation:
         start: number of the event with which it began.
         stop: number of the event with which it ended; None while it lives.
         kind: what it is used for, where somebody has said so.
+        shape: of the tensor that it was made for; empty for what a kernel takes for itself.
+        dtype: of that tensor.
+        layer: what made it, if the tracker was given `Layers`.
     """
 
     size: int
     start: int
     stop: int | None = None
     kind: str | None = None
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    layer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,15 @@ class Tracker(TorchDispatchMode):
     A number that Python code asks of a fake tensor is 1: finite, and true.
 
     Attributes:
+        machine: whose speed to assume.
+        layers: tells which layer makes what is allocated; None where nobody will ask.
         events: changes of memory in use, in order.
         flops: floating point operations so far, a multiply and an add counted as two.
         seconds: time that the operations so far would take, by their FLOPs or by the bytes that they move.
     """
 
     machine: Machine = field(default_factory=lambda: MACHINES["cpu"])
+    layers: Layers | None = None
     events: list[Event] = field(default_factory=list)
     allocations: list[Allocation] = field(default_factory=list)
     flops: float = 0.0
@@ -106,8 +116,8 @@ class Tracker(TorchDispatchMode):
         for tensor in outputs:
             self.allocation(tensor)
         if scratch:
-            self.allocations.append(Allocation(scratch, len(self.events), len(self.events) + 1))
-            self._record(scratch)
+            allocation = self._begin(scratch)
+            allocation.stop = len(self.events)
             self._record(-scratch)
         return result
 
@@ -116,9 +126,8 @@ class Tracker(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            self._known[key] = allocation = Allocation(storage.nbytes(), len(self.events))
-            self.allocations.append(allocation)
-            self._record(allocation.size)
+            self._known[key] = allocation = self._begin(storage.nbytes())
+            allocation.shape, allocation.dtype = tuple(tensor.shape), tensor.dtype
             weakref.finalize(storage, self._end, key).atexit = False
         return self._known[key]
 
@@ -136,10 +145,21 @@ class Tracker(TorchDispatchMode):
         """Bytes in use after each event."""
         return list(accumulate(event.change for event in self.events))
 
+    def stop(self) -> None:
+        """Records nothing more: what is freed after this counts as alive to the end."""
+        self._known.clear()
+
+    def _begin(self, size: int) -> Allocation:
+        allocation = Allocation(size, len(self.events), layer=self.layers.at_work() if self.layers else None)
+        self.allocations.append(allocation)
+        self._record(size)
+        return allocation
+
     def _end(self, key: int) -> None:
-        allocation = self._known.pop(key)
-        allocation.stop = len(self.events)
-        self._record(-allocation.size)
+        allocation = self._known.pop(key, None)
+        if allocation:
+            allocation.stop = len(self.events)
+            self._record(-allocation.size)
 
     def _record(self, change: int) -> None:
         self._used += change

@@ -1,5 +1,6 @@
 """Tells before training, without a GPU and without data, what each way to train a model takes, and which one fits."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,7 +16,8 @@ from localprop.memory.tracker import MACHINES
 from localprop.methods import only_modules
 from localprop.planning.processes import Processes, pipeline, share_out
 from localprop.planning.schedules import Link
-from localprop.planning.simulation import StepTrace, simulate_step
+from localprop.planning.simulation import simulate_step
+from localprop.planning.steps import PredictedStep
 from localprop.settings.config import OptimConfig, require_equal_parts
 from localprop.settings.recipe import Recipe
 from localprop.tracing.chains import chain
@@ -80,7 +82,7 @@ class PlanRow:
         setting: the setting.
         batch_size: images per step.
         micro_batches: parts of that which go through the modules one after the other.
-        trace: memory and time of one step.
+        step: memory and time of one step.
         module_units: names of each module's units.
         parallel: the same on several processes; None where that was not asked for, or there are fewer modules.
     """
@@ -88,9 +90,15 @@ class PlanRow:
     setting: Setting
     batch_size: int
     micro_batches: int
-    trace: StepTrace
+    step: PredictedStep
     module_units: list[list[str]] = field(repr=False)
     parallel: Processes | None = None
+
+    @property
+    def trace(self) -> PredictedStep:
+        """The old name of `step`; it stays for one version."""
+        warnings.warn("PlanRow.trace has a new name: PlanRow.step", DeprecationWarning, stacklevel=2)
+        return self.step
 
 
 @dataclass(frozen=True)
@@ -122,24 +130,24 @@ class Plan:
 
     def memory_ratio(self, row: PlanRow) -> float:
         """Peak memory against end-to-end."""
-        return row.trace.peak / self.baseline.trace.peak
+        return row.step.peak / self.baseline.step.peak
 
     def time_ratio(self, row: PlanRow) -> float:
         """Expected time per step against end-to-end."""
-        return row.trace.seconds / self.baseline.trace.seconds
+        return row.step.seconds / self.baseline.step.seconds
 
     def flops_ratio(self, row: PlanRow) -> float:
         """Floating point operations per step against end-to-end."""
-        return row.trace.flops / self.baseline.trace.flops
+        return row.step.flops / self.baseline.step.flops
 
     def speedup(self, row: PlanRow) -> float | None:
         """Expected throughput on several processes against the same modules in one."""
-        return row.trace.seconds / row.parallel.timing.seconds if row.parallel else None
+        return row.step.seconds / row.parallel.timing.seconds if row.parallel else None
 
     @property
     def pipeline_speedup(self) -> float | None:
         """Expected throughput of the pipeline against end-to-end training in one process."""
-        return self.baseline.trace.seconds / self.pipeline.timing.seconds if self.pipeline else None
+        return self.baseline.step.seconds / self.pipeline.timing.seconds if self.pipeline else None
 
     def against_pipeline(self, row: PlanRow) -> float | None:
         """Expected throughput on several processes against that of the pipeline on as many."""
@@ -275,9 +283,9 @@ class _Planner:
                 setting = Setting(replace(self.recipe, modules=number, split_blocks=split), number == most)
                 known = any(row.setting == setting for row in rows)
                 row = self.row(setting) if number > 1 and not known else None
-                least = min((row.trace.peak for row in rows), default=None)
+                least = min((row.step.peak for row in rows), default=None)
                 rows += [row] if row else []
-                if split or not row or least is None or row.trace.peak < _CLEARLY * least:
+                if split or not row or least is None or row.step.peak < _CLEARLY * least:
                     break
                 if len(self.known(True).chain) == len(self.known(False).chain):
                     break
@@ -318,37 +326,37 @@ class _Planner:
             if not local or self.must_fit:
                 raise
             return None
-        step = (optim, self.batch_size, costs.chain.input_size, self.device)
-        trace, parallel = simulate_step(net, *step), None
+        given = (optim, self.batch_size, costs.chain.input_size, self.device)
+        step, parallel = simulate_step(net, *given), None
         if local and self.processes:
             try:
-                parallel = share_out(net, trace, *step, self.processes, self.link)
+                parallel = share_out(net, step, *given, self.processes, self.link)
             except (ParallelError, ConfigError):
                 if self.must_fit:
                     raise
         units = [module.units for module in net.local_modules]
-        return PlanRow(setting, self.batch_size, optim.micro_batches, trace, units, parallel)
+        return PlanRow(setting, self.batch_size, optim.micro_batches, step, units, parallel)
 
     def choose(self, plan: Plan, rows: list[PlanRow], budget: int) -> PlanRow:
         """The one of some rows of a plan that fits: the fastest, and of equally fast ones that with the fewest modules.
 
         Where none fits, the one that does with the fewest micro-batches.
         """
-        fitting = [row for row in rows if row.trace.peak <= budget]
+        fitting = [row for row in rows if row.step.peak <= budget]
         if fitting:
             # Expected times that differ by less than a tenth are equal, as far as can be told.
             return min(fitting, key=lambda row: (round(plan.time_ratio(row), 1), row.setting.modules))
         # With few images at once weights, their gradients and optimizer state decide, of which local modules have more.
-        smallest = min(rows, key=lambda row: row.trace.peak)
-        leanest = min(rows, key=lambda row: (row.trace.parts["parameters"], row.trace.peak))
+        smallest = min(rows, key=lambda row: row.step.peak)
+        leanest = min(rows, key=lambda row: (row.step.parts["parameters"], row.step.peak))
         found, first = smallest, self.optim.micro_batches + 1
         candidates = [smallest] if smallest is leanest else [smallest, leanest]
         for count in (n for n in range(first, self.batch_size + 1) if self.batch_size % n == 0):
             tried = [self.row(row.setting, count) for row in candidates]
-            found = min((row for row in tried if row), key=lambda row: row.trace.peak)
-            if found.trace.peak <= budget:
+            found = min((row for row in tried if row), key=lambda row: row.step.peak)
+            if found.step.peak <= budget:
                 return found
         raise PlanError(
             f"nothing fits {budget / 2**20:.0f} MiB: {found.setting.name} with 1 image at a time takes "
-            f"{found.trace.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
+            f"{found.step.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
         )

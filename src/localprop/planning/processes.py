@@ -15,8 +15,10 @@ from localprop.memory.measure import total_bytes
 from localprop.memory.part import Conditions
 from localprop.network.network import LocalModule, LocalNetwork
 from localprop.parallel.placement import IN_FLIGHT, arrange
+from localprop.planning.fake_training import fake_training
 from localprop.planning.schedules import Link, StageTime, Timing, local_modules, one_f_one_b, one_f_one_b_order
-from localprop.planning.simulation import StepTrace, fake_training, simulate_step
+from localprop.planning.simulation import simulate_step
+from localprop.planning.steps import PredictedStep
 from localprop.settings.config import OptimConfig, require_equal_parts
 
 MICRO_BATCHES = 4
@@ -51,7 +53,7 @@ class Processes:
 
 def share_out(
     net: LocalNetwork,
-    trace: StepTrace,
+    step: PredictedStep,
     optim: OptimConfig,
     batch_size: int,
     input_size: tuple[int, int, int],
@@ -63,7 +65,7 @@ def share_out(
 
     Args:
         net: the network.
-        trace: its step in one process.
+        step: its step in one process.
         optim: as of `simulate_step`, and so the next three.
         batch_size: see there.
         input_size: see there.
@@ -76,23 +78,21 @@ def share_out(
         ConfigError: replicas cannot share the batch out.
         PlanError: memory cannot be predicted.
     """
-    layout = arrange("modules", len(trace.module_seconds), processes, trace.module_seconds)
+    layout = arrange("modules", len(step.module_seconds), processes, step.module_seconds)
     parts = optim.micro_batches
     require_equal_parts(batch_size, parts, layout.replicas)
     part = batch_size // layout.replicas
-    traces = [
-        simulate_step(net, optim, part, input_size, device, modules, layout.replicas) for modules in layout.stages
-    ]
-    entries = [own.entry for own in traces[1:]]
+    steps = [simulate_step(net, optim, part, input_size, device, modules, layout.replicas) for modules in layout.stages]
+    entries = [own.entry for own in steps[1:]]
     stages = [
         StageTime(own.seconds, output=parts * size, gradients=_trained(net, modules))
-        for own, size, modules in zip(traces, [*entries, 0], layout.stages, strict=True)
+        for own, size, modules in zip(steps, [*entries, 0], layout.stages, strict=True)
     ]
-    waiting = in_flight([own.entry for own in traces])
+    waiting = in_flight([own.entry for own in steps])
     return Processes(
         ranks=list(layout.stages),
         units=[[unit for k in modules for unit in net.local_modules[k].units] for modules in layout.stages],
-        peaks=[own.peak + held for own, held in zip(traces, waiting, strict=True)],
+        peaks=[own.peak + held for own, held in zip(steps, waiting, strict=True)],
         timing=local_modules(stages, link, IN_FLIGHT, layout.replicas, parts),
         micro_batches=parts,
         replicas=layout.replicas,
@@ -103,7 +103,7 @@ def in_flight(entries: Sequence[int]) -> list[int]:
     """Bytes that each stage holds besides its step: (micro-)batches received ahead, and sent and not known to be taken.
 
     Args:
-        entries: of each stage, the bytes of a micro-batch as it comes there; see `StepTrace.entry`.
+        entries: of each stage, the bytes of a micro-batch as it comes there; see `PredictedStep.entry`.
     """
     return [IN_FLIGHT * (came + left) for came, left in pairwise([0, *entries[1:], 0])]
 

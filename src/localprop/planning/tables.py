@@ -31,15 +31,15 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
     for name in ("peak", "%", *_HEADINGS.values(), "FLOPs", "time", "in"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in plan.rows:
-        trace, count = row.trace, len(row.module_units)
+        step, count = row.step, len(row.module_units)
         table.add_row(
             Text(row.setting.name),
-            f"{trace.peak / 2**20:.0f}",
+            f"{step.peak / 2**20:.0f}",
             f"{100 * plan.memory_ratio(row):.0f}",
-            *(f"{trace.parts[part] / 2**20:.0f}" for part in _HEADINGS),
+            *(f"{step.parts[part] / 2**20:.0f}" for part in _HEADINGS),
             f"{plan.flops_ratio(row):.2f}",
             f"{plan.time_ratio(row):.2f}",
-            str(trace.module + 1) if count > 1 else "",
+            str(step.module + 1) if count > 1 else "",
             style="bold" if plan.choice is not None and plan.choice.setting == row.setting else None,
         )
     heading = Text(
@@ -87,7 +87,7 @@ def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:
     figure.suptitle(drawn(title), x=0.07, y=0.965, ha="left", fontsize=11, fontweight="bold")
     grid = {"left": 0.07, "right": 0.86, "bottom": 0.09, "top": 0.86, "hspace": 0.32}
     above, below = figure.subplots(2, 1, sharex=True, sharey=True, gridspec_kw=grid)
-    scale = plan.baseline.trace.seconds
+    scale = plan.baseline.step.seconds
     _draw_step(above, plan.baseline, scale, [_GREY])
     count = len(row.module_units)
     colors = [colormaps["viridis"](x) for x in np.linspace(0.05, 0.9, count)]
@@ -96,33 +96,33 @@ def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:
     what = f"{count} local modules: the largest, not the sum" if count > 1 else drawn(row.setting.name)
     below.set_title(what, loc="left", fontsize=9.5)
     below.set_xlabel("expected time in a training step (end-to-end = 1)", fontsize=9, color="0.35")
-    highest = max(plan.baseline.trace.peak, row.trace.peak) / 2**30
+    highest = max(plan.baseline.step.peak, row.step.peak) / 2**30
     for axes, own in ((above, plan.baseline), (below, row)):
         axes.set_ylim(0, 1.08 * highest)
-        axes.set_xlim(0, max(1.0, row.trace.seconds / scale))
+        axes.set_xlim(0, max(1.0, row.step.seconds / scale))
         axes.set_ylabel("GiB", fontsize=9, color="0.35")
-        _mark_peak(axes, own, f"{format_bytes(own.trace.peak)}\n{plan.memory_ratio(own):.0%}")
+        _mark_peak(axes, own, f"{format_bytes(own.step.peak)}\n{plan.memory_ratio(own):.0%}")
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
 
 
 def _draw_step(axes: Axes, row: PlanRow, scale: float, colors: Sequence) -> None:
     """Fills the memory in use over time, each module's share of the step in its colour."""
-    seconds, used = np.array(row.trace.timeline).T
+    seconds, used = np.array(row.step.timeline).T
     axes.fill_between(seconds / scale, used / 2**30, step="post", color="0.85", linewidth=0)
     start = 0.0
-    for turn, end in enumerate(row.trace.module_ends):  # of each module, in each micro-batch
+    for turn, end in enumerate(row.step.module_ends):  # of each module, in each micro-batch
         k = turn % len(colors)
         color = colors[k]
         inside = (seconds >= start) & (seconds <= end)
         axes.fill_between(seconds[inside] / scale, used[inside] / 2**30, step="post", color=color, linewidth=0)
-        if len(colors) > 1 and len(row.trace.module_ends) <= 12:
+        if len(colors) > 1 and len(row.step.module_ends) <= 12:
             axes.annotate(
                 str(k + 1), ((start + end) / 2 / scale, 0.02), xycoords=("data", "axes fraction"),
                 ha="center", va="bottom", fontsize=8, color="white", fontweight="bold",
             )  # fmt: skip
         start = end
-    static = sum(row.trace.parts[part] for part in ("parameters", "optimizer")) / 2**30
+    static = sum(row.step.parts[part] for part in ("parameters", "optimizer")) / 2**30
     axes.axhline(static, color="black", linewidth=0.8, linestyle=":")
     axes.annotate(
         "weights and\noptimizer", (1.01, static), xycoords=("axes fraction", "data"),
@@ -134,7 +134,7 @@ def _draw_step(axes: Axes, row: PlanRow, scale: float, colors: Sequence) -> None
 
 
 def _mark_peak(axes: Axes, row: PlanRow, text: str) -> None:
-    height = row.trace.peak / 2**30
+    height = row.step.peak / 2**30
     axes.axhline(height, color="0.2", linewidth=0.8, linestyle="--")
     axes.annotate(
         text, (1.01, height), xycoords=("axes fraction", "data"), va="center",

@@ -75,7 +75,7 @@ def fit(experiment: Experiment) -> tuple[Experiment, str]:
     result = plan_for(experiment.backbone, config.local, config.optim, experiment.input_size, budget)
     row = result.choice
     assert row is not None
-    limit, peak = format_bytes(budget), format_bytes(row.trace.peak)
+    limit, peak = format_bytes(budget), format_bytes(row.step.peak)
     new = chosen(config, row)
     if row.micro_batches > config.optim.micro_batches:
         raise PlanError(
@@ -125,7 +125,7 @@ class Headroom:
         except PlanError as nothing:
             return OutOfMemory(f"{text}; {nothing}")
         assert row is not None
-        peak = format_bytes(row.trace.peak)
+        peak = format_bytes(row.step.peak)
         return OutOfMemory(
             f"{text}; {format_bytes(limit)} can be had, this takes {peak}: {command(chosen(config, row))}"
         )
@@ -204,7 +204,7 @@ def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
     if result.choice is None or result.budget is None:
         return lines
     row, limit = result.choice, format_bytes(result.budget)
-    peak = format_bytes(row.trace.peak)
+    peak = format_bytes(row.step.peak)
     what = f"{row.setting.name} takes {peak}"
     if row.micro_batches > config.micro_batches:
         at_once = row.batch_size // config.micro_batches
@@ -220,11 +220,11 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
             **row.setting.described(),
             "batch_size": row.batch_size,
             "micro_batches": row.micro_batches,
-            "peak": row.trace.peak,
-            **row.trace.parts,
-            "peak_module": row.trace.module + 1,
+            "peak": row.step.peak,
+            **row.step.parts,
+            "peak_module": row.step.module + 1,
             "memory_ratio": result.memory_ratio(row),
-            "flops": row.trace.flops,
+            "flops": row.step.flops,
             "flops_ratio": result.flops_ratio(row),
             "time_ratio": result.time_ratio(row),
             "module_units": row.module_units,

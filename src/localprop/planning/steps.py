@@ -1,0 +1,151 @@
+"""What a simulated training step came to: its peak, what that is made of, and its times."""
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from localprop.memory.tracker import Allocation, Tracker
+
+PARTS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class PredictedStep:
+    """What one training step takes, from the second step on, when optimizers have their state.
+
+    Where the batch is divided into micro-batches, the middle ones stand for the first too.
+
+    Attributes:
+        peak: largest number of bytes in use at any moment: weights, optimizer state and the batch included.
+        parts: the peak's bytes by use: "parameters" (with buffers and moving average), "optimizer", "gradients",
+            "activations" (what lives from forward into backward, with the batch) and "temporaries".
+        module: index of the local module that is trained at the peak.
+        flops: floating point operations, a multiply and an add counted as two.
+        seconds: expected time; of meaning only beside another on the same machine.
+        timeline: (seconds, bytes in use) after each allocation or free, in order.
+        module_ends: seconds at which each module is done, in each micro-batch.
+        module_seconds: expected time of each module.
+        entry: bytes of a micro-batch as it came: images or features, labels, and what units hand along.
+    """
+
+    peak: int
+    parts: dict[str, int]
+    module: int
+    flops: float
+    seconds: float
+    timeline: list[tuple[float, int]] = field(repr=False)
+    module_ends: list[float] = field(repr=False)
+    module_seconds: list[float] = field(repr=False)
+    entry: int
+
+
+class Mark(NamedTuple):
+    """A place in what a tracker saw: the number of events, and seconds and FLOPs, so far."""
+
+    event: int
+    seconds: float
+    flops: float
+
+
+class OnHost(NamedTuple):
+    """Optimizer states that are on the host: how many tensors, and their bytes."""
+
+    tensors: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was seen of a step.
+
+    Attributes:
+        tracker: all events: those of the only micro-batch, or of a middle one and of the last.
+        marks: where each module was done, in each of these micro-batches.
+        modules: those that were trained.
+        micro_batches: of the step.
+        entry: bytes of a micro-batch as it came.
+        on_host: optimizer states that are on the host until a mark, for each mark; empty where none ever is.
+    """
+
+    tracker: Tracker
+    marks: list[Mark]
+    modules: range
+    micro_batches: int
+    entry: int
+    on_host: list[OnHost]
+
+    @cached_property
+    def turns(self) -> list[int]:
+        """For each event, the number of the mark that it leads to, or follows if it is after the last."""
+        ends = [mark.event for mark in self.marks]
+        return [min(bisect_right(ends, i), len(ends) - 1) for i in range(len(self.tracker.events))]
+
+    @cached_property
+    def in_use(self) -> list[int]:
+        """Bytes in use on the device after each event."""
+        in_use = self.tracker.in_use()
+        if not self.on_host:
+            return in_use
+        return [used - self.on_host[turn].size for used, turn in zip(in_use, self.turns, strict=True)]
+
+    @cached_property
+    def moment(self) -> int:
+        """The event after which most is in use."""
+        return max(range(len(self.in_use)), key=self.in_use.__getitem__)
+
+    @property
+    def turn(self) -> int:
+        """The number of the mark that the peak leads to; see `turns`."""
+        return self.turns[self.moment]
+
+    @property
+    def on_host_at_peak(self) -> OnHost:
+        """Optimizer states that are on the host at the peak."""
+        return self.on_host[self.turn] if self.on_host else OnHost()
+
+    @cached_property
+    def backward(self) -> int:
+        """The event with which the backward began of the module that is trained at the peak; else of all events."""
+        events = self.tracker.events
+        begin = self.marks[self.turn - 1].event if self.turn else 0
+        return next((i for i in range(begin, len(events)) if events[i].backward), len(events))
+
+    def at_peak(self) -> list[tuple[Allocation, str]]:
+        """What is in use at the peak, and for what, as of `PARTS`; optimizer states on the host included."""
+        uses, last = [], len(self.tracker.events)
+        for allocation in self.tracker.allocations:
+            stop = last if allocation.stop is None else allocation.stop
+            if allocation.start <= self.moment < stop:
+                # What was there before backward and is freed after it began was kept for it.
+                kept = allocation.start < self.backward <= stop
+                uses.append((allocation, allocation.kind or ("activations" if kept else "temporaries")))
+        return uses
+
+
+def predicted_step(record: Record) -> PredictedStep:
+    """What a step takes, from what was seen of it."""
+    tracker, marks, count = record.tracker, record.marks, len(record.modules)
+    parts = dict.fromkeys(PARTS, 0)
+    for allocation, use in record.at_peak():
+        parts[use] += allocation.size
+    parts["optimizer"] -= record.on_host_at_peak.size
+    # The middle micro-batch comes again and again before the last.
+    middle, again = marks[count - 1], max(record.micro_batches - 2, 0)
+    starts = [i * middle.seconds for i in range(again + 1)]
+    timeline = [(event.seconds, used) for event, used in zip(tracker.events, record.in_use, strict=True)]
+    done = [*(mark.seconds for mark in marks[:-1]), tracker.seconds]
+    spans = [end - start for start, end in pairwise([0.0, *done])]
+    return PredictedStep(
+        peak=record.in_use[record.moment],
+        parts=parts,
+        module=record.modules[record.turn % count],
+        flops=tracker.flops + again * middle.flops,
+        seconds=tracker.seconds + again * middle.seconds,
+        timeline=[(start + time, used) for start in starts[:-1] for time, used in timeline[: middle.event]]
+        + [(starts[-1] + time, used) for time, used in timeline],
+        module_ends=[start + end for start in starts[:-1] for end in done[:count]] + [starts[-1] + end for end in done],
+        module_seconds=[sum(spans[k::count]) + again * spans[k] for k in range(count)],
+        entry=record.entry,
+    )
