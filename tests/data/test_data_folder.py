@@ -26,7 +26,7 @@ from localprop.settings.config import DataConfig
 from places import SHARED
 
 LARGE, SMALL = 120, 24
-TRASHNET = SHARED / "data" / "trashnet192.tar"
+FLOWERS = SHARED / "data" / "flowers17.tar"
 
 
 def write_folder(root: Path, side: int, train: int = 8, test: int = 3, form: str = "png") -> Path:
@@ -285,13 +285,15 @@ def test_wrong_folders_are_named_with_a_remedy(tmp_path, small):
     assert "has 0 class folders" in error_of(folder, small)
 
 
-@pytest.mark.skipif(not TRASHNET.is_file(), reason="the TrashNet images are not in ../shared/data")
+@pytest.mark.skipif(not FLOWERS.is_file(), reason="the photographs of flowers17 are not in ../shared/data")
 def test_real_photographs(tmp_path):
-    with tarfile.open(TRASHNET) as archive:
-        wanted = [member for member in archive.getmembers() if member.name.endswith("0.jpg")]
-        archive.extractall(tmp_path, wanted, filter="data")
-    data = folder(tmp_path, img_size=64)
-    assert data.classes == ["cardboard", "glass", "metal", "paper", "plastic", "trash"]
+    with tarfile.open(FLOWERS) as archive:
+        chosen = [member for member in archive.getmembers() if member.name.endswith("0.jpg")]
+        archive.extractall(tmp_path, chosen, filter="data")
+    data = folder(tmp_path / "flowers17", img_size=64)
+    assert len(data.classes) == 17
+    assert (data.classes[0], data.classes[-1]) == ("01_daffodil", "17_pansy")
+    assert data.train_size + data.test_size == len(chosen)
     assert isinstance(data.store, StreamStore)
     images, _ = next(data.train_batches(0, 32, "cpu"))
     assert images.shape == (32, 3, 64, 64)
