@@ -9,15 +9,17 @@ import pytest
 
 from localprop.methods import METHODS
 from places import EXAMPLES
+from started_here import started_here
 
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Runs an example as a script; returns what it, and the commands it runs, printed."""
+    """Runs an example as a script, in this process; returns what it, and the commands it runs, printed."""
 
     def run_example(name, *words):
         monkeypatch.setattr(sys, "argv", [name, *words])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        with started_here():
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capfd.readouterr().out
 
     return run_example
@@ -43,7 +45,7 @@ def test_own_method_learns_in_every_module(run, monkeypatch):
 
 
 def test_own_folder_trains_and_loads_into_timm(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     printed = run("own_folder.py")
     accuracy = float(re.search(r"([\d.]+)% of 48 test images", printed)[1])
     assert accuracy > 50  # of three shapes, chance gets 33
