@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from localprop.training.checkpoint import (
+from localprop.training.checkpoints.folder import (
     save_checkpoint,
 )
 

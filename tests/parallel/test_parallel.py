@@ -44,6 +44,7 @@ def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_the
     assert_same_run(tmp_path, alone(4, *more))
 
 
+@pytest.mark.processes
 def test_processes_stop_after_the_same_step_and_continue_from_it(forker, alone, tmp_path):
     ranks = forker.train(tmp_path, 3, *flags(tmp_path, 3, "--epochs", "2", "--steps", "7"))
     assert ranks.wait() == [0] * 3, ranks.log.read_text()

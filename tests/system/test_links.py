@@ -13,8 +13,8 @@ from localprop.cli import main
 from localprop.errors import BenchError, CheckpointError
 from localprop.settings.config import TrainConfig
 from localprop.system.files import remove_leftovers, remove_tree, write_text
-from localprop.training import trainer
-from localprop.training.checkpoint import newest_checkpoint, save_checkpoint
+from localprop.training import outputs
+from localprop.training.checkpoints.folder import newest_checkpoint, save_checkpoint
 from places import FIXTURES
 
 FIXTURE = FIXTURES / "run-0.1"
@@ -55,14 +55,14 @@ def test_a_run_folder_full_of_links_is_resumed_without_following_one(tmp_path, h
     for name in ("curves.png", "model.safetensors"):
         link(run / name, home / "thesis.txt")
     link(run / ".losses.csv.0123456789abcdef.tmp", home)
-    draw = trainer.draw_curves
+    draw = outputs.draw_curves
 
     def killed(path, rows, *words):
         if rows[-1].epoch == 3:
             raise SystemExit(9)
         draw(path, rows, *words)
 
-    monkeypatch.setattr(trainer, "draw_curves", killed)
+    monkeypatch.setattr(outputs, "draw_curves", killed)
     with pytest.raises(SystemExit):
         main(["train", "--resume", str(run)])
     monkeypatch.undo()

@@ -36,7 +36,7 @@ from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, to_flags
 from localprop.settings.values import read_yaml
 from localprop.system.provenance import provenance
-from localprop.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from localprop.training.checkpoints.folder import load_checkpoint, newest_checkpoint, save_checkpoint
 from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
 from places import FIXTURES, ROOT

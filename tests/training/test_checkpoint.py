@@ -20,16 +20,16 @@ from torch.testing._internal.two_tensor import TwoTensor
 from checkpoint_states import bits, flip, names, save, state_at
 from localprop.errors import CheckpointError
 from localprop.system.files import write_text
-from localprop.training import checkpoint as module
-from localprop.training.checkpoint import (
+from localprop.training.checkpoints import folder as module
+from localprop.training.checkpoints.folder import (
     begin_checkpoint,
     load_checkpoint,
     newest_checkpoint,
     publish,
     save_checkpoint,
-    save_weights,
     write_parts,
 )
+from localprop.training.checkpoints.format import save_weights
 
 DTYPES = "float64 float32 float16 bfloat16 bool int64 int32 int16 int8 uint8"
 NASTY = {

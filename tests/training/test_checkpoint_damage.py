@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from checkpoint_states import bits, flip, names, save, state_at
 from localprop.errors import CheckpointError
 from localprop.system.files import write_text
-from localprop.training import checkpoint as module
-from localprop.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, save_weights
+from localprop.training.checkpoints import folder as module
+from localprop.training.checkpoints import format as form
+from localprop.training.checkpoints.folder import load_checkpoint, newest_checkpoint, save_checkpoint
+from localprop.training.checkpoints.format import save_weights
 
 
 def truncate(file: Path) -> None:
@@ -197,7 +199,7 @@ def test_whatever_fails_leaves_the_older_checkpoint(tmp_path, monkeypatch, code,
             raise SafetensorError(f"Error while serializing: IoError(Os {{ code: {code}, kind: Other }})")
         raise OSError(code, os.strerror(code))
 
-    owner, name = {"fsync": (os, "fsync"), "rename": (Path, "rename")}.get(call, (module, "save_file"))
+    owner, name = {"fsync": (os, "fsync"), "rename": (Path, "rename")}.get(call, (form, "save_file"))
     monkeypatch.setattr(owner, name, fail)
     with pytest.raises(CheckpointError) as caught:
         save(tmp_path, 20, keep=1)

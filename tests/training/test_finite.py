@@ -16,7 +16,7 @@ from localprop.cli import main
 from localprop.errors import NonFiniteGradientError, NonFiniteLossError, NonFiniteWeightError
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig
-from localprop.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from localprop.training.checkpoints.folder import load_checkpoint, newest_checkpoint, save_checkpoint
 from localprop.training.state import TrainingState
 from tiny import SIZE, batch, split
 

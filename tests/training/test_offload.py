@@ -11,7 +11,7 @@ from localprop import localize
 from localprop.cli import main
 from localprop.settings.config import OptimConfig
 from localprop.training import state as state_module
-from localprop.training.checkpoint import load_checkpoint, save_checkpoint
+from localprop.training.checkpoints.folder import load_checkpoint, save_checkpoint
 from localprop.training.offload import Offload
 from localprop.training.state import TrainingState
 from tiny import SIZE, batch, split

@@ -12,7 +12,7 @@ from localprop.report.losses import read_losses
 from localprop.report.results import EpochRow, read_results
 from localprop.runs.description import read_config, read_description, recorded_plugin
 from localprop.settings.flat import free, to_flat
-from localprop.training.trainer import LOSSES, RESULTS
+from localprop.training.outputs import LOSSES, RESULTS
 
 # What a run fills in where the suite leaves it open.
 _FILLED = ("img_size", "model_kwargs", "hflip")

@@ -18,7 +18,7 @@ from localprop.report.formats import format_accuracy, format_bytes, format_durat
 from localprop.report.losses import read_losses
 from localprop.report.results import read_results
 from localprop.runs.description import read_description
-from localprop.training.trainer import LOSSES, RESULTS
+from localprop.training.outputs import LOSSES, RESULTS
 
 _REDRAW_SECONDS = 1.0
 _STYLES = {"done": "", "running": "bold", "waiting": "dim", "stopped": "yellow", "failed": "red"}

@@ -24,8 +24,8 @@ from localprop.settings.trust import require_plugins
 from localprop.system.commands import interpreter_words, plugin_words
 from localprop.system.files import make_folder, open_to_write, refuse_link, remove_leftovers, remove_tree
 from localprop.system.launched import PIPE, ends_with_us
-from localprop.training.checkpoint import has_checkpoint
-from localprop.training.trainer import CHECKPOINTS
+from localprop.training.checkpoints.folder import has_checkpoint
+from localprop.training.outputs import CHECKPOINTS
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 120  # for a step to end and its checkpoint to be saved

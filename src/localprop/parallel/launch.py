@@ -92,7 +92,7 @@ def _exit_code(children: Children, folder: Path, config: TrainConfig) -> int:
 
 
 def _killed_line(rank: int, number: int, folder: Path, config: TrainConfig) -> str:
-    from localprop.training.checkpoint import has_checkpoint
+    from localprop.training.checkpoints.folder import has_checkpoint
 
     name = signal.Signals(number).name
     cause = f"{name} (by hand, or because memory ran out)" if number == signal.SIGKILL else name

@@ -17,8 +17,7 @@ from localprop.parallel.messages import Receiver, Sender
 from localprop.parallel.placement import Layout
 from localprop.parallel.replicas import Replicas
 from localprop.parallel.timeline.traces import recorder_for, write_trace
-from localprop.training.checkpoint import begin_checkpoint, publish, write_parts
-from localprop.training.stage import Stage
+from localprop.training.stage import Stage, Waiting
 from localprop.training.state import TrainingState
 
 _ASK_SECONDS = 0.5
@@ -41,16 +40,17 @@ class PipelineStage(Stage):
 
     def __init__(self, job: Job, layout: Layout, net: LocalNetwork, trace: bool = False) -> None:
         stage, self.replica = layout.place(job.rank)
-        super().__init__(layout.stages[stage])
+        all_replicas = [Replicas(job, layout.ranks(k)) for k in range(len(layout.stages))]
+        self._replicas = all_replicas[stage] if layout.replicas > 1 else None
+        super().__init__(layout.stages[stage], self._replicas.part if self._replicas else None)
         self._job, self._layout = job, layout
         self.name, self.replicas = str(layout), layout.replicas
         self._recorder = recorder_for(job) if trace else None
-        self.reports = job.rank == layout.reporter
+        self.reporter = layout.reporter
+        self.reports = job.rank == self.reporter
         self._last = stage == len(layout.stages) - 1
         self._receiver = Receiver(job, job.rank - 1) if stage else None
         self._sender = None if self._last else Sender(job, job.rank + 1)
-        all_replicas = [Replicas(job, layout.ranks(k)) for k in range(len(layout.stages))]
-        self._replicas = all_replicas[stage] if layout.replicas > 1 else None
         self._looks = any(net.local_modules[k].auxiliary.uses_images for k in self.modules)
         later = net.local_modules[self.modules.stop :]
         self._wanted = {name for module in later for name in module.reads}
@@ -63,13 +63,13 @@ class PipelineStage(Stage):
         return self._looks or self._receiver is None
 
     def train_batches(
-        self, data: Data, epoch: int, batch_size: int, parts: int, device: torch.device, steps: range
+        self, data: Data, epoch: int, batch_size: int, micro_batches: int, device: torch.device, steps: range
     ) -> Iterator[Carry]:
         """See `Stage.train_batches`. Images are loaded here where a loss looks at them, not received."""
         self._training = self._announced = True
         before = epoch * data.steps_per_epoch(batch_size)
-        numbers = [before + step for step in steps for _ in range(parts)]
-        loaded = super().train_batches(data, epoch, batch_size, parts, device, steps)
+        numbers = [before + step for step in steps for _ in range(micro_batches)]
+        loaded = super().train_batches(data, epoch, batch_size, micro_batches, device, steps)
         if self._receiver is None:
             for carry in self._watched("load", loaded, numbers):
                 carry.images = carry.images if self._looks else None
@@ -77,21 +77,18 @@ class PipelineStage(Stage):
             return
         for carry in self._watched("wait", self._receiver.stream(len(numbers)), numbers):
             if self._looks:
-                with self.doing("load"):
+                with self.span("load"):
                     carry.images = next(loaded).images
             yield carry
 
-    def in_flight(self) -> list[Tensor]:
-        """See `Stage.in_flight`."""
-        return [tensor for end in (self._receiver, self._sender) if end for tensor in end.in_flight()]
+    def waiting(self) -> Waiting:
+        """See `Stage.waiting`."""
+        ends = [end for end in (self._receiver, self._sender) if end]
+        tensors = [tensor for end in ends for tensor in end.in_flight()]
+        return Waiting(super().waiting().tensors + tensors, all(end.full for end in ends))
 
-    @property
-    def full(self) -> bool:
-        """See `Stage.full`."""
-        return all(end.full for end in (self._receiver, self._sender) if end)
-
-    def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
-        """See `Stage.doing`."""
+    def span(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
+        """Records what is done inside, one of `timeline.KINDS`, where this process is to."""
         return self._recorder.span(what, module) if self._recorder else nullcontext()
 
     def _watched(self, what: str, batches: Iterator[T], steps: list[int]) -> Iterator[T]:
@@ -99,20 +96,17 @@ class PipelineStage(Stage):
         if self._recorder:
             for step in steps:
                 self._recorder.begin(step)
-                with self.doing(what):
+                with self.span(what):
                     batch = next(batches)
                 yield batch
         yield from batches
-
-    def _loaded(self, batches: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
-        return map(self._replicas.part, batches) if self._replicas else batches
 
     def test_batches(self, data: Data, batch_size: int, device: torch.device, models: int) -> Iterator[list[Carry]]:
         """See `Stage.test_batches`."""
         self._training, self._announced = False, True
         if self.replica:
             return
-        with self.doing("evaluate"):
+        with self.span("evaluate"):
             if self._receiver is None:
                 yield from super().test_batches(data, batch_size, device, models)
                 return
@@ -128,9 +122,9 @@ class PipelineStage(Stage):
             self._job.ask_to_stop(signal)
         if self._sender:
             carry.context = {name: value for name, value in carry.context.items() if name in self._wanted}
-            with self.doing("room") if self._training else nullcontext():
+            with self.span("room") if self._training else nullcontext():
                 self._sender.wait_for_room()
-            with self.doing("send") if self._training else nullcontext():
+            with self.span("send") if self._training else nullcontext():
                 self._sender.send(carry, self._training, self._announced)
             self._announced = not self._training  # the batches of an epoch have one form
         elif self._replicas and self._training:
@@ -144,44 +138,28 @@ class PipelineStage(Stage):
             self._signal, self._asked = self._job.asked_to_stop(), time.monotonic()
         if self._replicas:
             # Only one of them evaluates: nobody stops until all train again, and at the same batch.
-            with self.doing("replicas") if self._training else nullcontext():
+            with self.span("replicas") if self._training else nullcontext():
                 return self._replicas.highest(self._signal) if self._training else 0
         return self._signal
 
     def average(self, gradients: list[Tensor]) -> None:
-        """See `Stage.average`."""
+        """Replaces a module's gradients by their mean over the replicas, in place."""
         if self._replicas:
-            with self.doing("replicas"):
+            with self.span("replicas"):
                 self._replicas.average(gradients)
 
-    def stopping(self, stop: int, signal: int) -> int:
-        """See `Stage.stopping`."""
+    def gather(self, value: T) -> list[T]:
+        """See `Stage.gather`."""
+        return self._job.gather(value)
+
+    def stop_after(self, stop: int, signal: int) -> int:
+        """See `Stage.stop_after`."""
         return stop
 
     def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
-        """See `Stage.save`. All processes come here behind the same step, with nothing in flight."""
-        path = folder
-        with self.doing("save"):
-            # One process makes the folder, whose name nobody can guess, and tells the others.
-            names = self._job.gather(begin_checkpoint(folder, step).name if self.reports else "")
-            aside = folder / names[self._layout.reporter]
-            written = self._job.gather({} if self.replica else write_parts(aside, step, parts))
-            if self.reports:
-                path = publish(aside, step, {name: own[name] for own in written for name in own}, meta, keep)
-            self._job.wait_for_all()
-        return path
-
-    def agree(self, reason: str | None) -> str | None:
-        """See `Stage.agree`."""
-        return next((other for other in self._job.gather(reason) if other), None)
-
-    def shared(self, names: list[str]) -> list[str]:
-        """See `Stage.shared`."""
-        return self._job.gather(names)[self._layout.reporter]
-
-    def highest(self, peak: int | None) -> int | None:
-        """See `Stage.highest`."""
-        return max(filter(None, self._job.gather(peak)), default=None)
+        """See `Stage.save`."""
+        with self.span("save"):
+            return super().save(folder, step, parts, meta, keep)
 
     def weights(self, state: TrainingState) -> dict[str, Tensor]:
         """See `Stage.weights`."""
@@ -191,7 +169,7 @@ class PipelineStage(Stage):
                 if self.reports:
                     weights[name] = self._job.receive(weights[name], rank)
                 elif rank == self._job.rank:
-                    self._job.send(weights[name], self._layout.reporter)
+                    self._job.send(weights[name], self.reporter)
         return weights
 
     def write_trace(self, names: Sequence[str], folder: Path, title: str) -> str | None:

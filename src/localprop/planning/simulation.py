@@ -128,7 +128,7 @@ def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark]) -> Itera
         yield
         marks.append(Mark(len(tracker.events), tracker.seconds, tracker.flops))
 
-    state.doing = marking
+    state.span = marking
     handles = [optimizer.register_step_pre_hook(before) for optimizer in state.optimizers]
     try:
         yield

@@ -19,12 +19,12 @@ from localprop.settings.trust import DESCRIPTIONS, without_starting_weights
 from localprop.system.commands import resume_command
 from localprop.system.files import folder_aside
 from localprop.system.reading import Malformed, require_regular
-from localprop.training.checkpoint import newest_checkpoint
+from localprop.training.checkpoints.folder import newest_checkpoint
+from localprop.training.checkpoints.restoring import check_part
 from localprop.training.finite import non_finite
-from localprop.training.restoring import check_part
+from localprop.training.outputs import CHECKPOINTS, WEIGHTS
 from localprop.training.scores import evaluate
 from localprop.training.state import whole_weights
-from localprop.training.trainer import CHECKPOINTS, WEIGHTS
 
 
 def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = None) -> tuple[dict[str, Any], list[str]]:

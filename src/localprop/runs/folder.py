@@ -10,8 +10,8 @@ from localprop.errors import CheckpointError, ConfigError, LocalpropError
 from localprop.runs.description import CONFIG, read_description, settings_text
 from localprop.settings.config import TrainConfig
 from localprop.system.reading import Malformed, read_text
-from localprop.training.checkpoint import has_checkpoint
-from localprop.training.trainer import CHECKPOINTS, RESULTS, WEIGHTS
+from localprop.training.checkpoints.folder import has_checkpoint
+from localprop.training.outputs import CHECKPOINTS, RESULTS, WEIGHTS
 
 
 def create_run_folder(config: TrainConfig) -> Path:

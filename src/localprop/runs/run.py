@@ -39,9 +39,11 @@ from localprop.settings.config import TrainConfig, require_equal_parts
 from localprop.system.commands import resume_command
 from localprop.system.launched import Ranks, describe_ranks, leave, leave_failure
 from localprop.system.lock import FolderLock
-from localprop.training.checkpoint import has_checkpoint
+from localprop.training.checkpoints.folder import has_checkpoint
+from localprop.training.outputs import CHECKPOINTS, WEIGHTS
+from localprop.training.signals import Interrupted
 from localprop.training.state import TrainingState
-from localprop.training.trainer import CHECKPOINTS, WEIGHTS, Interrupted, Trainer
+from localprop.training.trainer import Trainer
 
 
 def run(config: TrainConfig, resumed: Path | None) -> int:
@@ -125,7 +127,7 @@ def _begin(
         resumed: the folder that was to be resumed; None for a new run.
         job: names torchrun's job.
     """
-    folder, lock = trainer.folder, trainer.lock
+    folder, lock = trainer.folder, trainer.outputs.lock
     notes = [lock.note] if lock and lock.note else []
     if anew:
         if lock:
@@ -133,7 +135,7 @@ def _begin(
         return [*notes, f"{folder} has no checkpoint yet: the run starts anew"] if resumed else notes
     notes += trainer.resume()
     # What the test images came to after an earlier --steps is not what the run comes to.
-    trainer.wants_test = tested_before(folder) is None or trainer.state.step < trainer.last_step
+    trainer.tests_at_end = tested_before(folder) is None or trainer.state.step < trainer.last_step
     if lock:
         note_resumption(folder)
     return notes
@@ -180,8 +182,8 @@ def _run_together(config: TrainConfig, resumed: Path | None, job: Job) -> int:
         job.wait_for_all()
         return stop.exit_code
     finally:
-        if trainer.lock:
-            trainer.lock.release()
+        if trainer.outputs.lock:
+            trainer.outputs.lock.release()
     job.leave()
     return 0
 
@@ -200,7 +202,7 @@ def _set_up(
     predicted, notes = _predict(experiment, net, layout, job)
     if not stage.needs_images:
         experiment.data.release()
-    state = TrainingState(net, config.optim, _steps(experiment), device, stage.modules, stage.average, stage.doing)
+    state = TrainingState(net, config.optim, _steps(experiment), device, stage.modules, stage.average, stage.span)
     lock = None
     if stage.reports:
         left = left_by(job.name, config) if job.name and job.attempt and not resumed else None
@@ -331,7 +333,7 @@ def _train(trainer: Trainer, experiment: Experiment, console: Console, notes: li
         _steps(experiment),
         config.optim.batch_size,
         count,
-        trainer.rows,
+        trainer.outputs.rows,
         evaluated_on,
         trainer.last_step,
     )

@@ -1,9 +1,15 @@
-"""Finds NaN and infinity in gradients and weights."""
+"""Finds NaN and infinity in losses, gradients and weights."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from localprop.errors import NonFiniteGradientError, NonFiniteLossError, NonFiniteWeightError
+from localprop.network.network import LocalNetwork
+
+_UNTOUCHED = "weights from this module on are as before this step, and nothing is saved"
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -23,3 +29,92 @@ def wide_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def _can_be(tensor: object) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
+
+
+class FiniteChecks:
+    """Tells what is not finite in a network, and in which module.
+
+    Buffers that were not when the network was built may stay so, such as the masks of an attention.
+
+    Args:
+        net: the network, as it is built.
+    """
+
+    def __init__(self, net: LocalNetwork) -> None:
+        self._net = net
+        # Where a module shares a buffer, under all of its names.
+        self._infinite = set(non_finite(dict(net.named_buffers(remove_duplicate=False))))
+
+    def error(self, k: int, loss: Tensor, step: int, scaled: bool) -> NonFiniteLossError | None:
+        """What is not finite after the backward pass of a module; None where only the norm overflowed.
+
+        Args:
+            k: the module, whose gradients are there.
+            loss: its local loss.
+            step: the step, from 1.
+            scaled: whether the loss was scaled.
+        """
+        named = self._net.local_modules[k].named_parameters()
+        name = next(iter(non_finite({name: p.grad for name, p in named if p.grad is not None})), None)
+        # A loss scale that is too large shows in the gradients alone; they decide whether its step is skipped.
+        if not loss.isfinite() and not (name and scaled):
+            return self.loss_error(k, loss, step)
+        if not name:
+            return None
+        scale = " with a loss scale of 1" if scaled else ""
+        return NonFiniteGradientError(
+            f"the gradient of {name} in module {self._describe(k)} is not finite at step {step}{scale}, its loss is "
+            f"{loss.item():.4g}; {_UNTOUCHED}: lower --lr, or look for a division by zero in the backward pass"
+        )
+
+    def loss_error(self, k: int, loss: Tensor, step: int) -> NonFiniteLossError:
+        """The error of a local loss that is not finite; arguments as of `error`."""
+        return NonFiniteLossError(
+            f"the loss of module {self._describe(k)} is {loss.item()} at step {step}; {_UNTOUCHED}: lower --lr or set "
+            "--clip-grad"
+        )
+
+    def require_part(self, k: int, part: Mapping[str, Any], step: int) -> None:
+        """Checks the part of a checkpoint that has module k, after `step` steps.
+
+        Raises:
+            NonFiniteWeightError: a weight or a buffer is NaN or infinite.
+        """
+        if name := self._non_finite(k, part):
+            raise NonFiniteWeightError(
+                f"{name} in module {self._describe(k)} is not finite after step {step}, so no checkpoint is saved; "
+                "those before stay: start a new run with a lower --lr or with --clip-grad"
+            )
+
+    def flaw(self, k: int, part: Mapping[str, Any]) -> str | None:
+        """What is not finite in the part of a checkpoint that has module k, in words; None where nothing is."""
+        name = self._non_finite(k, part)
+        return name and f"{name} in module {self._describe(k)} is not finite"
+
+    def require(self, weights: Mapping[str, Tensor]) -> None:
+        """Checks a state dict of the backbone before it is published.
+
+        Raises:
+            NonFiniteWeightError: a weight or a buffer is NaN or infinite.
+        """
+        if names := [name for name in non_finite(weights) if f"backbone.{name}" not in self._infinite]:
+            raise NonFiniteWeightError(
+                f"{names[0]} of the trained model is not finite, so it is not saved; start a new run with a lower --lr "
+                "or with --clip-grad"
+            )
+
+    def _non_finite(self, k: int, part: Mapping[str, Any]) -> str | None:
+        """The first tensor of a checkpoint's part that is not finite though it has to be."""
+        for kind, owner in (
+            ("backbone", "backbone"),
+            ("auxiliary", f"local_modules.{k}.auxiliary"),
+            ("ema", "backbone"),
+        ):
+            for name in non_finite(part.get(kind, {})):
+                if f"{owner}.{name}" not in self._infinite:
+                    return name if kind == "backbone" else f"{kind} {name}"
+        return None
+
+    def _describe(self, k: int) -> str:
+        units = self._net.local_modules[k].units
+        return f"{k + 1} of {len(self._net.local_modules)} ({units[0]} ... {units[-1]})"

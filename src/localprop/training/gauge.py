@@ -1,7 +1,6 @@
-"""What training takes of memory, measured while it goes on."""
+"""Measures the memory of training while it runs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -16,8 +15,8 @@ from localprop.training.state import TrainingState
 class Gauge:
     """Measures the peak memory of training steps: on CUDA of all; elsewhere, where it takes time, of few.
 
-    These are the second step, when optimizers have their state, and the first in which as much is in flight between
-    processes as may be.
+    These are the second step, when optimizers have their state, and the first in which as many batches wait between
+    processes as ever will.
 
     Args:
         state: the network, on its device, and its optimizers.
@@ -39,37 +38,38 @@ class Gauge:
         self._steps = 0  # since the start of this process
         self._settled = False  # whether the most has been measured
 
-    @contextmanager
-    def on(self, carry: Carry, part: int) -> Iterator[Carry]:
-        """Measures, where that is due, the training on a micro-batch.
+    def watch(self, carry: Carry, number: int, train: Callable[[Carry], object]) -> Carry:
+        """Trains on a micro-batch, and measures that where it is due.
 
         Args:
-            carry: the micro-batch; it is as after training in the end.
-            part: its number in the step, from 0.
+            carry: the micro-batch, which is not to be used after this.
+            number: its number in the step, from 0.
+            train: trains on a micro-batch.
 
-        Yields:
-            The one to train on.
+        Returns:
+            The micro-batch as training has left it: `carry`, or a copy of it that was trained on instead.
         """
-        self._steps += part == 0
-        if not self._due(part):
-            yield carry
-            return
-        held = chain(*self._state.tensors().values(), self._stage.held, self._stage.in_flight())
+        self._steps += number == 0
+        if not self._due(number):
+            train(carry)
+            return carry
+        before = chain(*self._state.tensors().values(), self._stage.waiting().tensors)
         own, earlier = carry, []
-        with measured(held, self._device) as measurement:
+        with measured(before, self._device) as measurement:
             if self._device.type != "cuda":
                 # To be seen, what ends inside has to begin inside; and what began before may not end inside.
                 own, earlier = carry.clone(), self._state.renew_gradients()
-            yield own
-        vars(carry).update(vars(own))
+            train(own)
         del earlier
         self.peak = max(self.peak or 0, measurement.peak - self._data.held_bytes)
+        return own
 
-    def _due(self, part: int) -> bool:
+    def _due(self, number: int) -> bool:
         if self._device.type == "cuda":
             return True
         # The most is in use either in a micro-batch that finds all gradients and leaves them, or in the last.
-        if self._settled or self._steps < 2 or part < self._micro_batches - 2:
+        if self._settled or self._steps < 2 or number < self._micro_batches - 2:
             return False
-        self._settled = self._stage.full and part + 1 == self._micro_batches
-        return self._stage.full or self._steps == 2
+        most = self._stage.waiting().most
+        self._settled = most and number + 1 == self._micro_batches
+        return most or self._steps == 2

@@ -1,58 +1,69 @@
-"""The part of a pipeline that this process is: which modules it trains, where batches come from and where they go."""
+"""The seam between training alone and in several processes: where batches come from and go, and what others know."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from localprop.data.base import Data
 from localprop.network.carry import Carry
-from localprop.training.checkpoint import save_checkpoint
+from localprop.training.checkpoints.folder import begin_checkpoint, publish, write_parts
 from localprop.training.state import TrainingState
+
+T = TypeVar("T")
+
+
+class Waiting(NamedTuple):
+    """Batches that a process holds beside the one that it works on."""
+
+    tensors: list[Tensor]
+    most: bool
+    """Whether as many wait as ever will."""
 
 
 class Stage:
-    """A process that trains all modules: batches come from the data, and go nowhere.
+    """A process that trains alone: it has all modules, batches come from the data, and nobody else is asked.
 
-    `localprop.parallel` has one for processes that train some of the modules each.
+    A stage trains consecutive modules; stages one after the other train all of them. A process of several overrides
+    what stands between the two comments below (`localprop.parallel.pipeline.PipelineStage`); all else is the same code
+    in every layout.
 
     Args:
         modules: those that are trained here.
+        own_part: gives of a loaded batch [images, labels] what this process trains on; default: all.
 
     Attributes:
-        held: the batch whose micro-batches are being trained on, where there are several.
         name: of the layout, for messages.
         replica: which of several processes this is that train the same modules, each on a part of every batch.
         replicas: how many they are.
-        reports: whether this is the process that knows all losses, and so writes results and shows progress.
+        reporter: the process that knows all losses, and so writes results and shows progress.
+        reports: whether this is the reporter.
     """
 
     name = "1 process"
     replica, replicas = 0, 1
-    reports = True
+    reporter, reports = 0, True
 
-    def __init__(self, modules: range) -> None:
+    def __init__(self, modules: range, own_part: Callable[[list[Tensor]], list[Tensor]] | None = None) -> None:
         self.modules = modules
-        self.held: list[Tensor] = []
+        self._own_part = own_part
+        self._batch: list[Tensor] = []  # whose micro-batches are being trained on
+
+    # Batches: one of several processes receives them from the stage before, and sends them to the next.
 
     def train_batches(
-        self, data: Data, epoch: int, batch_size: int, parts: int, device: torch.device, steps: range
+        self, data: Data, epoch: int, batch_size: int, micro_batches: int, device: torch.device, steps: range
     ) -> Iterator[Carry]:
-        """The batches of an epoch with the numbers `steps`, each as `parts` micro-batches, as they come to the first
+        """The batches of an epoch with the numbers `steps`, each as so many micro-batches, as they come to the first
         module here.
         """
-        batches = self._loaded(data.train_batches(epoch, batch_size, device, steps.start))
-        for batch in islice(batches, len(steps)):
-            self.held = batch
-            yield from Carry.micro_batches(batch, parts)
-
-    def _loaded(self, batches: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
-        """What this process takes of batches [images, labels] that it has loaded."""
-        return batches
+        for batch in islice(data.train_batches(epoch, batch_size, device, steps.start), len(steps)):
+            self._batch = self._own_part(batch) if self._own_part else batch
+            del batch  # or else the parts of others would stay in memory
+            yield from Carry.micro_batches(self._batch, micro_batches)
 
     def test_batches(self, data: Data, batch_size: int, device: torch.device, models: int) -> Iterator[list[Carry]]:
         """The batches to evaluate on, each once for every one of the `models` that are evaluated."""
@@ -62,47 +73,60 @@ class Stage:
     def send(self, carry: Carry, signal: int) -> None:
         """Hands a batch to the next stage; `signal` is the number of one that came to this process, or 0.
 
-        Where this process reports, the batch has the losses to report then.
+        Where this process reports, the batch then has the losses to report.
         """
 
-    def in_flight(self) -> list[Tensor]:
-        """What has been received ahead, or been sent and is not known to be taken."""
-        return []
+    def waiting(self) -> Waiting:
+        """Batches that have been loaded or received ahead, or been sent and may not have arrived."""
+        return Waiting(self._batch, most=True)
 
-    @property
-    def full(self) -> bool:
-        """Whether as much is in flight as may be."""
-        return True
+    # News: what processes tell each other beside batches.
 
-    def doing(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:
-        """Records what is done inside, one of `timeline.KINDS`, where this process is to."""
-        return nullcontext()
+    def gather(self, value: T) -> list[T]:
+        """What each process gives, by rank; all call this together. Values are such as JSON has."""
+        return [value]
 
-    def average(self, gradients: list[Tensor]) -> None:
-        """Replaces a module's gradients by their mean over the replicas, in place."""
+    def stop_after(self, stop: int, signal: int) -> int:
+        """The number of the signal after which every process stops, once it has sent a batch; 0 to continue.
 
-    def stopping(self, stop: int, signal: int) -> int:
-        """The number of the signal after which every process stops behind this batch, whose `Carry.stop` is given; 0 to
-        go on.
+        Args:
+            stop: the batch's `Carry.stop`.
+            signal: the number of the signal that came to this process; 0 for none.
         """
         return signal
-
-    def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
-        """Saves a checkpoint of all stages; arguments as of `save_checkpoint`, `meta` being that of who reports."""
-        return save_checkpoint(folder, step, parts, meta, keep)
-
-    def agree(self, reason: str | None) -> str | None:
-        """Why some process cannot take a checkpoint over, whose `reason` is given; None if all can."""
-        return reason
-
-    def shared(self, names: list[str]) -> list[str]:
-        """The names that the process which reports has: another may not see the same files yet."""
-        return names
-
-    def highest(self, peak: int | None) -> int | None:
-        """The largest `peak` memory of a process, in bytes; None if none is known."""
-        return peak
 
     def weights(self, state: TrainingState) -> dict[str, Tensor]:
         """The evaluated backbone's state dict, where this process reports; else some of it."""
         return state.evaluated.state_dict()
+
+    # The same in every layout.
+
+    def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
+        """Saves a checkpoint of all processes, which come here after the same step, with nothing on its way.
+
+        Arguments are those of `save_checkpoint`; `meta` is that of the process that reports.
+
+        Returns:
+            The checkpoint's folder, in the process that reports.
+        """
+        # One process makes the folder, whose name nobody can guess, and tells the others.
+        aside = folder / self.from_reporter(begin_checkpoint(folder, step).name if self.reports else "")
+        written = self.gather({} if self.replica else write_parts(aside, step, parts))
+        path = folder
+        if self.reports:
+            checksums = {name: digest for own in written for name, digest in own.items()}
+            path = publish(aside, step, checksums, meta, keep)
+        self.gather(None)  # nobody continues before it is published
+        return path
+
+    def from_reporter(self, value: T) -> T:
+        """What the process that reports gives."""
+        return self.gather(value)[self.reporter]
+
+    def agree(self, reason: str | None) -> str | None:
+        """Why some process cannot take a checkpoint over, whose `reason` is given; None if all can."""
+        return next((other for other in self.gather(reason) if other), None)
+
+    def highest(self, peak: int | None) -> int | None:
+        """The largest `peak` memory of a process, in bytes; None if none is known."""
+        return max(filter(None, self.gather(peak)), default=None)

@@ -8,24 +8,16 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from localprop.errors import (
-    CheckpointError,
-    NonFiniteGradientError,
-    NonFiniteLossError,
-    NonFiniteWeightError,
-    first_line,
-)
+from localprop.errors import CheckpointError, NonFiniteGradientError, NonFiniteLossError, first_line
 from localprop.memory.measure import plain_tensors
 from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig
 from localprop.system.reading import Malformed
-from localprop.training.finite import non_finite, wide_norm
+from localprop.training.checkpoints.restoring import check_part, load_optimizer
+from localprop.training.finite import FiniteChecks, wide_norm
 from localprop.training.offload import Offload
 from localprop.training.optimizers import create_optimizer, create_scheduler
-from localprop.training.restoring import check_part, load_optimizer
-
-_UNTOUCHED = "weights from this module on are as before this step, and nothing is saved"
 
 
 class TrainingState:
@@ -38,7 +30,7 @@ class TrainingState:
         device: where the network is.
         modules: those that are trained by this process; all, if left out. The network gives up the others' weights.
         average: replaces a module's gradients, in place, by their mean over processes that train the same module.
-        doing: given "compute" and a module, a context in which that module takes its step.
+        span: given "compute" and a module, a context in which that module takes its step.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
     place where it is needed (epoch, batch, module).
@@ -52,17 +44,16 @@ class TrainingState:
         device: torch.device,
         modules: range | None = None,
         average: Callable[[list[Tensor]], None] | None = None,
-        doing: Callable[[str, int], AbstractContextManager[Any]] | None = None,
+        span: Callable[[str, int], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.net = net
         self.config = config
         self.step = 0
-        self.average, self.doing = average, doing
+        self.average, self.span = average, span
         self.modules = range(len(net.local_modules)) if modules is None else modules
         # In the module's order, which averages and norms are rounded by; looking names up at every step takes time.
         self._parameters = [list(net.local_modules[k].parameters()) for k in self.modules]
-        # Such as the masks of an attention; where a module shares a buffer, under all of its names.
-        self._infinite = set(non_finite(dict(net.named_buffers(remove_duplicate=False))))
+        self._finite = FiniteChecks(net)
         self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
@@ -108,12 +99,12 @@ class TrainingState:
                 self.offload.fetch(0)
         carry = Carry.of(batch)
         for i, k in enumerate(self.modules):
-            with self.doing("compute", k) if self.doing else nullcontext(), self._clearing():
+            with self.span("compute", k) if self.span else nullcontext(), self._clearing():
                 self.net.train_module(k, carry, self.scalers[i], seed, self.config.micro_batches)
                 if last:
                     self._step_module(i, carry.losses[-1])
                 elif not self.scalers[i] and not carry.losses[-1].isfinite():
-                    raise self._bad_loss(k, carry.losses[-1])
+                    raise self._finite.loss_error(k, carry.losses[-1], self.step + 1)
         if last:
             self.step += 1
             if self.ema:
@@ -136,7 +127,7 @@ class TrainingState:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients:
             if not loss.isfinite():
-                raise self._bad_loss(self.modules[i], loss)
+                raise self._finite.loss_error(self.modules[i], loss, self.step + 1)
             return
         # First, so that all replicas judge the same gradients.
         if self.average:
@@ -147,7 +138,7 @@ class TrainingState:
         norm, problem = nn.utils.get_total_norm(gradients), None
         # Both at once: on a GPU each look at a number waits for all that comes before it.
         if not (loss + norm).isfinite():
-            problem = self._problem(i, loss)
+            problem = self._finite.error(self.modules[i], loss, self.step + 1, scaled=scaler is not None)
             norm = wide_norm(gradients)
         skipped = isinstance(problem, NonFiniteGradientError) and scaler
         if problem and not skipped:
@@ -164,32 +155,6 @@ class TrainingState:
             optimizer.zero_grad(set_to_none=True)
         if problem and scaler and scaler.get_scale() < 1:
             raise problem
-
-    def _problem(self, i: int, loss: Tensor) -> NonFiniteLossError | None:
-        """What is not finite in the step of the i-th module trained here; None where only the norm overflowed."""
-        k = self.modules[i]
-        named = self.net.local_modules[k].named_parameters()
-        name = next(iter(non_finite({name: p.grad for name, p in named if p.grad is not None})), None)
-        # A loss scale that is too large shows in the gradients alone; they decide whether its step is skipped.
-        if not loss.isfinite() and not (name and self.scalers[i]):
-            return self._bad_loss(k, loss)
-        if not name:
-            return None
-        scale = "" if self.scalers[i] is None else " with a loss scale of 1"
-        return NonFiniteGradientError(
-            f"the gradient of {name} in module {self._describe(k)} is not finite at step {self.step + 1}{scale}, its "
-            f"loss is {loss.item():.4g}; {_UNTOUCHED}: lower --lr, or look for a division by zero in the backward pass"
-        )
-
-    def _bad_loss(self, k: int, loss: Tensor) -> NonFiniteLossError:
-        return NonFiniteLossError(
-            f"the loss of module {self._describe(k)} is {loss.item()} at step {self.step + 1}; {_UNTOUCHED}: lower "
-            "--lr or set --clip-grad"
-        )
-
-    def _describe(self, k: int) -> str:
-        units = self.net.local_modules[k].units
-        return f"{k + 1} of {len(self.net.local_modules)} ({units[0]} ... {units[-1]})"
 
     def renew_gradients(self) -> list[Tensor]:
         """Puts copies in the place of gradients that earlier micro-batches have left; gives these."""
@@ -238,11 +203,7 @@ class TrainingState:
                 part["ema"] = {name: averages[name] for name in shares[k]}
             if scaler:
                 part["scaler"] = scaler.state_dict()
-            if name := self._non_finite(k, part):
-                raise NonFiniteWeightError(
-                    f"{name} in module {self._describe(k)} is not finite after step {self.step}, so no checkpoint is "
-                    "saved; those before stay: start a new run with a lower --lr or with --clip-grad"
-                )
+            self._finite.require_part(k, part, self.step)
             parts[part_name(k)] = part
         return parts
 
@@ -257,34 +218,13 @@ class TrainingState:
             except Malformed as error:
                 return f"{own}: {error}"
         for k in range(len(self.net.local_modules)):
-            if name := self._non_finite(k, parts.get(part_name(k), {})):
-                return f"{name} in module {self._describe(k)} is not finite"
+            if flaw := self._finite.flaw(k, parts.get(part_name(k), {})):
+                return flaw
         return None
 
     def require_finite(self, weights: dict[str, Tensor]) -> None:
-        """Checks a state dict of the backbone before it is published.
-
-        Raises:
-            NonFiniteWeightError: a weight or a buffer is NaN or infinite, but for buffers that were when the network
-                was built.
-        """
-        if names := [name for name in non_finite(weights) if f"backbone.{name}" not in self._infinite]:
-            raise NonFiniteWeightError(
-                f"{names[0]} of the trained model is not finite, so it is not saved; start a new run with a lower --lr "
-                "or with --clip-grad"
-            )
-
-    def _non_finite(self, k: int, part: dict[str, Any]) -> str | None:
-        """The first tensor of a checkpoint's part that is not finite though it has to be."""
-        for kind, owner in (
-            ("backbone", "backbone"),
-            ("auxiliary", f"local_modules.{k}.auxiliary"),
-            ("ema", "backbone"),
-        ):
-            for name in non_finite(part.get(kind, {})):
-                if f"{owner}.{name}" not in self._infinite:
-                    return name if kind == "backbone" else f"{kind} {name}"
-        return None
+        """Checks a state dict of the backbone before it is published; see `FiniteChecks.require`."""
+        self._finite.require(weights)
 
     def load(self, parts: dict[str, Any], step: int) -> None:
         """Restores what `parts` gave.
@@ -312,6 +252,11 @@ class TrainingState:
                 "that the run was started with"
             ) from None
         self.step = step
+
+
+def autocast(config: OptimConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """The context of mixed precision, where the settings have it."""
+    return torch.autocast(device.type, getattr(torch, config.amp_dtype)) if config.amp else nullcontext()
 
 
 def part_name(k: int) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints and weights on disk: written aside, synced, renamed, checked by SHA-256; never a pickle.
+"""Checkpoints on disk: written aside, synced, renamed, checked by SHA-256.
 
 A checkpoint is a folder of parts, so that every process of a parallel run can write its own:
 
@@ -6,8 +6,6 @@ A checkpoint is a folder of parts, so that every process of a parallel run can w
       module-0.safetensors ...   a part: its tensors, and in the header everything else of it as JSON
       manifest.json              step, names of the parts, meta
       SHA256SUMS                 of all of these; `sha256sum --check SHA256SUMS` verifies them too
-
-The same state gives the same bytes, whichever process wrote them.
 """
 
 import errno
@@ -21,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from localprop.errors import CheckpointError
 from localprop.system.files import (
@@ -33,9 +28,8 @@ from localprop.system.files import (
     sync,
     temporary_name,
     write_synced,
-    written_aside,
 )
-from localprop.system.nested import KINDS, Unknown, join, split
+from localprop.system.nested import join
 from localprop.system.reading import (
     COUNT,
     MAPPING,
@@ -47,6 +41,7 @@ from localprop.system.reading import (
     require_once,
     require_regular,
 )
+from localprop.training.checkpoints.format import as_json, read_part, write_part
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "SHA256SUMS"
@@ -134,10 +129,7 @@ def write_parts(aside: Path, step: int, parts: dict[str, Any]) -> dict[str, str]
     with all_or_nothing(_final(aside.parent, step), aside, _UNTOUCHED):
         for name, state in parts.items():
             path = aside / f"{name}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            structure = _split(state, name, tensors)
-            _write_tensors(path, tensors, {"structure": json.dumps(structure)})
-            sync(path)
+            write_part(path, state)
             checksums[path.name] = _sha256(path)
     return checksums
 
@@ -168,7 +160,7 @@ def publish(aside: Path, step: int, checksums: dict[str, str], meta: dict[str, A
             "format": FORMAT,
             "step": step,
             "parts": sorted(checksums),
-            "meta": _split(meta, "meta", None),
+            "meta": as_json(meta, "meta"),
         }
         write_synced(aside / MANIFEST, json.dumps(manifest, indent=1))
         sums = {**checksums, MANIFEST: _sha256(aside / MANIFEST)}
@@ -210,7 +202,7 @@ def load_checkpoint(
         files = [file for file in files if only is None or file.stem in only]
         for file in files:
             _verify(file, sums)
-        parts = {file.stem: _read_part(file, device) for file in files}
+        parts = {file.stem: read_part(file, device) for file in files}
         if flaw and (reason := flaw(parts)):
             raise CheckpointError(f"{path}: {reason}; resume from another checkpoint")
         meta = join(manifest["meta"], {})
@@ -275,19 +267,6 @@ def has_checkpoint(folder: Path) -> bool:
     return bool(_newest_first(folder))
 
 
-def save_weights(path: Path, state_dict: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Saves a plain state dict that timm reads, as one safetensors file, whole or not at all.
-
-    Tensors that share memory (tied weights) are written under each of their names, so that
-    `load_state_dict(strict=True)` finds all of them.
-
-    Raises:
-        CheckpointError: the disk is full, may not be written or fails.
-    """
-    with written_aside(path) as temporary:
-        _write_tensors(temporary, state_dict, metadata or {})
-
-
 def _final(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
@@ -309,13 +288,6 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
         remove_tree(path, folder)
 
 
-def _split(value: Any, place: str, tensors: dict[str, Tensor] | None) -> Any:
-    try:
-        return split(value, place, tensors)
-    except Unknown as error:
-        raise CheckpointError(f"cannot save the {error}; a checkpoint takes tensors (not in meta), {KINDS}") from None
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = parse_json(read_text(path / MANIFEST))
     check(manifest, {"format": COUNT}, MANIFEST)
@@ -330,53 +302,6 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if number and int(number[1]) != manifest["step"]:
         raise Malformed(f"{MANIFEST} is of step {manifest['step']}")
     return manifest
-
-
-def _read_part(path: Path, device: str | torch.device) -> Any:
-    try:
-        return _read_tensors(path, device)
-    except (Malformed, SafetensorError) as error:
-        raise Malformed(f"{path.name}: {error}") from None
-
-
-def _read_tensors(path: Path, device: str | torch.device) -> Any:
-    with safe_open(path, framework="pt") as file:
-        # The copy frees memory from the file, which may be removed, and aligns it as torch does: misaligned
-        # tensors may take other kernels than before the interruption, with other rounding.
-        tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata()
-        check(metadata, {"structure": TEXT}, "header")
-        return join(parse_json(metadata["structure"]), tensors)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file whose bytes depend on nothing but what is written."""
-    dense, memory = {}, set()
-    for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_complex():
-            raise CheckpointError(f"cannot save the {tensor.type()} at {name}; make it dense and real")
-        dense[name] = tensor.detach().cpu().contiguous()
-        address = dense[name].untyped_storage().data_ptr()
-        if address in memory:  # safetensors refuses tensors that share memory
-            dense[name] = dense[name].clone()
-        memory.add(address)
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dense, path, metadata)
-    path.chmod(mode)  # safetensors creates its files for the owner alone
-    if len(metadata) > 1:
-        _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Sorts the metadata in a safetensors header, which the library writes in random order."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        file.seek(8)
-        file.write(text.ljust(size))
 
 
 def _sha256(path: Path) -> str:
