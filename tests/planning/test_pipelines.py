@@ -1,5 +1,6 @@
 """What several processes take: predicted against what a process with its own modules, or its stage, really takes."""
 
+import functools
 import json
 from collections import deque
 from itertools import chain, pairwise
@@ -10,7 +11,6 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from localprop import chain as chain_of
 from localprop import plan
 from localprop.cli import main
 from localprop.errors import ConfigError, ParallelError
@@ -25,7 +25,7 @@ from localprop.planning.tables import processes_table
 from localprop.settings.config import OptimConfig
 from localprop.training.optimizers import create_optimizer
 from localprop.training.state import TrainingState
-from tiny import SIZE, batch, build, split
+from tiny import SIZE, batch, build, split, units_of
 
 BATCH = 16
 CPU = torch.device("cpu")
@@ -51,6 +51,12 @@ def real_peak(net, config, modules):
     return measurement.peak
 
 
+@functools.cache
+def whole_step(name, method, model_ema):
+    """The simulated step of a process that trains all modules."""
+    return simulate_step(split(name, 3, method), OptimConfig(model_ema=model_ema), BATCH, SIZE)
+
+
 @pytest.mark.parametrize(
     ("name", "method"),
     [("swin", "feature-reconstruction"), ("vit", "infopro"), ("resnet", "greedy"), ("cnn", "greedy")],
@@ -61,7 +67,7 @@ def test_the_predicted_peak_of_a_process_is_that_of_a_real_one(name, method, mod
     step = simulate_step(split(name, 3, method), config, BATCH, SIZE, modules=modules)
     assert step.peak == pytest.approx(real_peak(split(name, 3, method), config, modules), rel=0.01)
     assert step.module in modules
-    whole = simulate_step(split(name, 3, method), config, BATCH, SIZE)
+    whole = whole_step(name, method, config.model_ema)
     assert step.peak < whole.peak
     starts = [0.0, *whole.module_ends]
     assert step.seconds < 1.2 * (whole.module_ends[modules[-1]] - starts[modules.start])
@@ -100,7 +106,7 @@ def test_replicas_share_the_batch_and_reduce_gradients():
 def real_stage_peak(name, rank, ranks, names, micro, count):
     """The measured peak of a stage that computes a batch's micro-batches in 1F1B's order, written out by hand."""
     model = build(name).train()
-    units = list(chain_of(model, SIZE))
+    units = list(units_of(name))
     own = [unit for unit in units if unit.name in names]
     images, labels = batch(micro)
     source = images
@@ -136,23 +142,22 @@ def real_stage_peak(name, rank, ranks, names, micro, count):
 @pytest.mark.parametrize(("name", "ranks", "batch_size"), [("vit", 2, 32), ("cnn", 3, 40), ("swin", 2, 32)])
 def test_the_predicted_peak_of_a_1f1b_stage_is_that_of_a_real_one(name, ranks, batch_size):
     model = build(name)
-    result = pipeline(Costs(model, chain_of(model, SIZE)), OptimConfig(), batch_size, "cpu", None, ranks, Link())
+    result = pipeline(Costs(model, units_of(name)), OptimConfig(), batch_size, "cpu", None, ranks, Link())
     assert result.micro_batches == 4
-    assert [*chain(*result.units)] == [unit.name for unit in chain_of(model, SIZE)]
+    assert [*chain(*result.units)] == [unit.name for unit in units_of(name)]
     for rank, names in enumerate(result.units):
         real = real_stage_peak(name, rank, ranks, names, batch_size // 4, 4)
         assert result.peaks[rank] == pytest.approx(real, rel=0.02)
 
 
 def test_a_pipeline_that_cannot_be_is_none():
-    model = build("cnn")
-    costs = Costs(model, chain_of(model, SIZE))
+    costs = Costs(build("cnn"), units_of("cnn"))
     assert pipeline(costs, OptimConfig(), 3, "cpu", None, 2, Link()) is None  # no four micro-batches
     assert pipeline(costs, OptimConfig(), 64, "cpu", None, 50, Link()) is None
 
 
 def test_a_plan_for_processes():
-    model = timm.create_model("test_vit", img_size=32, patch_size=4, depth=4, embed_dim=32, num_heads=2)
+    model = timm.create_model("test_vit", img_size=32, patch_size=4, depth=3, embed_dim=32, num_heads=2)
     arguments = {"modules": (2, 3), "method": "greedy", "partition": "compute"}
     plain = plan(model, 16, **arguments)
     result = plan(model, 16, **arguments, nproc=2)
@@ -168,7 +173,7 @@ def test_a_plan_for_processes():
     two = result.rows[2]
     ratio = result.pipeline.timing.seconds / two.parallel.timing.seconds
     assert result.against_pipeline(two) == pytest.approx(ratio)
-    far = plan(model, 16, **arguments, nproc=2, bandwidth=1e5).rows[2]
+    far = plan(model, 16, **arguments | {"modules": (2,)}, nproc=2, bandwidth=1e5).rows[2]
     assert far.parallel.timing.bottleneck == "link 0-1"
     # Features of 16 images: 64 tokens and a class token, of 32 floats; and labels.
     assert far.parallel.timing.seconds == pytest.approx((16 * 65 * 32 * 4 + 16 * 8) / 1e5)
@@ -189,7 +194,7 @@ def test_a_mistake_is_one_line(options, error, words):
     assert "\n" not in str(caught.value)
 
 
-KWARGS = ["img_size=32", "patch_size=4", "depth=4", "embed_dim=32", "num_heads=2"]
+KWARGS = ["img_size=32", "patch_size=4", "depth=2", "embed_dim=32", "num_heads=2"]
 COMMAND = ["plan", "--model", "test_vit", "--model-kwargs", *KWARGS, "--num-classes", "5", "--method", "greedy"]
 
 
@@ -198,7 +203,7 @@ def test_the_command_adds_a_table_and_keeps_the_rest(tmp_path, monkeypatch, caps
     monkeypatch.setenv("COLUMNS", "80")
     texts, reports = [], []
     for more in ([], ["--parallel", "modules", "--nproc", "2"]):
-        assert main([*COMMAND, "--batch-size", "64", "--json", "plan.json", *more]) == 0
+        assert main([*COMMAND, "--batch-size", "64", "--modules", "2", "--json", "plan.json", *more]) == 0
         texts.append(capsys.readouterr().out.splitlines())
         reports.append(json.loads((tmp_path / "plan.json").read_text()))
     added = [line for line in texts[1] if line not in texts[0]]
@@ -241,7 +246,8 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
 
 def test_a_narrow_terminal_cuts_no_numbers_off(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    model = timm.create_model("test_vit", img_size=32, patch_size=4, depth=8, embed_dim=32, num_heads=2)
+    layers = (layer for _ in range(8) for layer in (torch.nn.Linear(3072, 3072), torch.nn.GELU()))
+    model = torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(3072, 5))
     result = plan(model, 16, modules=(8,), method="greedy", input_size=SIZE, nproc=8)
     Console().print(processes_table(result))
     lines = capsys.readouterr().out.splitlines()
