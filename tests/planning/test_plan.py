@@ -217,6 +217,27 @@ def test_the_command_writes_a_table_a_picture_and_a_report(command, tmp_path):
     assert (colors[1] > 500).sum() == 2  # a colour for each module
 
 
+def test_the_command_explains_a_peak(command):
+    report, text = command("--batch-size", "64", "--explain", "K=2")
+    peak = report["explained"]
+    (row,) = [row for row in report["rows"] if row["setting"] == peak["setting"]]
+    parts = peak["tensors"] + peak["rest"]
+    assert sum(part["size"] for part in parts) == peak["size"] == row["peak"]
+    assert (peak["module"], peak["modules"]) == (row["peak_module"], 2)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "K=2, max is at its peak of" in text
+    assert f"module {peak['module']} of 2, in the {peak['phase']} of {peak['layer']}" in " ".join(text.split())
+    start = next(i for i, line in enumerate(lines) if line.startswith("made by"))
+    end = next(i for i, line in enumerate(lines) if line.startswith("in all"))
+    shares = [float(re.findall(r" (\d+\.\d) ", line)[-1]) for line in lines[start + 1 : end]]
+    assert len(shares) == len(parts)
+    assert sum(shares) == pytest.approx(100)
+    for tensor, line in zip(peak["tensors"], lines[start + 1 :], strict=False):
+        assert line.startswith(tensor["layer"])
+        assert "x".join(map(str, tensor["shape"])) in line
+
+
 CONFIGS = [
     TrainConfig(),
     TrainConfig(
@@ -292,6 +313,36 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
     assert words in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["K=2", "k=2", "end-to-end", "end-to-end+ckpt"])
+def test_a_setting_is_explained_under_its_name(name):
+    result = small_plan((2, 99), model=build("mlp"), explain=name)
+    rows = {row.setting.name: row for row in result.rows}
+    peak = result.explained
+    assert peak.setting.replace(" ", "").lower().startswith(name.lower())
+    assert sum(part.size for part in [*peak.tensors, *peak.rest]) == peak.size == rows[peak.setting].step.peak
+
+
+def test_nothing_is_explained_unasked(monkeypatch):
+    monkeypatch.setattr("localprop.planning.plans.explain_peak", lambda *_: pytest.fail("which takes time"))
+    assert small_plan((2,), model=build("mlp")).explained is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("four", "explain is 'four'; give the name of a setting, such as end-to-end or K=4"),
+        (
+            "K=5",
+            "this plan has no setting 'K=5' to explain; it has end-to-end, end-to-end + ckpt, K=2; --modules plans",
+        ),
+    ],
+)
+def test_an_unknown_setting_to_explain_is_one_line(name, words):
+    with pytest.raises(ConfigError) as caught:
+        small_plan((2,), model=build("mlp"), explain=name)
+    assert str(caught.value).startswith(words)
 
 
 def test_the_old_name_of_a_rows_step_warns():

@@ -22,7 +22,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
             raise ConfigError(f"{path} cannot be written: there is no folder {path.resolve().parent}; make it first")
         if path and path.exists() and not path.is_file():  # such as /dev/stdout, which must not be replaced
             raise ConfigError(f"{path} is no regular file; name a file to write")
-    from localprop.planning.tables import draw_plan, plan_table, processes_table
+    from localprop.planning.tables import draw_plan, peak_table, plan_table, processes_table
     from localprop.runs.advice import plan_lines, plan_model, plan_report
 
     def plan() -> int:
@@ -32,6 +32,10 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         console.print(plan_table(result, title))
         if config.parallel:
             console.print(processes_table(result))
+        if result.explained:
+            console.print()
+            console.print(peak_table(result.explained))
+            console.print()
         drawn = result.choice if result.choice and result.choice.setting.modules > 1 else result.typical
         draw_plan(config.picture, result, drawn, f"{title}: memory over one training step")
         if config.json:

@@ -64,6 +64,11 @@ class Layers:
         made = bisect_right(self._nodes, node._sequence_nr()) - 1
         return self._makers[made] if made >= 0 else None
 
+    @property
+    def running(self) -> bool:
+        """Whether a layer's forward runs, for the first time or, in backward, again."""
+        return bool(self._running)
+
     def parameter(self, parameter: Tensor) -> str | None:
         """The name of a parameter; None for one that none of the modules has."""
         return self._parameters.get(id(parameter))

@@ -28,6 +28,7 @@ class Allocation:
         shape: of the tensor that it was made for; empty for what a kernel takes for itself.
         dtype: of that tensor.
         layer: what made it, if the tracker was given `Layers`.
+        forward: whether a layer's forward made it, for the first time or, in backward, again; likewise.
     """
 
     size: int
@@ -37,6 +38,7 @@ class Allocation:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     layer: str | None = None
+    forward: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,10 @@ class Tracker(TorchDispatchMode):
             return 1
         kwargs = kwargs or {}
         if func.namespace == "prim" or func.is_view:  # asks a tensor for something, or gives another view of it
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if self.layers and func.is_view and isinstance(result, Tensor):
+                self._reshape(result, self.layers)
+            return result
         result = func(*args, **kwargs)
         scratch = workspace(func, args) if self.machine is MACHINES["cpu"] else 0
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
@@ -145,12 +150,21 @@ class Tracker(TorchDispatchMode):
         """Bytes in use after each event."""
         return list(accumulate(event.change for event in self.events))
 
+    def _reshape(self, view: Tensor, layers: Layers) -> None:
+        """Gives memory the shape that the layer that made it gives it in the end: a linear layer flattens its input."""
+        allocation = self._known.get(view.untyped_storage()._cdata)
+        whole = allocation and view.is_contiguous() and view.nbytes == allocation.size
+        if allocation and whole and allocation.forward and layers.running and allocation.layer == layers.at_work():
+            allocation.shape = tuple(view.shape)
+
     def stop(self) -> None:
         """Records nothing more: what is freed after this counts as alive to the end."""
         self._known.clear()
 
     def _begin(self, size: int) -> Allocation:
-        allocation = Allocation(size, len(self.events), layer=self.layers.at_work() if self.layers else None)
+        allocation = Allocation(size, len(self.events))
+        if self.layers:
+            allocation.layer, allocation.forward = self.layers.at_work(), self.layers.running
         self.allocations.append(allocation)
         self._record(size)
         return allocation

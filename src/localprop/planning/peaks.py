@@ -1,5 +1,6 @@
 """Why the peak of a training step is where it is: the layer at work then, and the largest tensors alive."""
 
+import re
 from dataclasses import dataclass
 
 from localprop.memory.layers import Layers
@@ -11,6 +12,8 @@ from localprop.settings.config import OptimConfig
 
 LARGEST = 10
 """Number of tensors that are told one by one."""
+KINDS = 5
+"""Number of kinds of layers that are told."""
 _SHOWN = ("activations", "temporaries")
 
 
@@ -50,6 +53,21 @@ class Rest:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Activations and temporaries that layers of one kind made, in all blocks together.
+
+    Attributes:
+        layers: their name, with * for numbers, such as "blocks.*.mlp.fc1".
+        count: how many tensors.
+        size: bytes.
+    """
+
+    layers: str
+    count: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Peak:
     """The moment of a training step at which most memory is in use.
 
@@ -60,10 +78,12 @@ class Peak:
         modules: their number.
         micro_batch: which part of the batch is at work, from 1; None where the batch is not divided.
         micro_batches: their number.
-        phase: "forward", "backward", "optimizer step" or "moving average".
+        phase: "forward", "backward", "recomputation" (what runs again in backward), "optimizer step" or "moving
+            average".
         layer: what is at work, as of `PeakTensor.layer`; None in the last two phases.
         tensors: the largest activations and temporaries, largest first.
         rest: the others, by use.
+        kinds: the kinds of layers that made most, largest first. They are counted among `tensors` and `rest`.
     """
 
     setting: str
@@ -76,6 +96,7 @@ class Peak:
     layer: str | None
     tensors: list[PeakTensor]
     rest: list[Rest]
+    kinds: list[Kind]
 
 
 def explain_peak(
@@ -93,7 +114,7 @@ def explain_peak(
         hidden, bytes_hidden = on_host if use == "optimizer" else (0, 0)
         rest.append(Rest(use, len(sizes) - hidden, sum(sizes) - bytes_hidden))
     count = len(record.modules)
-    at_work = max((a for a, _ in alive if a.start <= record.moment), key=lambda a: a.start)
+    newest = max((allocation for allocation, _ in alive), key=lambda allocation: allocation.start)
     return Peak(
         setting=name,
         size=record.in_use[record.moment],
@@ -101,16 +122,26 @@ def explain_peak(
         modules=count,
         micro_batch=_micro_batch(record),
         micro_batches=record.micro_batches,
-        phase=_phase(record),
-        layer=at_work.layer,
+        phase=_phase(record, newest),
+        layer=newest.layer,
         tensors=[_describe(allocation, use) for allocation, use in shown],
         rest=[group for group in rest if group.count],
+        kinds=_kinds([allocation for allocation, use in alive if use in _SHOWN]),
     )
 
 
 def _describe(allocation: Allocation, use: str) -> PeakTensor:
     dtype = str(allocation.dtype).removeprefix("torch.") if allocation.dtype else ""
     return PeakTensor(allocation.layer, allocation.shape, dtype, use, allocation.size)
+
+
+def _kinds(allocations: list[Allocation]) -> list[Kind]:
+    sizes: dict[str, list[int]] = {}
+    for allocation in allocations:
+        if allocation.layer:
+            sizes.setdefault(re.sub(r"\b\d+\b", "*", allocation.layer), []).append(allocation.size)
+    kinds = [Kind(layers, len(own), sum(own)) for layers, own in sizes.items()]
+    return sorted(kinds, key=lambda kind: -kind.size)[:KINDS]
 
 
 def _micro_batch(record: Record) -> int | None:
@@ -122,9 +153,10 @@ def _micro_batch(record: Record) -> int | None:
     return min(record.micro_batches - 1, 2)
 
 
-def _phase(record: Record) -> str:
+def _phase(record: Record, newest: Allocation) -> str:
+    """What happens at the peak, at which the `newest` allocation was made."""
     if record.moment >= record.marks[-1].event:
         return "moving average"
     if record.tracker.events[record.moment].backward:
-        return "backward"
+        return "recomputation" if newest.forward else "backward"
     return "forward" if record.moment < record.backward else "optimizer step"

@@ -1,5 +1,6 @@
 """Tells before training, without a GPU and without data, what each way to train a model takes, and which one fits."""
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,8 @@ from localprop.errors import ChainError, ConfigError, ParallelError, PlanError
 from localprop.memory.cost import Costs
 from localprop.memory.tracker import MACHINES
 from localprop.methods import only_modules
+from localprop.network.network import LocalNetwork
+from localprop.planning.peaks import Peak, explain_peak
 from localprop.planning.processes import Processes, pipeline, share_out
 from localprop.planning.schedules import Link
 from localprop.planning.simulation import simulate_step
@@ -24,6 +27,7 @@ from localprop.tracing.chains import chain
 from localprop.tracing.units import Chain
 
 _CLEARLY = 0.97
+_NAMES = r"(end-to-end|(exact)?k=\d+).*"  # how the keys of settings begin
 _OTHERS = ("num_classes", "criterion", "mean", "std")  # arguments of `localize` that are no part of a recipe
 MODULES: tuple[int | Literal["max"], ...] = (2, 3, 4, 6, 8, "max")
 
@@ -111,12 +115,14 @@ class Plan:
         choice: the setting that fits the budget, or else does with the fewest micro-batches; None without a budget.
         pipeline: end-to-end training by 1F1B on as many processes as `PlanRow.parallel` has; None where that was not
             asked for, or cannot be.
+        explained: why the peak of one setting is where it is; None where that was not asked for.
     """
 
     rows: list[PlanRow]
     budget: int | None = None
     choice: PlanRow | None = None
     pipeline: Processes | None = None
+    explained: Peak | None = None
 
     @property
     def baseline(self) -> PlanRow:
@@ -170,6 +176,7 @@ def plan(
     device: Literal["cpu", "cuda"] = "cpu",
     nproc: int | None = None,
     bandwidth: float | None = None,
+    explain: str | None = None,
     on_setting: Callable[[Setting], None] | None = None,
     **options: Any,
 ) -> Plan:
@@ -195,6 +202,7 @@ def plan(
         nproc: number of processes that modules are to be shared out to. Each row then says what that takes, and the
             plan what a pipeline of end-to-end training takes.
         bandwidth: bytes per second between two processes; default: an order of magnitude for the device.
+        explain: name of a setting, such as "K=4" or "end-to-end"; the plan then says why its peak is where it is.
         on_setting: called before each setting is looked at.
         options: further arguments of `localize`: settings of a `localprop.Recipe`, num_classes, criterion, ...
 
@@ -206,6 +214,8 @@ def plan(
     for name, value in (("batch_size", batch_size), ("nproc", nproc), ("micro_batches", micro_batches)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if explain is not None and not re.fullmatch(_NAMES, _key(explain)):
+        raise ConfigError(f"explain is {explain!r}; give the name of a setting, such as end-to-end or K=4")
     if nproc and budget is not None:
         raise ConfigError("a budget chooses for one process; leave out either budget or nproc")
     optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
@@ -226,13 +236,14 @@ def plan(
                 f"{nproc} processes cannot share the {most} modules that there are at most; fewer --nproc"
             )
         other = pipeline(planner.known(False), optim, batch_size, device, amp_dtype, nproc, planner.link)
-        return Plan(rows, pipeline=other)
+        return Plan(rows, pipeline=other, explained=planner.explained(rows, explain))
     if budget is None:
-        return Plan(rows)
+        return Plan(rows, explained=planner.explained(rows, explain))
     # Who names a number of modules, or cuts, wants these.
     named = divided and (len(modules) == 1 or recipe.cuts is not None)
     candidates = [row for row in rows if row.setting.modules > 1] if named else rows
-    return Plan(rows, budget, planner.choose(Plan(rows), candidates, budget))
+    choice = planner.choose(Plan(rows), candidates, budget)
+    return Plan(rows, budget, choice, explained=planner.explained(rows, explain))
 
 
 class _Planner:
@@ -307,26 +318,13 @@ class _Planner:
             micro_batches: into which the batch is divided; default: as planned for.
         """
         self.on_setting(setting)
-        optim = replace(self.optim, micro_batches=micro_batches or self.optim.micro_batches)
-        costs = self.known(setting.split_blocks)
         local = setting.modules > 1
         try:
-            with torch.random.fork_rng(devices=[]):  # weights of auxiliary nets are drawn
-                net = divide(
-                    self.model,
-                    setting.recipe,
-                    costs,
-                    batch_size=self.batch_size,
-                    micro_batches=optim.micro_batches,
-                    amp_dtype=self.amp_dtype,
-                    device=self.device,
-                    **self.options,
-                )
+            net, given = self.network(setting, micro_batches)
         except ChainError:
             if not local or self.must_fit:
                 raise
             return None
-        given = (optim, self.batch_size, costs.chain.input_size, self.device)
         step, parallel = simulate_step(net, *given), None
         if local and self.processes:
             try:
@@ -335,7 +333,44 @@ class _Planner:
                 if self.must_fit:
                     raise
         units = [module.units for module in net.local_modules]
-        return PlanRow(setting, self.batch_size, optim.micro_batches, step, units, parallel)
+        return PlanRow(setting, self.batch_size, given[0].micro_batches, step, units, parallel)
+
+    def network(
+        self, setting: Setting, micro_batches: int | None = None
+    ) -> tuple[LocalNetwork, tuple[OptimConfig, int, tuple[int, int, int], str]]:
+        """The network of a setting, and what else `simulate_step` is given; arguments as of `row`."""
+        optim = replace(self.optim, micro_batches=micro_batches or self.optim.micro_batches)
+        costs = self.known(setting.split_blocks)
+        with torch.random.fork_rng(devices=[]):  # weights of auxiliary nets are drawn
+            net = divide(
+                self.model,
+                setting.recipe,
+                costs,
+                batch_size=self.batch_size,
+                micro_batches=optim.micro_batches,
+                amp_dtype=self.amp_dtype,
+                device=self.device,
+                **self.options,
+            )
+        return net, (optim, self.batch_size, costs.chain.input_size, self.device)
+
+    def explained(self, rows: list[PlanRow], name: str | None) -> Peak | None:
+        """Why the peak of the row with this name is where it is; None where no name is given.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        if name is None:
+            return None
+        found = [row for row in rows if _key(row.setting.name) == _key(name)]
+        found += [row for row in rows if _key(row.setting.name.replace(", max", "")) == _key(name)]
+        if not found:
+            known = ", ".join(row.setting.name for row in rows)
+            raise ConfigError(f"this plan has no setting {name!r} to explain; it has {known}; --modules plans others")
+        setting = found[0].setting
+        self.on_setting(setting)
+        net, given = self.network(setting, found[0].micro_batches)
+        return explain_peak(setting.name, net, *given)
 
     def choose(self, plan: Plan, rows: list[PlanRow], budget: int) -> PlanRow:
         """The one of some rows of a plan that fits: the fastest, and of equally fast ones that with the fewest modules.
@@ -360,3 +395,8 @@ class _Planner:
             f"nothing fits {budget / 2**20:.0f} MiB: {found.setting.name} with 1 image at a time takes "
             f"{found.step.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
         )
+
+
+def _key(name: str) -> str:
+    """What names of settings are compared by: "K=4+ckpt" is "K=4 + ckpt"."""
+    return "".join(name.split()).lower()

@@ -11,7 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from localprop.parallel.placement import numbers
+from localprop.errors import printable
+from localprop.parallel.placement import numbers as module_numbers
+from localprop.planning.peaks import Peak
 from localprop.planning.plans import Plan, PlanRow
 from localprop.planning.processes import Processes
 from localprop.report.formats import format_bytes
@@ -59,7 +61,7 @@ def processes_table(plan: Plan) -> RenderableType:
     def add(name: str, own: Processes, faster: float | None, against: float | None) -> None:
         table.add_row(
             Text(name),
-            " | ".join(map(numbers, own.ranks)) + (f" x{own.replicas}" if own.replicas > 1 else ""),
+            " | ".join(map(module_numbers, own.ranks)) + (f" x{own.replicas}" if own.replicas > 1 else ""),
             f"{own.peaks[own.largest] / 2**20:.0f}",
             str(own.largest),
             own.timing.bottleneck,
@@ -79,6 +81,88 @@ def processes_table(plan: Plan) -> RenderableType:
         "process and against 1F1B"
     )
     return Group(Text(text, style="dim"), table)
+
+
+_PHASES = {
+    "forward": "in the forward of",
+    "backward": "in the backward of",
+    "recomputation": "in backward, where a forward runs again, that of",
+    "optimizer step": "in the optimizer's step",
+    "moving average": "in the update of the moving average",
+}
+# What `Rest` has, for one and for several.
+_RESTS = {
+    "parameters": ("weight or buffer", "weights and buffers"),
+    "optimizer": ("optimizer state", "optimizer states"),
+    "gradients": ("gradient of a weight", "gradients of weights"),
+    "activations": ("other activation", "other activations"),
+    "temporaries": ("other temporary", "other temporaries"),
+}
+
+
+def peak_table(peak: Peak) -> RenderableType:
+    """Why a peak is where it is: the moment, and what is alive then, a line for each of the largest tensors."""
+    table = Table(box=None, padding=(0, 1, 0, 1), pad_edge=False)
+    table.add_column("made by", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("type", no_wrap=True)
+    table.add_column("MiB", justify="right", no_wrap=True)
+    table.add_column("%", justify="right", no_wrap=True)
+    table.add_column("use", no_wrap=True)
+    shares, others = percentages([tensor.size for tensor in peak.tensors], [rest.size for rest in peak.rest])
+    for tensor, share in zip(peak.tensors, shares, strict=True):
+        shape = "x".join(map(str, tensor.shape)) if tensor.dtype else "workspace"
+        size = _mebibytes(tensor.size, peak.size)
+        table.add_row(Text(printable(tensor.layer or "-")), shape, tensor.dtype, size, share, _HEADINGS[tensor.use])
+    for rest, share in zip(peak.rest, others, strict=True):
+        what = f"{rest.count} {_RESTS[rest.use][rest.count > 1]}"
+        table.add_row(what, "", "", _mebibytes(rest.size, peak.size), share, _HEADINGS[rest.use], style="dim")
+    table.add_row("in all", "", "", _mebibytes(peak.size, peak.size), "100.0", "", style="bold")
+    parts: list[RenderableType] = [Text(peak_line(peak)), Text(), table]
+    if any(kind.count > 1 for kind in peak.kinds):
+        parts += [
+            Text("\nactivations and temporaries by kind of layer, all blocks together", style="dim"),
+            _kinds(peak),
+        ]
+    return Group(*parts)
+
+
+def _kinds(peak: Peak) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 1), pad_edge=False)
+    table.add_column("made by", overflow="fold")
+    for name in ("tensors", "MiB", "%"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind in peak.kinds:
+        numbers = (str(kind.count), _mebibytes(kind.size, peak.size), f"{100 * kind.size / peak.size:.1f}")
+        table.add_row(Text(printable(kind.layers)), *numbers)
+    return table
+
+
+def peak_line(peak: Peak) -> str:
+    """The moment of a peak, in words."""
+    places = [f"module {peak.module + 1} of {peak.modules}"] if peak.modules > 1 else []
+    places += [f"micro-batch {peak.micro_batch} of {peak.micro_batches}"] if peak.micro_batch else []
+    layer = f" {printable(peak.layer or 'no layer')}" if peak.phase in ("forward", "backward", "recomputation") else ""
+    where = ", ".join([*places, f"{_PHASES[peak.phase]}{layer}"])
+    return f"{peak.setting} is at its peak of {format_bytes(peak.size)}: {where}"
+
+
+def percentages(sizes: Sequence[int], rest: Sequence[int]) -> tuple[list[str], list[str]]:
+    """The shares of sizes and of the rest in their sum, in percent with one digit.
+
+    They sum to 100.0: what rounding leaves over goes to the largest of the rest, so that equal sizes have equal shares.
+    """
+    whole = sum(sizes) + sum(rest)
+    rounded = [round(1000 * size / whole) for size in [*sizes, *rest]]
+    largest = len(sizes) + max(range(len(rest)), key=rest.__getitem__)
+    rounded[largest] += 1000 - sum(rounded)
+    texts = [f"{share / 10:.1f}" for share in rounded]
+    return texts[: len(sizes)], texts[len(sizes) :]
+
+
+def _mebibytes(size: int, largest: int) -> str:
+    """Bytes in MiB, with as many digits as a table needs in which the largest number is this."""
+    return f"{size / 2**20:,.{1 if largest >= 100 * 2**20 else 3}f}"
 
 
 def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:

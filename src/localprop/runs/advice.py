@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -176,6 +176,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
         device=config.device,
         nproc=config.nproc,
         bandwidth=parse_bytes(config.bandwidth) if config.bandwidth else None,
+        explain=config.explain,
         on_setting=on_setting,
     )
     height, width = units.input_size[1:]
@@ -235,6 +236,8 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
         for row, described in zip(result.rows, report["rows"], strict=True):
             described["parallel"] = _describe_processes(row.parallel, result.speedup(row))
         report["pipeline"] = _describe_processes(result.pipeline, result.pipeline_speedup)
+    if result.explained:
+        report["explained"] = {**asdict(result.explained), "module": result.explained.module + 1}
     if result.choice is not None:
         report |= {"budget": result.budget, "choice": describe(result.choice)}
         report["command"] = command(plan_train_config(config, result.choice))
