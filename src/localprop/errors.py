@@ -101,6 +101,25 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def shortened(text: object, most: int = 60) -> str:
+    """A text in one line of at most `most` characters, with escapes for what does not print."""
+    line = printable(str(text)[: most + 1])
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def shown(value: object, most: int = 60) -> str:
+    """A value in a message: as Python writes it, in at most `most` characters."""
+    try:
+        # Python refuses to write whole numbers of thousands of digits.
+        return "a number of more than 24 digits" if _is_long(value) else shortened(repr(value), most)
+    except ValueError:
+        return f"a {type(value).__name__} with a number of thousands of digits"
+
+
+def _is_long(value: object) -> bool:
+    return isinstance(value, int) and abs(value) >= 10**24
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says; the name of its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

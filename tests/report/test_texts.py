@@ -11,8 +11,9 @@ from localprop.bench.live import SuiteView
 from localprop.bench.reports.report import write_report
 from localprop.bench.reports.tables import setting_table
 from localprop.cli import main
+from localprop.errors import shortened
 from localprop.report.progress import Progress
-from localprop.report.texts import code, drawn, markdown, shortened
+from localprop.report.texts import code, drawn, markdown
 
 EVIL = [
     "$\\frac{1$",

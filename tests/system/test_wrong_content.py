@@ -420,7 +420,7 @@ YAMLS = {
     "long": ("#" * (2**20 + 1), "it is longer than 1 MiB"),
     "two": ("lr: 1\n---\nlr: 2", "line 2 is not valid YAML"),
     "null byte": ('output: "a\\0b"', "output is 'a\\x00b', expected"),
-    "infinite": ("lr: " + "9" * 400, "lr is 999"),
+    "infinite": ("lr: " + "9" * 400, "lr is a number of more than 24 digits"),
 }
 
 

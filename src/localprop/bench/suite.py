@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from localprop.errors import BenchError, ConfigError, listing, suggestion
+from localprop.errors import BenchError, ConfigError, listing, shown, suggestion
 from localprop.registry import DECODERS, HEADS
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, plain_keys, to_flat
@@ -180,10 +180,9 @@ def check_run_name(name: str, source: str) -> None:
         BenchError: it would lead to another folder, is hidden, or too long; the line names `source`.
     """
     if not re.fullmatch(r"[\w=,+-][\w.=,+-]*", name) or len(name.encode()) > _LONGEST_NAME:
-        shown = name if len(name) <= 60 else f"{name[:57]}..."
         raise BenchError(
-            f"{source}: a run would be called {shown!r}, and so would its folder; a name begins with a letter or digit "
-            f"and has at most {_LONGEST_NAME} bytes: change the setting that it is made of"
+            f"{source}: a run would be called {shown(name)}, and so would its folder; a name begins with a letter or "
+            f"digit and has at most {_LONGEST_NAME} bytes: change the setting that it is made of"
         )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from localprop.errors import shortened
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import free, to_flat
 from localprop.system.provenance import versions
 
 _PACKAGE = Path(__file__).parent.parent
-_SHOWN = 200  # characters of a value
 
 
 def facts(config: TrainConfig, resumed: Path | None, device: str) -> dict[str, Any]:
@@ -75,16 +75,16 @@ def difference(facts: Sequence[dict[str, Any]]) -> str | None:
         for rank, own in enumerate(facts):
             ranks.setdefault(json.dumps(own.get(name), sort_keys=True), []).append(rank)
         if len(ranks) > 1:
-            values = [f"{_shown(json.loads(value))} in {_numbers(own)}" for value, own in ranks.items()]
+            values = [f"{_described(json.loads(value))} in {_numbers(own)}" for value, own in ranks.items()]
             return f"{name} is {' and '.join(values[:3])}; start all processes with the same settings, code and data"
     return None
 
 
-def _shown(value: Any) -> str:
+def _described(value: Any) -> str:
     if value is None:
         return "not given"
     text = " ".join(value.split()) if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return shortened(text, 200)
 
 
 def _numbers(ranks: list[int]) -> str:

@@ -2,16 +2,10 @@
 
 import re
 
-from localprop.errors import printable
+from localprop.errors import shortened
 
 _ESCAPED = re.compile(r"[\\`*~|$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|\](?=[(\[:])|!(?=\[)|^[#+=-]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-
-
-def shortened(text: object, most: int = 60) -> str:
-    """A text in one line of at most `most` characters, with escapes for what does not print."""
-    line = printable(str(text)[: most + 1])
-    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def markdown(text: object, most: int = 200) -> str:

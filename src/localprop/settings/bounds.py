@@ -5,7 +5,7 @@ import math
 import sys
 from typing import Any, NamedTuple
 
-from localprop.errors import ConfigError
+from localprop.errors import ConfigError, shown
 
 MOST = 10**9
 """The largest whole number of a setting that has no bound of its own: larger ones are slips of the hand."""
@@ -73,7 +73,7 @@ def require_within_bounds(settings: Any) -> None:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             bounds = BOUNDS.get(f.name, Bounds(-MOST, MOST) if isinstance(value, int) else None)
             if bounds and not bounds.hold(value):
-                raise ConfigError(f"{flag} is {_short(value)}; it must be {bounds.text(value)}")
+                raise ConfigError(f"{flag} is {shown(value)}; it must be {bounds.text(value)}")
             if not is_finite(value):
                 raise ConfigError(f"{flag} is {value}; it must be finite")
 
@@ -84,8 +84,3 @@ def _finite(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _short(value: float) -> str:
-    """A number in few characters; Python itself refuses to write whole numbers of thousands of digits."""
-    return str(value) if isinstance(value, float) or abs(value) < 10**24 else "a number of more than 24 digits"

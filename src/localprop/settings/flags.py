@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from localprop.errors import ConfigError, suggestion
+from localprop.errors import ConfigError, shown, suggestion
 from localprop.settings.flat import to_flat
-from localprop.settings.values import Pairs, read_pairs, short
+from localprop.settings.values import Pairs, read_pairs
 
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False"}
 
@@ -74,7 +74,7 @@ def _problem(kind: Any, argv: Sequence[str]) -> str | None:
             return f"{flag} needs a value: {_expected(field.type)}"
         for value in values:
             if not _fits(value, field.type):
-                return f"{flag} is {short(value)}; {_remedy(value, field.type)}"
+                return f"{flag} is {shown(value)}; {_remedy(value, field.type)}"
     # Without a default are those fields alone that are written without a flag.
     missing = [f.name.upper() for f in hints.values() if f.default is f.default_factory is dataclasses.MISSING]
     return f"{missing[given]} is missing; write it without a flag" if given < len(missing) else None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from localprop.errors import ConfigError
+from localprop.errors import ConfigError, shown
 from localprop.system.reading import MIB, Malformed, parse_yaml, read_text
 
 
@@ -65,7 +65,7 @@ def parse_duration(text: str, flag: str = "") -> float:
 
 
 def _said(text: str, flag: str) -> str:
-    return f"{flag} {short(text)}" if flag else short(text)
+    return f"{flag} {shown(text)}" if flag else shown(text)
 
 
 Pairs = Annotated[
@@ -118,16 +118,7 @@ def typed(key: str, value: Any, hint: Any, source: str) -> Any:
                     return value
             elif type(value) is kind:
                 return value
-    raise ConfigError(f"{source}: {key} is {short(value)}, expected {' or '.join(names)}")
-
-
-def short(value: object) -> str:
-    """A value as Python writes it, cut after a few dozen characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not write whole numbers of thousands of digits
-        return "a very large number"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    raise ConfigError(f"{source}: {key} is {shown(value)}, expected {' or '.join(names)}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

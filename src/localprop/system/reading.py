@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from localprop.errors import shown
+
 MIB = 2**20
 _MOST_VALUES = 100_000  # of YAML, once aliases are written out
 _DEEPEST = 50
@@ -64,15 +66,15 @@ def check(value: Any, shape: Any, place: str = "") -> None:
             check(value, shape[0], place)
     elif isinstance(shape, Kind):
         if not shape.holds(value):
-            raise Malformed(f"{_called(place)} is {_shown(value)}, expected {shape.name}")
+            raise Malformed(f"{_called(place)} is {_described(value)}, expected {shape.name}")
     elif isinstance(shape, list):
         if not isinstance(value, list):
-            raise Malformed(f"{_called(place)} is {_shown(value)}, expected a list")
+            raise Malformed(f"{_called(place)} is {_described(value)}, expected a list")
         for i, item in enumerate(value):
             check(item, shape[0], f"{place}[{i}]")
     else:
         if not isinstance(value, dict):
-            raise Malformed(f"{_called(place)} is {_shown(value)}, expected a mapping")
+            raise Malformed(f"{_called(place)} is {_described(value)}, expected a mapping")
         for key, inner in shape.items():
             name = key.removesuffix("?")
             if name in value:
@@ -104,7 +106,7 @@ def require_once(names: Iterable[str], where: str = "") -> None:
     known: set[str] = set()
     for name in names:
         if name in known:
-            raise Malformed(f"{where}the key {_shown(name)} is there twice")
+            raise Malformed(f"{where}the key {shown(name, 40)} is there twice")
         known.add(name)
 
 
@@ -202,11 +204,7 @@ def _called(place: str) -> str:
     return place or "what it says"
 
 
-def _shown(value: Any) -> str:
-    """A value in a message: short, and on one line."""
+def _described(value: Any) -> str:
     if isinstance(value, (list, dict)):
         return "a list" if isinstance(value, list) else "a mapping"
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "a huge number"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return shown(value, 40)

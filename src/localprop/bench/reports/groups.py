@@ -9,7 +9,7 @@ from typing import Any
 from localprop.bench.record import Record
 from localprop.bench.reports.labels import setting_labels
 from localprop.bench.settings import Setting, Spread, difference
-from localprop.report.texts import shortened
+from localprop.errors import shortened
 from localprop.settings.flat import free
 
 BASELINE = "end-to-end"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from localprop.report.texts import shortened
+from localprop.errors import shortened
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import to_flat
 

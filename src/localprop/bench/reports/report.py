@@ -9,8 +9,9 @@ from localprop.bench.record import Record, common_settings, read_records
 from localprop.bench.reports.groups import BASELINE, Task, tasks_of
 from localprop.bench.reports.pictures import MOST_PANELS, PICTURES
 from localprop.bench.reports.tables import module_table, setting_table
+from localprop.errors import shortened
 from localprop.report.formats import format_duration
-from localprop.report.texts import code, markdown, shortened
+from localprop.report.texts import code, markdown
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, to_flags, to_flat
 from localprop.system.files import write_text
