@@ -52,7 +52,7 @@ class Registry(MutableMapping[str, Any]):
 
         Args:
             name: the name.
-            also: words that are no names of the table but may have been meant, for the message.
+            also: further words to suggest.
 
         Raises:
             ConfigError: there is none; the line suggests a similar name.

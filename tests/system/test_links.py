@@ -119,7 +119,7 @@ def test_only_what_lies_inside_is_removed(tmp_path, home):
     (root / "inner").mkdir(parents=True)
     link(root / "inner" / "way", home)
     for path in (root / "..", root / "inner" / "..", root / ".." / "home", root, root / "inner" / "way" / "thesis.txt"):
-        with pytest.raises(CheckpointError, match="is not removed, because it does not lie inside"):
+        with pytest.raises(CheckpointError, match="is not removed, because it is not inside"):
             remove_tree(path, root)
     remove_tree(root / "inner", root)
     assert names(root) == []

@@ -41,11 +41,11 @@ def load_data(config: DataConfig, img_size: int | None, seed: int, default_img_s
 
     Args:
         config: the data settings.
-        img_size: side of the square input in pixels; None takes the dataset's own, or for a folder
+        img_size: side of the square input in pixels; by default the dataset's own, or for a folder
             `default_img_size`.
         seed: of order, augmentation and mixing.
-        default_img_size: the side that suits the model; None, where any does, takes that of a folder's images if
-            they are small and of one size, else 224.
+        default_img_size: the side that suits the model; None where any does: then that of a folder's images if they
+            are small and of one size, else 224.
 
     Raises:
         ConfigError: the name is unknown, or a setting has no meaning for it.
@@ -115,7 +115,7 @@ def _opened(root: Path, found: Listing, config: DataConfig, img_size: int | None
     if train_sizes is None or test_sizes is None or final_sizes is None:
         stores = _streamed(root, found, config, img_size or _USUAL_SIDE, seed)
     else:
-        # Images that are held out have their part in how all are held, so that a split changes nothing else.
+        # The sizes of held-out images count as well, so that a split does not change how images are prepared.
         sizes = train_sizes | test_sizes if config.val_split or not found.train else train_sizes
         stores = _held(found, config, img_size, seed, sizes, [test_sizes, final_sizes])
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -151,7 +151,7 @@ def _held(
     Args:
         found: the files.
         config: the data settings.
-        img_size: side of the input; None takes that of the images, where they have one.
+        img_size: side of the input; by default that of the images, where all have the same.
         seed: of augmentation.
         sizes: (width, height) of training images.
         test_sizes: likewise of the images that each store evaluates.
@@ -186,7 +186,7 @@ def _root(config: DataConfig) -> Path:
 
 
 def _split_folder(config: DataConfig) -> tuple[Path, Listing]:
-    """A folder, and what it holds, with training images held out where they are to be."""
+    """A folder and its files, with training images held out where `val_split` asks for it."""
     root = _root(config)
     found = list_folder(root, with_test=not config.val_split)
     if not config.val_split:
@@ -194,8 +194,8 @@ def _split_folder(config: DataConfig) -> tuple[Path, Listing]:
     # Of files, before any is read: an unreadable one does not move the others.
     labels = [file.label for file in found.train]
     parts = hold_out(labels, config.val_split, root.resolve().name, found.classes)
-    kept, held = ([found.train[index] for index in part] for part in parts)
-    return root, replace(found, train=kept, test=held)
+    kept, held_out = ([found.train[index] for index in part] for part in parts)
+    return root, replace(found, train=kept, test=held_out)
 
 
 def _identity(root: Path, found: Listing) -> dict[str, Any]:

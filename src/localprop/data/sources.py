@@ -48,7 +48,7 @@ class ImageDataset:
             every process of a run.
         img_size: side of the network's input in pixels, where `--img-size` is not given.
         mean, std: of the channels of the training images, in 0..1.
-        files: paths within the folder without which nothing can be read; the user is told which are missing.
+        files: paths within the folder that `read` needs; a message names those that are missing.
         hflip: chance of a horizontal flip, where `--hflip` is not given; 0 where a mirrored image means something else.
     """
 
@@ -63,8 +63,8 @@ class ImageDataset:
 def read_named(name: str, config: DataConfig) -> Arrays:
     """Reads the dataset that `DATASETS` has under `name`, and downloads it first where asked.
 
-    With `val_split` the test part is held-out training images, and the true one is not read. torchvision still
-    compares its files' checksums.
+    With `val_split`, training images are held out as the test part, and the true test images are not read.
+    torchvision still compares their files' checksums.
 
     Raises:
         ConfigError: there is no such dataset, or what a plugin has registered is no `ImageDataset`.
@@ -91,8 +91,8 @@ def read_named(name: str, config: DataConfig) -> Arrays:
     images, labels = _checked(name, root, classes, images, labels)
     if not config.val_split:
         return Arrays(classes, images, labels, *_checked(name, root, classes, test_images, test_labels))
-    kept, held = map(torch.tensor, hold_out(labels.tolist(), config.val_split, name, classes))
-    return Arrays(classes, images.index_select(0, kept), labels[kept], images.index_select(0, held), labels[held])
+    train, test = map(torch.tensor, hold_out(labels.tolist(), config.val_split, name, classes))
+    return Arrays(classes, images.index_select(0, train), labels[train], images.index_select(0, test), labels[test])
 
 
 def named_settings(name: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int
                 f"method {name}: {option} is {value!r}; it is {'True or False' if kind is bool else 'a number'}"
             )
     if modules is not None and modules < 1:
-        raise ConfigError(f"{modules} modules asked for; it takes at least 1")
+        raise ConfigError(f"modules is {modules}; it must be at least 1")
     only = only_modules(name)
     if only and modules not in (None, only):
         raise ConfigError(f"method {name} has {only} module, not {modules}; leave out modules, or choose a method")

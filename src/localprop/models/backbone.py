@@ -77,7 +77,7 @@ def _failure(config: ModelConfig, arguments: dict[str, Any], error: Exception) -
     line = first_line(error)
     if config.pretrained:
         return ConfigError(
-            f"the pretrained weights of {config.model} cannot be had ({line}); go online once, put them into "
+            f"the pretrained weights of {config.model} cannot be loaded ({line}); go online once, put them into "
             "the Hugging Face cache, or leave out --pretrained"
         )
     return ConfigError(f"{config.model} cannot be built with {arguments}: {line}")

@@ -1,4 +1,4 @@
-"""Between which bounds the numbers of settings lie: one table for flags, files of settings and code."""
+"""The bounds of numbers in settings: one table for flags, files of settings and code."""
 
 import dataclasses
 import math
@@ -27,13 +27,13 @@ class Bounds(NamedTuple):
     """Whether `most` itself is excluded."""
 
     def hold(self, value: float) -> bool:
-        """Whether a number lies between them; NaN and infinity never do."""
+        """Whether a number is within the bounds; NaN and infinity never are."""
         low = value > self.least if self.above else value >= self.least
         high = value < self.most if self.below else value <= self.most
         return is_finite(value) and low and high
 
     def text(self, value: float) -> str:
-        """What a number that does not lie between them must be."""
+        """What a number outside of the bounds must be."""
         low = f"{'above' if self.above else 'at least'} {self.least}"
         if self.below:
             return f"{low} and below {self.most}"

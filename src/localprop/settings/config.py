@@ -305,8 +305,7 @@ class PlanConfig:
     bandwidth: OptionalStr = None
     """Data per second from one process to another, 100MiB or 10GiB (default: a typical value for --device)."""
     explain: OptionalStr = None
-    """Say why the peak of a setting is where it is: the layer at work and the largest tensors then. Names are those of
-    the table, such as K=4 or end-to-end."""
+    """Show the layer and the largest tensors at the peak of one setting of the table: K=4, end-to-end, ..."""
     json: OptionalPath = None
     """Write all numbers into this file as well."""
     picture: Path = Path("plan.png")

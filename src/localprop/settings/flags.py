@@ -1,4 +1,4 @@
-"""Reads flags into a dataclass; whatever is wrong with them is one line."""
+"""Reads flags into a dataclass; any mistake in them gets one line."""
 
 import contextlib
 import dataclasses
@@ -22,15 +22,15 @@ def parse(kind: Any, command: str, argv: Sequence[str], default: Any = tyro.MISS
     Args:
         kind: the dataclass; its fields are the flags.
         command: its name, for messages.
-        argv: the words behind it.
+        argv: the words after it.
         default: holds the flags' defaults, where they are not those of `kind`.
 
     Raises:
         ConfigError: an unknown flag, or a value that it does not accept or that is missing.
     """
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(output):
             options, unknown = tyro.cli(
                 kind,
                 prog=f"localprop {command}",
@@ -45,7 +45,7 @@ def parse(kind: Any, command: str, argv: Sequence[str], default: Any = tyro.MISS
         # tyro has shown a box; it offers no way to ask what is wrong.
         if reason := _problem(kind, argv):
             raise ConfigError(reason) from None
-        raise ConfigError(f"{_first_sentence(said.getvalue())}; see localprop {command} --help") from None
+        raise ConfigError(f"{_first_sentence(output.getvalue())}; see localprop {command} --help") from None
     if unknown:
         flags = ["--" + name.replace("_", "-") for name in to_flat(options)]
         hint = suggestion(unknown[0].partition("=")[0], flags)

@@ -1,6 +1,7 @@
 """What a file may not choose: which code runs, which weights are loaded, and which other places are written to.
 
-A file of settings, a suite or a run folder may be a stranger's. What the user types on the command line is meant.
+A file of settings, a suite or a run folder may be a stranger's. Only the command line, which the user types, may choose
+these.
 """
 
 import inspect

@@ -41,7 +41,7 @@ def parse_bytes(text: str, flag: str = "") -> int:
     # No more digits than exabytes have: floats end, and so does what Python reads as a number.
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d*)?)\s*(?:([kmgt])i?b?|b)?\s*", text, re.IGNORECASE | re.ASCII)
     if not match or not float(match[1]):
-        raise ConfigError(f"{_said(text, flag)} is no number of bytes; write 8GiB or 500MiB")
+        raise ConfigError(f"{_named(text, flag)} is no number of bytes; write 8GiB or 500MiB")
     return int(float(match[1]) * 1024 ** (" kmgt".index(match[2].lower()) if match[2] else 0))
 
 
@@ -60,11 +60,11 @@ def parse_duration(text: str, flag: str = "") -> float:
         sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
     )
     if not seconds:
-        raise ConfigError(f"{_said(text, flag)} is no time; write 9m or 1h30m")
+        raise ConfigError(f"{_named(text, flag)} is no time; write 9m or 1h30m")
     return float(seconds)
 
 
-def _said(text: str, flag: str) -> str:
+def _named(text: str, flag: str) -> str:
     return f"{flag} {shown(text)}" if flag else shown(text)
 
 

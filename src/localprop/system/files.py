@@ -113,11 +113,11 @@ def remove_tree(path: Path, root: Path) -> None:
     What cannot be removed, because the disk fails or may not be written, stays.
 
     Raises:
-        CheckpointError: it does not lie inside the folder `root` once all links on the way to it are followed.
+        CheckpointError: it is not inside the folder `root` once all links on the way to it are followed.
     """
     place = path.parent.resolve() / path.name
     if path.name in ("", "..") or root.resolve() not in place.parents:
-        raise CheckpointError(f"{path} is not removed, because it does not lie inside {root}; look what links there")
+        raise CheckpointError(f"{path} is not removed, because it is not inside {root}; check the links there")
     with contextlib.suppress(OSError):
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
@@ -126,7 +126,7 @@ def remove_tree(path: Path, root: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed while they wrote into `folder` have left. Nobody may be writing there."""
+    """Removes the unfinished files of killed processes in a folder, into which nobody may be writing now."""
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
             if _TEMPORARY.fullmatch(name):
@@ -134,7 +134,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _remove_forgotten(path: Path) -> None:
-    """Removes what was left of earlier attempts to write `path`; others may be writing it now."""
+    """Removes unfinished files of earlier attempts to write `path`; others may be writing it now."""
     remove_tree(path.with_name(f".{path.name}.tmp"), path.parent)  # as version 0.1 called it
     start = f".{path.name}."
     with contextlib.suppress(OSError), os.scandir(path.parent) as entries:

@@ -1,4 +1,4 @@
-"""What a process knows of the launcher that started it: where the others are met, and how it ends with the launcher.
+"""What a process knows about the launcher that started it: where it meets the others, and that it ends with it.
 
 The launcher is `--nproc`, or a bench, which starts runs of one process.
 """
@@ -48,10 +48,10 @@ def ends_with_us() -> Iterator[int]:
 
 
 def watch_launcher() -> None:
-    """Ends this process soon after the launcher that started it has died, in whatever way.
+    """Ends this process soon after the launcher that started it has died, for whatever reason.
 
-    While it trains, it is asked to stop first, as by SIGTERM, so that a checkpoint is saved if the step ends in time.
-    To be called as early as can be, by the main thread. Nothing happens in a process that was started otherwise.
+    A process that trains is asked to stop first, as by SIGTERM, so that it saves a checkpoint if the step ends in time.
+    Call it as early as possible, in the main thread. It does nothing in a process that no launcher started.
     """
     pipe = os.environ.pop(PIPE, None)
     if pipe is not None:
@@ -102,7 +102,7 @@ def _remove_temporaries() -> None:
 
 
 class Ranks(NamedTuple):
-    """What the processes of a job are: what each one trains, the run folder, and where in it checkpoints are."""
+    """The processes of a job: what each one trains, the run folder, and where its checkpoints are."""
 
     names: list[str]
     run: str
@@ -110,13 +110,13 @@ class Ranks(NamedTuple):
 
 
 def describe_ranks(ranks: Ranks) -> None:
-    """Tells the launcher, if there is one, what the processes are."""
+    """Writes down for the launcher, if there is one, what the processes are."""
     if folder := job_folder():
         _write(folder / "ranks.json", json.dumps(ranks))
 
 
 def described_ranks(folder: Path) -> Ranks | None:
-    """What `describe_ranks` told; None before."""
+    """What `describe_ranks` has written; None before that."""
     try:
         return Ranks(*json.loads((folder / "ranks.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -124,13 +124,13 @@ def described_ranks(folder: Path) -> Ranks | None:
 
 
 def leave_failure(line: str) -> bool:
-    """Leaves it to the launcher, if there is one, to say why the job has failed; whether there is."""
+    """Lets the launcher show why the job has failed; returns whether there is one."""
     folder = job_folder()
     return folder is not None and _write(folder / "failure", line)
 
 
 def failure_line(folder: Path) -> str | None:
-    """The line that `leave_failure` left; None for none."""
+    """The line of `leave_failure`; None where there is none."""
     path = folder / "failure"
     return path.read_text() if path.exists() else None
 
@@ -138,6 +138,6 @@ def failure_line(folder: Path) -> str | None:
 def _write(path: Path, text: str) -> bool:
     try:
         path.write_text(text)
-    except OSError:  # the launcher is gone and the folder with it, or the disk is full: the job goes by its own course
+    except OSError:  # the launcher and its folder are gone, or the disk is full
         return False
     return True

@@ -15,7 +15,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 class FolderLock:
-    """Holds a folder for this process until it is released, or the process ends in whatever way. A context manager.
+    """Locks a folder for this process until it is released, or the process ends. A context manager.
 
     The lock belongs to the process alone: one that this process forks does not hold it.
 

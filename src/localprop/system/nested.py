@@ -1,4 +1,4 @@
-"""Nested values as tensors and JSON, and back: what checkpoints hold, and what processes tell each other."""
+"""Nested values as tensors and JSON, and back: what checkpoints hold, and what processes send each other."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Code of the user's own: a Python file that adds methods, heads, decoders or timm models before they are looked up."""
+"""Plugins: Python files of the user that register methods, heads, decoders, datasets and models."""
 
 import hashlib
 import importlib.util

@@ -9,7 +9,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(number: int) -> None:
-    """Has the kernel send this process a signal as soon as its parent ends, in whatever way. Linux alone can.
+    """Has the kernel send this process a signal as soon as its parent ends. Only Linux can do that.
 
     Args:
         number: of the signal.

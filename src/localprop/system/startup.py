@@ -1,4 +1,4 @@
-"""Before the command line is ready: importing torch takes seconds, in which Ctrl-C must not end in a traceback."""
+"""Ctrl-C while a command imports torch, which needs seconds: it must not end in a traceback."""
 
 import os
 import signal
