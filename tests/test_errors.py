@@ -1,6 +1,6 @@
 """What messages are made of."""
 
-from localprop.errors import listing, shortened, shown
+from localprop.errors import counted, listing, shortened, shown
 
 
 def test_a_text_is_cut_to_one_line():
@@ -22,3 +22,8 @@ def test_a_value_is_as_python_writes_it_but_short():
 
 def test_a_list_of_names_ends_after_five():
     assert listing("abcdefg") == "a, b, c, d, e and 2 more"
+
+
+def test_a_number_has_its_noun():
+    assert [counted(count, "image") for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert counted(2, "process", "processes") == "2 processes"

@@ -78,7 +78,7 @@ def batch_norm_told(place: str, images: int) -> Iterator[None]:
             raise
         raise ConfigError(
             f"{place} has a batch norm with one value per channel, which cannot be trained: a batch, or micro-batch, "
-            f"has {images} image{'s' * (images != 1)}; raise the batch size or take fewer micro-batches"
+            f"has {counted(images, 'image')}; raise the batch size or take fewer micro-batches"
         ) from None
 
 
@@ -99,6 +99,11 @@ def listing(words: Iterable[object], most: int = 5) -> str:
 def printable(text: str) -> str:
     """The text with escapes for what would break the line, or what a terminal would take for a command."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun, such as "1 image" or "2 images"."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def shortened(text: object, most: int = 60) -> str:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from localprop.errors import ParallelError
+from localprop.errors import ParallelError, counted
 from localprop.parallel.children import Children
 from localprop.settings.config import TrainConfig, require_equal_parts
 from localprop.system.commands import interpreter_words, resume_command
@@ -40,7 +40,7 @@ def launch(config: TrainConfig, processes: int, argv: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     _check(config, processes)
-    print(f"starting {processes} process{'es' * (processes > 1)}", flush=True)
+    print(f"starting {counted(processes, 'process', 'processes')}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="localprop-"))  # for its owner alone
     children = Children()
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from localprop.division.partition import balanced
-from localprop.errors import ParallelError
+from localprop.errors import ParallelError, counted
 
 IN_FLIGHT = 2
 """Batches that a stage has sent and that are not taken yet, and as many that the next has room for: who is ahead waits
@@ -31,7 +31,7 @@ class Layout:
         count = len(self.stages) * self.replicas
         stages = " | ".join(map(numbers, self.stages))
         replicas = f", {self.replicas} replicas" if self.replicas > 1 else ""
-        return f"{count} process{'es' * (count > 1)} ({stages}{replicas})"
+        return f"{counted(count, 'process', 'processes')} ({stages}{replicas})"
 
     @property
     def reporter(self) -> int:

@@ -19,6 +19,7 @@ from localprop.errors import (
     OutOfMemory,
     ParallelError,
     PlanError,
+    counted,
     printable,
 )
 from localprop.network.network import LocalNetwork
@@ -318,7 +319,7 @@ def _predict(experiment: Experiment, net: LocalNetwork, layout: Layout, job: Job
 
 def _announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
     side, count = experiment.data.img_size, len(net.local_modules)
-    modules = f"{count} module{'s' * (count > 1)}"
+    modules = counted(count, "module")
     console.out(printable(f"{experiment.title} at {side}x{side}: {modules}, {place}"), highlight=False)
     console.out(printable(f"run folder: {folder}"), highlight=False)
 

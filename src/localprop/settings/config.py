@@ -328,7 +328,8 @@ def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) 
     """Raises a ConfigError where a batch does not divide into so many micro-batches for each of so many replicas."""
     parts = replicas * micro_batches
     if batch_size % parts:
-        words = [f"{replicas} replicas"] * (replicas > 1) + [f"{micro_batches} micro-batches"] * (micro_batches > 1)
+        counts = {"replicas": replicas, "micro-batches": micro_batches}
+        words = [f"{count} {noun}" for noun, count in counts.items() if count > 1]
         raise ConfigError(
             f"--batch-size {batch_size} does not divide equally into {' of '.join(words)}; take --batch-size "
             f"{-(-batch_size // parts) * parts}"
