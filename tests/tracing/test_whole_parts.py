@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from localprop.cli import main
 from localprop.errors import ChainError
 from localprop.tracing.chains import chain
 
@@ -198,7 +199,7 @@ class Counting(Block):
     ("kind", "reason"),
     [
         (Counting, "it sets attributes of its own"),
-        (Residual, "2 tensors cross after 2.0.a, made by 1, 2.0.a; a cut needs a single one"),
+        (Residual, "2 tensors cross after a, made by 1, a; a cut needs a single one"),
         (lambda: nn.TransformerEncoderLayer(8, 2, 16), "computes otherwise without gradients"),
     ],
 )
@@ -219,3 +220,13 @@ def test_what_a_model_cannot_be_traced_for_at_all_is_named_with_its_line():
     with pytest.raises(ChainError, match=r"depends on pixel values .* in line \d+ of test_whole_parts.py") as caught:
         chain(convs(Branch), SIZE)
     assert "if x.mean() > 0" in str(caught.value)
+
+
+def test_the_command_prints_each_reason_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["chain", "test_vit"]) == 0
+    assert "not cut inside" not in capsys.readouterr().out
+    assert main(["chain", "resnet18", "--img-size", "32", "--split-blocks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if "why it is not cut inside" in line)
+    assert any("layer2.0" in line and "2 tensors cross after conv1, made by" in line for line in lines[start:])

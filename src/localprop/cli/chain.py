@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from localprop.errors import printable
+from localprop.errors import listing, printable
 from localprop.settings.config import ModelConfig
 from localprop.settings.flags import parse
 
@@ -20,6 +20,8 @@ class ChainOptions(ModelConfig):
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = field(kw_only=True)
     """Name of a timm model, or of one that --plugin registers."""
+    split_blocks: bool = False
+    """Let units be parts of blocks, such as a transformer block's attention and its MLP."""
 
 
 def prepare(argv: Sequence[str]) -> Callable[[], int]:
@@ -30,7 +32,8 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
 
     def show_chain() -> int:
         model, _ = create_backbone(options, None)
-        units = chain(model, (3, options.img_size, options.img_size) if options.img_size else None)
+        size = (3, options.img_size, options.img_size) if options.img_size else None
+        units = chain(model, size, options.split_blocks)
         channels, height, width = units.input_size
         title = Text(printable(f"{options.model}, {channels}x{height}x{width}"))
         table = Table("", "unit", "output", "parameters", title=title, box=None)
@@ -38,7 +41,21 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         for i, unit in enumerate(units, 1):
             count = sum(model.get_parameter(name).numel() for name in unit.parameters)
             table.add_row(str(i), Text(printable(unit.name)), " x ".join(map(str, unit.shape)), f"{count:,}")
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        if units.whole:
+            console.print(_whole_table(units.whole))
         return 0
 
     return show_chain
+
+
+def _whole_table(whole: dict[str, str]) -> Table:
+    """Why parts are not cut inside, a line for each reason."""
+    table = Table("part", "why it is not cut inside", box=None)
+    names: dict[str, list[str]] = {}
+    for name, why in whole.items():
+        names.setdefault(why, []).append(name)
+    for why, own in names.items():
+        table.add_row(Text(listing(own, most=3)), Text(printable(why)))
+    return table

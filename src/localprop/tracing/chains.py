@@ -38,7 +38,9 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, spli
     split, whole = frozenset[str](), dict[str, str]()
     if split_blocks:
         split = splittable(model)
-        whole = {name: why_not_opened(model.get_submodule(name)) for name in block_names(model) - split}
+        others = {name: model.get_submodule(name) for name in sorted(block_names(model) - split)}
+        # A sequence is always looked into.
+        whole = {name: why_not_opened(m) for name, m in others.items() if not isinstance(m, nn.Sequential)}
     while True:
         forwards = _trace_modes(model, size, split)
         cuts = {training: forward.cuts() for training, forward in forwards.items()}
@@ -48,7 +50,8 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, spli
         opened, split = split, frozenset(name for name in split if _is_split(name, blocks))
         for name in sorted(opened - split - whole.keys()):
             inside = [part for own in blocks for part in own if part.startswith(name + ".")]
-            whole[name] = _obstacle(forwards, cuts, inside) or "no cut lies right before it or right after it"
+            why = _obstacle(forwards, cuts, inside) or "no cut lies right before it or right after it"
+            whole[name] = why.replace(f"{name}.", "")
         if split == opened:
             break  # else trace again, so that a block not split is called as it is
     units = _units(model, forwards, segments, unit_names([main_parts(model, own, split) for own in blocks]))
@@ -56,7 +59,7 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, spli
     for unit, own in zip(units, blocks, strict=True):
         several = unit.depth > 1 or not has_blocks
         if several and unit.name not in whole and (why := _obstacle(forwards, cuts, own)):
-            whole[unit.name] = why
+            whole[unit.name] = why.replace(f"{unit.name}.", "")
     prefix = getattr(model, "num_prefix_tokens", None)
     form = getattr(model, "output_fmt", None)
     return Chain(

@@ -107,7 +107,7 @@ class Chain(Sequence[Unit]):
         prefix_tokens: class and register tokens in front of the others, where the backbone tells (else None).
         output_format: "NCHW" or "NHWC", where the backbone tells (else None).
         whole: why parts of the backbone are not cut inside though they hold blocks: a line for each, by the part's
-            name. With split blocks, also why blocks are not split.
+            name; names in it are those within the part. With split blocks, also why blocks are not split.
     """
 
     units: tuple[Unit, ...]
