@@ -1,10 +1,12 @@
 """Start-up: help, and the answer to a mistake in a command, take no time and import nothing large."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -60,13 +62,29 @@ def test_importing_localprop_imports_no_torch_until_a_name_is_used():
 import sys, localprop
 from localprop import LocalpropError, METHODS
 import localprop.settings.config, localprop.settings.trust, localprop.bench.suite
-assert not set({LARGE}) & set(sys.modules)
 assert "localize" in dir(localprop) and list(METHODS)[0] == "feature-reconstruction"
-from localprop import *
-assert localize is localprop.localize is localprop.division.divide.localize
-assert "sklearn" not in sys.modules
+assert not set({LARGE}) & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_public_names_can_be_imported_at_once():
+    names = {}
+    exec("from localprop import *", names)
+    assert names.keys() - {"__builtins__"} == set(localprop.__all__)
+    assert names["localize"] is localprop.localize is localprop.division.divide.localize
+
+
+def test_scikit_learn_is_imported_only_where_it_is_used():
+    """By the digits and by --val-split: nothing else pays for it."""
+    importing = set()
+    for path in Path(localprop.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        found = [node for node in imports if "sklearn" in ast.unparse(node)]
+        importing |= {path.stem for _ in found}
+        assert not set(found) & set(tree.body), f"{path} imports scikit-learn whenever it is imported"
+    assert importing == {"sources", "split"}
 
 
 def test_a_name_that_localprop_lacks_is_an_attribute_error():
