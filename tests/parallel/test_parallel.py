@@ -10,20 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from localprop.cli import main
-from localprop.errors import ParallelError
-from localprop.parallel.forms import TensorForm
-from localprop.parallel.placement import IN_FLIGHT, arrange
+from localprop.parallel.placement import IN_FLIGHT
 from localprop.report.formats import format_bytes
 from localprop.report.results import read_results
-from localprop.settings.config import OptimConfig
-from localprop.training.state import TrainingState
 from ranks import CALM, LONG, MODULES, assert_same_run, flags, wait_for_step
-from tiny import split
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("modules", "parts"), [(2, 1), (3, 1), (4, 1), (2, 4)])
 def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, modules, parts):
     more = ("--epochs", "2", "--micro-batches", str(parts))
@@ -36,7 +30,6 @@ def test_a_process_for_each_module_gives_the_same_bits(forker, alone, tmp_path, 
     assert all(shown.count(text) == 1 for text in ("run folder", "epoch 1/2", "epoch 2/2", "test accuracy"))
 
 
-@pytest.mark.processes
 def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_them(forker, alone, tmp_path):
     more = ("--epochs", "2", "--method", "infopro", "--micro-batches", "2")
     ranks = forker.train(tmp_path, 2, *flags(tmp_path, 4, *more))
@@ -44,7 +37,6 @@ def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_the
     assert_same_run(tmp_path, alone(4, *more))
 
 
-@pytest.mark.processes
 def test_processes_stop_after_the_same_step_and_continue_from_it(forker, alone, tmp_path):
     ranks = forker.train(tmp_path, 3, *flags(tmp_path, 3, "--epochs", "2", "--steps", "7"))
     assert ranks.wait() == [0] * 3, ranks.log.read_text()
@@ -58,7 +50,6 @@ def test_processes_stop_after_the_same_step_and_continue_from_it(forker, alone, 
 # size, or else roundings of a gradient near zero would show.
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("kind", "count", "parts"), [("modules", 4, 1), ("modules", 4, 2), ("data", 2, 1)])
 def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, parts):
     settings = [*CALM, "--cuts", *MODULES[2], "--experiment", "run", "--micro-batches", str(parts)]
@@ -76,7 +67,6 @@ def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, part
     assert b.peak_memory == pytest.approx(b.predicted_memory, rel=0.01)
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("steps", ["128", "256"])  # images at a time: 11 and 5 steps an epoch
 def test_what_is_on_its_way_is_measured_where_most_memory_is_in_a_process_that_receives(forker, tmp_path, steps):
     settings = flags(tmp_path, 3, "--epochs", "1", "--batch-size", steps, "--method", "greedy", "--cuts", "patch_embed")
@@ -87,7 +77,6 @@ def test_what_is_on_its_way_is_measured_where_most_memory_is_in_a_process_that_r
     assert "rank 1 (predicted)" in (tmp_path / "log.out").read_text()
 
 
-@pytest.mark.processes
 def test_what_averaging_takes_is_predicted(forker, tmp_path):
     wide = ["--model", "test_vit", "--model-kwargs", "depth=1", "patch_size=8", "embed_dim=384", "num_heads=4"]
     settings = [*wide, "--modules", "1", "--method", "end-to-end", "--opt", "sgd", "--batch-size", "64", "--device"]
@@ -100,7 +89,6 @@ def test_what_averaging_takes_is_predicted(forker, tmp_path):
     assert row.peak_memory > 3.9 * weights  # with momenta, gradients and their copy
 
 
-@pytest.mark.processes
 def test_processes_evaluate_test_images_once_after_training(forker, tmp_path, capsys):
     for number, (part, count) in enumerate([("train", 8), ("val", 2), ("test", 3)]):
         for name in ("cat", "dog"):
@@ -120,7 +108,6 @@ def test_processes_evaluate_test_images_once_after_training(forker, tmp_path, ca
     assert (tmp_path / "log.out").read_text().count("test accuracy") == 1
 
 
-@pytest.mark.processes
 def test_a_run_that_goes_on_elsewhere_forgets_what_was_measured(forker, tmp_path):
     ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, *LONG))
     wait_for_step(tmp_path, 10)
@@ -151,13 +138,11 @@ job.wait_for_all()
 """
 
 
-@pytest.mark.processes
 def test_tensors_of_any_type_are_averaged_in_buckets(forker, tmp_path):
     ranks = forker.start(tmp_path / "log", 2, code=AVERAGE)
     assert ranks.wait() == [0, 0], ranks.log.read_text()
 
 
-@pytest.mark.processes
 def test_stopped_by_a_signal_and_resumed_in_other_layouts_gives_the_same_bits(forker, alone, tmp_path):
     wanted = alone(3, *LONG)
     resume = ["--resume", str(tmp_path / "run")]
@@ -202,7 +187,6 @@ job.wait_for_all()
 """
 
 
-@pytest.mark.processes
 def test_a_slow_stage_holds_up_the_one_before(forker, tmp_path, monkeypatch):
     code = HAND_ON.replace('os.environ["SENT"]', repr(str(tmp_path / "sent")))
     ranks = forker.start(tmp_path / "log", 2, code=code)
@@ -210,63 +194,3 @@ def test_a_slow_stage_holds_up_the_one_before(forker, tmp_path, monkeypatch):
     ahead = [int(line) for line in (tmp_path / "sent.ahead").read_text().split()]
     # The batch that is worked on, those that wait here, and those that are on their way.
     assert 1 < max(ahead) <= 1 + 2 * IN_FLIGHT
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.randn(4, 3, 5),
-        torch.randn(4, 6, 5, 5).to(memory_format=torch.channels_last),
-        torch.randn(4, 5, 3).transpose(1, 2),
-        torch.randn(4, 6, 8)[:, 1:],
-        torch.randn(4, 1, 3).expand(4, 7, 3),
-        torch.arange(12)[3:],
-        torch.tensor(2.5),
-    ],
-    ids=lambda tensor: str(tuple(tensor.stride())),
-)
-def test_a_tensor_arrives_as_it_lay_in_memory(tensor):
-    form = TensorForm.of(tensor)
-    buffer = form.buffer(torch.device("cpu"))
-    buffer.copy_(form.bytes_of(tensor))
-    arrived = form.restore(buffer)
-    assert torch.equal(arrived, tensor)
-    if 0 not in tensor.stride():
-        assert arrived.stride() == tensor.stride()
-        assert arrived.data_ptr() % 64 == tensor.data_ptr() % 64
-
-
-@pytest.mark.parametrize("name", ["swin", "vit", "resnet", "cnn"])
-def test_shares_are_all_of_the_backbone_and_a_stage_holds_its_own_alone(name):
-    whole = split(name)
-    shares = whole.shares()
-    assert sorted(key for share in shares for key in share) == sorted(whole.backbone.state_dict())
-    for k, module in enumerate(whole.local_modules):
-        own = {n for n, _ in module.named_parameters() if not n.startswith("auxiliary.")}
-        assert own <= set(shares[k])
-    for path, module in whole.backbone.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # its statistics go where its weights are trained
-            owners = {k for k, share in enumerate(shares) for key in module.state_dict() if f"{path}.{key}" in share}
-            assert len(owners) == 1
-    state = TrainingState(whole, OptimConfig(model_ema=True), 10, torch.device("cpu"), range(1, 2))
-    held = {key for key, value in whole.backbone.named_parameters() if not value.is_meta}
-    assert held == {key for key in shares[1] if key in dict(whole.backbone.named_parameters())}
-    assert {key for key, value in state.ema.module.named_parameters() if not value.is_meta} == held
-    assert all(p.is_meta for k in (0, 2) for p in whole.local_modules[k].auxiliary.parameters())
-    assert set(state.parts()) == {"module-1"}
-
-
-def test_modules_are_shared_out_by_time_and_replicas_come_in_multiples():
-    def stages(*arguments):
-        layout = arrange("modules", *arguments)
-        assert layout.replicas == 1
-        return [list(modules) for modules in layout.stages]
-
-    assert stages(4, 4) == [[0], [1], [2], [3]]
-    assert stages(4, 2) == [[0, 1], [2, 3]]
-    assert stages(4, 2, [5.0, 1.0, 1.0, 1.0]) == [[0], [1, 2, 3]]
-    assert arrange("modules", 2, 6).replicas == 3
-    assert [arrange("modules", 2, 6).place(rank) for rank in range(4)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
-    assert arrange("data", 4, 3).stages == (range(4),)
-    with pytest.raises(ParallelError, match="take at most 2, or a multiple such as 6"):
-        arrange("modules", 2, 5)

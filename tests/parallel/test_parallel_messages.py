@@ -9,7 +9,7 @@ import torch
 
 from localprop.errors import ParallelError
 from localprop.network.carry import Carry
-from localprop.parallel.forms import Form, bytes_of_json, json_of_bytes, pack, unpack
+from localprop.parallel.forms import Form, TensorForm, bytes_of_json, json_of_bytes, pack, unpack
 from places import ROOT
 from ranks import CALM, MODULES
 
@@ -151,3 +151,27 @@ def test_no_program_pickles():
 )
 def test_pickling_is_recognised(line):
     assert list(pickles(ast.parse(line))) == [1]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(4, 3, 5),
+        torch.randn(4, 6, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(4, 5, 3).transpose(1, 2),
+        torch.randn(4, 6, 8)[:, 1:],
+        torch.randn(4, 1, 3).expand(4, 7, 3),
+        torch.arange(12)[3:],
+        torch.tensor(2.5),
+    ],
+    ids=lambda tensor: str(tuple(tensor.stride())),
+)
+def test_a_tensor_arrives_as_it_lay_in_memory(tensor):
+    form = TensorForm.of(tensor)
+    buffer = form.buffer(torch.device("cpu"))
+    buffer.copy_(form.bytes_of(tensor))
+    arrived = form.restore(buffer)
+    assert torch.equal(arrived, tensor)
+    if 0 not in tensor.stride():
+        assert arrived.stride() == tensor.stride()
+        assert arrived.data_ptr() % 64 == tensor.data_ptr() % 64

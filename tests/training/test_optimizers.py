@@ -99,7 +99,7 @@ def test_a_simulation_before_training_changes_nothing(torchao, opt):
     for name in ("subclass_8bit", "subclass_4bit"):
         for function in vars(importlib.import_module(f"torchao.optim.{name}")).values():
             getattr(function, "cache_clear", int)()
-    simulate_step(split("swin"), replace(CONFIG, opt=opt), 4, SIZE)
+    simulate_step(split("mlp"), replace(CONFIG, opt=opt), 4, SIZE)
     for a, b in zip(before, steps(training(opt), 4), strict=True):
         assert torch.equal(a, b)
 
