@@ -118,11 +118,11 @@ def test_parts_take_less_memory_and_about_the_same_time():
 def test_the_trainer_measures_what_is_predicted(tmp_path):
     peaks = {}
     for parts in (1, 2, 4):
-        flags = ["--micro-batches", str(parts), "--output", str(tmp_path), "--experiment", str(parts)]
+        flags = ["--micro-batches", str(parts), "--steps", "3", "--output", str(tmp_path), "--experiment", str(parts)]
         assert main(["train", *TINY, *flags]) == 0
         (row,) = read_results(tmp_path / str(parts) / "results.csv")
         assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.03)
-        assert row.step == 5
+        assert row.step == 3
         peaks[parts] = row.peak_memory
     assert peaks[4] < peaks[2] < peaks[1]
 
@@ -135,15 +135,16 @@ def test_one_batch_is_there_at_a_time(tmp_path, monkeypatch):
         return step(*args, **kwargs)
 
     monkeypatch.setattr(TrainingState, "train_step", train_step)
-    assert main(["train", *TINY, "--micro-batches", "4", "--output", str(tmp_path), "--experiment", "run"]) == 0
-    assert len(alive) == 2 + 5 * 4  # those of the prediction come first
-    assert alive[2 + 2 * 4 :] == [1] * 12  # behind the two that are measured, with a copy
+    flags = ["--micro-batches", "4", "--steps", "3", "--output", str(tmp_path), "--experiment", "run"]
+    assert main(["train", *TINY, *flags]) == 0
+    assert len(alive) == 2 + 3 * 4  # those of the prediction come first
+    assert alive[2 + 2 * 4 :] == [1] * 4  # behind the two that are measured, with a copy
 
 
 def test_the_trainer_counts_gradients_that_wait(tmp_path):
     wide = ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=96", "depths=(1,1)", "num_heads=(1,2)"]
-    flags = [*wide, *TINY[6:], "--batch-size", "128", "--micro-batches", "32", "--output", str(tmp_path)]
-    assert main(["train", *flags, "--experiment", "run"]) == 0
+    flags = [*wide, *TINY[6:], "--batch-size", "128", "--micro-batches", "32", "--steps", "3"]
+    assert main(["train", *flags, "--output", str(tmp_path), "--experiment", "run"]) == 0
     (row,) = read_results(tmp_path / "run" / "results.csv")
     parameters = json.loads((tmp_path / "run" / "run.json").read_text())["parameters"]
     assert 4 * parameters > 0.1 * row.peak_memory  # so many bytes are the gradients
@@ -201,7 +202,7 @@ def test_a_batch_that_does_not_divide_is_an_error_of_one_line(batch_size, parts,
 
 def test_training_in_parts_reports_and_averages_as_undivided_training_does(tmp_path, monkeypatch):
     sizes = {"evaluated": [], "cut for": []}
-    test_batches, localized = Data.test_batches, localprop.runs.experiment.localize
+    test_batches, divide = Data.test_batches, localprop.runs.experiment.divide
 
     def evaluated(self, batch_size, device):
         sizes["evaluated"].append(batch_size)
@@ -209,10 +210,10 @@ def test_training_in_parts_reports_and_averages_as_undivided_training_does(tmp_p
 
     def cut(*args, **options):
         sizes["cut for"].append((options["batch_size"], options["micro_batches"]))
-        return localized(*args, **options)
+        return divide(*args, **options)
 
     monkeypatch.setattr(Data, "test_batches", evaluated)
-    monkeypatch.setattr("localprop.runs.experiment.localize", cut)
+    monkeypatch.setattr("localprop.runs.experiment.divide", cut)
     # Steps of the gradient's size, and nothing that is drawn: roundings alone differ.
     calm = ["drop_path_rate=0.0", "--opt", "sgd", "--lr", "0.05", "--model-ema", "--model-ema-decay", "0.5"]
     for parts in (1, 4):
