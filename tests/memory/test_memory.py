@@ -95,3 +95,22 @@ def test_what_it_means_that_there_is_no_more():
     with pytest.raises(RuntimeError) as error:
         torch.ones(2) @ torch.ones(3)
     assert not is_out_of_memory(error.value)
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "expected"),
+    [("1000\n", "400\n", 600), ("max\n", "400\n", 2048), (None, None, 2048), ("1000000", "1", 2048)],
+)
+def test_what_is_available_is_the_least_of_the_systems_limits(limit, used, expected, monkeypatch):
+    files = {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
+    files["/proc/meminfo"] = "MemTotal: 9 kB\nMemAvailable:       2 kB\n"
+
+    def read_text(path):
+        if files.get(str(path)) is None:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr("pathlib.Path.read_text", read_text)
+    assert available(CPU) == expected
+    del files["/proc/meminfo"], files["/sys/fs/cgroup/memory.max"]
+    assert available(CPU) is None

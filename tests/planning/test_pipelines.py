@@ -3,6 +3,7 @@
 import functools
 import json
 from collections import deque
+from dataclasses import replace
 from itertools import chain, pairwise
 
 import pytest
@@ -258,3 +259,14 @@ def test_a_narrow_terminal_cuts_no_numbers_off(capsys, monkeypatch):
     rows = [line for line in lines if line.startswith(("K=8", "1F1B"))]
     assert all(f"{speed:.2f}x" in line.split() for speed, line in zip(speeds, rows, strict=True))
     assert "…" not in "".join(lines)
+
+
+def test_settings_that_the_processes_cannot_share_say_why(capsys):
+    result = plan(build("mlp"), 4, modules=(2, 3), method="greedy", input_size=SIZE, nproc=3)
+    two = next(row for row in result.rows if row.setting.modules == 2)
+    assert two.parallel is None
+    assert two.not_parallel.startswith("3 processes cannot share 2 modules")
+    Console().print(processes_table(replace(result, pipeline=None)))
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"K=2: {two.not_parallel}" in text
+    assert "1F1B: left out; it takes a unit of the model and an image of the batch for each process" in text

@@ -345,6 +345,15 @@ def test_an_unknown_setting_to_explain_is_one_line(name, words):
     assert str(caught.value).startswith(words)
 
 
+def test_settings_that_the_model_does_not_allow_are_named_with_the_reason(command):
+    left_out = small_plan((2, 99), model=build("mlp")).left_out
+    assert left_out.keys() == {"K=99"}
+    assert left_out["K=99"].startswith("99 modules asked for, but the backbone has")
+    report, text = command()
+    assert "left out, since the model has too few blocks: K=3, K=4, K=6, K=8" in text
+    assert all("modules asked for" in why for why in report["left_out"].values())
+
+
 def test_the_old_name_of_a_rows_step_warns():
     row = small_plan((2,), model=build("mlp")).rows[0]
     with pytest.warns(DeprecationWarning, match="PlanRow.step"):

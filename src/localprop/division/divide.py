@@ -14,7 +14,7 @@ from localprop.errors import ChainError
 from localprop.features import image_layout
 from localprop.memory.cost import Costs
 from localprop.memory.part import Conditions
-from localprop.memory.tracker import MACHINES
+from localprop.memory.tracker import assumed
 from localprop.network.network import Criterion, LocalNetwork, ModuleSpec
 from localprop.settings.recipe import Recipe
 from localprop.tracing.chains import chain
@@ -124,8 +124,7 @@ def divide(
         mean=tuple(mean or settings.get("mean") or IMAGENET_DEFAULT_MEAN),
         std=tuple(std or settings.get("std") or IMAGENET_DEFAULT_STD),
     )
-    where = device or next((p.device.type for p in model.parameters()), "cpu")
-    where = where if where in MACHINES else "cpu"
+    where = assumed(device or next((p.device.type for p in model.parameters()), "cpu"))
     step = Conditions(-(-batch_size // micro_batches), amp_dtype, device=where, gradients_wait=micro_batches > 1)
     division = Division(costs, recipe, spec, step)
     return division.build(division.ends())

@@ -1,13 +1,14 @@
-"""Measures memory: what the allocator really gave out in a training step."""
+"""Measures memory: what PyTorch's allocator gives out in a training step."""
 
 import gc
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -32,14 +33,14 @@ class Measurement:
 
 
 @contextmanager
-def measured(held: Iterable[Tensor], device: torch.device) -> Iterator[Measurement]:
+def measured(existing: Iterable[Tensor], device: torch.device) -> Iterator[Measurement]:
     """Measures the largest number of bytes in use inside, by the allocator's own account.
 
-    On CUDA that is `torch.cuda.max_memory_allocated`. On a CPU it is the sum of `held` and of the profiler's memory
+    On CUDA that is `torch.cuda.max_memory_allocated`. On a CPU it is the sum of `existing` and of the profiler's memory
     events, which PyTorch's CPU allocator reports one by one; the operations inside then take somewhat longer.
 
     Args:
-        held: the tensors that exist already, such as weights and optimizer state, and live until the end. (Of
+        existing: the tensors that exist already, such as weights and optimizer state, and live until the end. (Of
             anything older that is freed inside, the CPU's allocator does not know the size.)
         device: where they are.
     """
@@ -52,7 +53,7 @@ def measured(held: Iterable[Tensor], device: torch.device) -> Iterator[Measureme
     gc.collect()  # else garbage that is freed inside may be taken for something of the step's
     with _profiled() as changes:
         yield result
-    result.peak = total_bytes(held) + max(accumulate(changes), default=0)
+    result.peak = total_bytes(existing) + max(accumulate(changes), default=0)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
@@ -71,24 +72,39 @@ def plain_tensors(value: Any) -> list[Tensor]:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that this process can still allocate on a device; None where nothing tells."""
+    """Bytes that this process can still allocate on a device; None where the system tells none of its limits.
+
+    On a CPU the least of what the control group, the machine and the limit on the address space leave.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limits = []
-    for name in ("memory.max", "memory.current"):
-        with suppress(OSError, ValueError):
-            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
-    found = [limits[0] - limits[1]] if len(limits) == 2 else []
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        with suppress(OSError):
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            found.append(limit - pages * resource.getpagesize())
+    found = []
+    limit, used = (_number(Path("/sys/fs/cgroup", name)) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        found.append(limit - used)
+    kibibytes = re.search(r"^MemAvailable:\s*(\d+)", _text(Path("/proc/meminfo")), re.MULTILINE)
+    if kibibytes:
+        found.append(int(kibibytes[1]) * 1024)
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = _text(Path("/proc/self/statm")).split()
+    if address_space != resource.RLIM_INFINITY and pages:
+        found.append(address_space - int(pages[0]) * resource.getpagesize())
     return min(found, default=None)
+
+
+def _text(path: Path) -> str:
+    """A file of the system's; empty where the system has none such, or does not let it be read."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file of the system's; None where there is none: a limit that is not set is "max"."""
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None
 
 
 def most_taken(device: torch.device) -> int:

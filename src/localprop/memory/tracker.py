@@ -76,6 +76,11 @@ class Machine:
 MACHINES = {"cpu": Machine(1e11, 1e10, 1e9), "cuda": Machine(2e14, 2e12, 5e10)}
 
 
+def assumed(device: str) -> str:
+    """Whose kernels and speed to assume for a type of device, "cpu" or "cuda": those of a CPU for any other ("mps")."""
+    return device if device in MACHINES else "cpu"
+
+
 @dataclass(eq=False)
 class Tracker(TorchDispatchMode):
     """Records each allocation, each free and the floating point operations of what runs inside it.

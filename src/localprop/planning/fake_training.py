@@ -15,7 +15,7 @@ from localprop.errors import LocalpropError, PlanError, first_line
 from localprop.memory.attention import kernels_of
 from localprop.memory.layers import Layers
 from localprop.memory.measure import plain_tensors
-from localprop.memory.tracker import MACHINES, Tracker
+from localprop.memory.tracker import MACHINES, Tracker, assumed
 from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig
@@ -42,7 +42,7 @@ def fake_training(
     """
     fill_tables(config.opt)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    device = device if device in MACHINES else "cpu"
+    device = assumed(device)
     tracker = Tracker(MACHINES[device], layers)
     # float16 takes what bfloat16 does, and its loss scale needs a GPU.
     config = replace(config, amp_dtype="bfloat16")

@@ -88,7 +88,8 @@ class PlanRow:
         micro_batches: parts of that which go through the modules one after the other.
         step: memory and time of one step.
         module_units: names of each module's units.
-        parallel: the same on several processes; None where that was not asked for, or there are fewer modules.
+        parallel: the same on several processes; None where that was not asked for, or cannot be.
+        not_parallel: why it cannot be.
     """
 
     setting: Setting
@@ -97,6 +98,7 @@ class PlanRow:
     step: PredictedStep
     module_units: list[list[str]] = field(repr=False)
     parallel: Processes | None = None
+    not_parallel: str | None = None
 
     @property
     def trace(self) -> PredictedStep:
@@ -116,6 +118,7 @@ class Plan:
         pipeline: end-to-end training by 1F1B on as many processes as `PlanRow.parallel` has; None where that was not
             asked for, or cannot be.
         explained: why the peak of one setting is where it is; None where that was not asked for.
+        left_out: why the model does not allow a setting that was asked for, by the setting's name.
     """
 
     rows: list[PlanRow]
@@ -123,6 +126,7 @@ class Plan:
     choice: PlanRow | None = None
     pipeline: Processes | None = None
     explained: Peak | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def baseline(self) -> PlanRow:
@@ -236,14 +240,14 @@ def plan(
                 f"{nproc} processes cannot share the {most} modules that there are at most; fewer --nproc"
             )
         other = pipeline(planner.known(False), optim, batch_size, device, amp_dtype, nproc, planner.link)
-        return Plan(rows, pipeline=other, explained=planner.explained(rows, explain))
+        return Plan(rows, pipeline=other, explained=planner.explained(rows, explain), left_out=planner.left_out)
     if budget is None:
-        return Plan(rows, explained=planner.explained(rows, explain))
+        return Plan(rows, explained=planner.explained(rows, explain), left_out=planner.left_out)
     # Who names a number of modules, or cuts, wants these.
     named = divided and (len(modules) == 1 or recipe.cuts is not None)
     candidates = [row for row in rows if row.setting.modules > 1] if named else rows
     choice = planner.choose(Plan(rows), candidates, budget)
-    return Plan(rows, budget, choice, explained=planner.explained(rows, explain))
+    return Plan(rows, budget, choice, explained=planner.explained(rows, explain), left_out=planner.left_out)
 
 
 class _Planner:
@@ -266,6 +270,7 @@ class _Planner:
         self.recipe, self.options = recipe, options
         self.costs = {False: Costs(model, units)}
         self.must_fit = False
+        self.left_out: dict[str, str] = {}
         self.processes: int | None = None
         self.link = Link()
         self.on_setting = on_setting or (lambda setting: None)
@@ -321,19 +326,21 @@ class _Planner:
         local = setting.modules > 1
         try:
             net, given = self.network(setting, micro_batches)
-        except ChainError:
+        except ChainError as error:
             if not local or self.must_fit:
                 raise
+            self.left_out[setting.name] = str(error)
             return None
-        step, parallel = simulate_step(net, *given), None
+        step, parallel, not_parallel = simulate_step(net, *given), None, None
         if local and self.processes:
             try:
                 parallel = share_out(net, step, *given, self.processes, self.link)
-            except (ParallelError, ConfigError):
+            except (ParallelError, ConfigError) as error:
                 if self.must_fit:
                     raise
+                not_parallel = str(error)
         units = [module.units for module in net.local_modules]
-        return PlanRow(setting, self.batch_size, given[0].micro_batches, step, units, parallel)
+        return PlanRow(setting, self.batch_size, given[0].micro_batches, step, units, parallel, not_parallel)
 
     def network(
         self, setting: Setting, micro_batches: int | None = None

@@ -47,7 +47,10 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
     heading = Text(
         f"{title}\npredicted peak of a training step: MiB, % of end-to-end, its parts, its module", style="dim"
     )
-    return Group(heading, table)
+    parts: list[RenderableType] = [heading, table]
+    if plan.left_out:
+        parts.append(Text(f"left out, since the model has too few blocks: {', '.join(plan.left_out)}", style="dim"))
+    return Group(*parts)
 
 
 def processes_table(plan: Plan) -> RenderableType:
@@ -80,7 +83,10 @@ def processes_table(plan: Plan) -> RenderableType:
         "its number, what is busiest, time that ranks wait, and throughput against one\n"
         "process and against 1F1B"
     )
-    return Group(Text(text, style="dim"), table)
+    reasons = [f"{row.setting.name}: {row.not_parallel}" for row in plan.rows if row.not_parallel]
+    if not plan.pipeline:
+        reasons.append("1F1B: left out; it takes a unit of the model and an image of the batch for each process")
+    return Group(Text(text, style="dim"), table, *(Text(reason, style="dim") for reason in reasons))
 
 
 _PHASES = {

@@ -11,6 +11,7 @@ from torch import nn
 
 from localprop.errors import OutOfMemory, PlanError
 from localprop.memory.measure import available, most_taken, total_bytes
+from localprop.memory.tracker import assumed
 from localprop.models.backbone import create_backbone
 from localprop.network.network import LocalNetwork
 from localprop.planning.plans import MODULES, Plan, PlanRow, Setting, plan
@@ -141,7 +142,13 @@ def predict(experiment: Experiment, net: LocalNetwork, headroom: Headroom) -> tu
         peak = simulate_step(net, optim, optim.batch_size, experiment.input_size, experiment.device.type).peak
     except PlanError as error:
         return None, [str(error)]
-    lines = [f"peak memory of a step: {format_bytes(peak)} (predicted)"]
+    kind = experiment.device.type
+    how = (
+        "predicted"
+        if assumed(kind) == kind
+        else f"predicted with the kernels of a CPU, since those of {kind} are unknown"
+    )
+    lines = [f"peak memory of a step: {format_bytes(peak)} ({how})"]
     if headroom.limit is not None and peak > headroom.limit:
         room = format_bytes(headroom.limit)
         lines.append(
@@ -235,7 +242,11 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
     if config.parallel:
         for row, described in zip(result.rows, report["rows"], strict=True):
             described["parallel"] = _describe_processes(row.parallel, result.speedup(row))
+            if row.not_parallel:
+                described["not_parallel"] = row.not_parallel
         report["pipeline"] = _describe_processes(result.pipeline, result.pipeline_speedup)
+    if result.left_out:
+        report["left_out"] = result.left_out
     if result.explained:
         report["explained"] = {**asdict(result.explained), "module": result.explained.module + 1}
     if result.choice is not None:
