@@ -175,7 +175,7 @@ def test_printed_commands_can_be_pasted(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("words", [[sys.executable, "-m", "localprop"], interpreter_words()], ids=["typed", "started"])
 def test_ctrl_c_while_modules_are_imported_is_one_line(words):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen([*words, "plan", "--help"], **pipes) as process:
+    with subprocess.Popen([*words, "chain", "resnet18"], **pipes) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         while process.poll() is None and "torch" not in maps.read_text():
             time.sleep(0.01)
