@@ -269,4 +269,4 @@ def test_settings_that_the_processes_cannot_share_say_why(capsys):
     Console().print(processes_table(replace(result, pipeline=None)))
     text = " ".join(capsys.readouterr().out.split())
     assert f"K=2: {two.not_parallel}" in text
-    assert "1F1B: left out; it takes a unit of the model and an image of the batch for each process" in text
+    assert "1F1B: left out; it needs a unit of the model and an image of the batch for each process" in text

@@ -22,7 +22,8 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
             raise ConfigError(f"{path} cannot be written: there is no folder {path.resolve().parent}; make it first")
         if path and path.exists() and not path.is_file():  # such as /dev/stdout, which must not be replaced
             raise ConfigError(f"{path} is no regular file; name a file to write")
-    from localprop.planning.tables import draw_plan, peak_table, plan_table, processes_table
+    from localprop.planning.picture import draw_plan
+    from localprop.planning.tables import peak_table, plan_table, processes_table
     from localprop.runs.advice import plan_lines, plan_model, plan_report
 
     def plan() -> int:

@@ -1,1 +1,1 @@
-"""What a computation takes: measured on a device, and predicted on fake tensors."""
+"""The memory that a computation needs: measured on a device, and predicted on fake tensors."""

@@ -18,7 +18,7 @@ _MOST_CHANNELS = 256  # of a head, in flash attention
 
 
 def kernels_of(device: str) -> AbstractContextManager[Any]:
-    """Inside, attention takes the memory that it takes on this type of device, "cpu" or "cuda"."""
+    """Inside, attention needs as much memory as on this type of device, "cpu" or "cuda"."""
     if device != "cuda":
         return nullcontext()
     return mock.patch.object(F, "scaled_dot_product_attention", _attention)

@@ -15,7 +15,7 @@ from localprop.tracing.units import Chain
 
 
 def module_peak(units: Sequence[Cost], auxiliary: Cost) -> int:
-    """Largest number of bytes that a module takes at any moment of its step, beside its input.
+    """Largest number of bytes that a module needs at any moment of its step, beside its input.
 
     Args:
         units: costs of its units, in order.

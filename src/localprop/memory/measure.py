@@ -37,7 +37,7 @@ def measured(existing: Iterable[Tensor], device: torch.device) -> Iterator[Measu
     """Measures the largest number of bytes in use inside, by the allocator's own account.
 
     On CUDA that is `torch.cuda.max_memory_allocated`. On a CPU it is the sum of `existing` and of the profiler's memory
-    events, which PyTorch's CPU allocator reports one by one; the operations inside then take somewhat longer.
+    events, which PyTorch's CPU allocator reports one by one; the operations inside then are somewhat slower.
 
     Args:
         existing: the tensors that exist already, such as weights and optimizer state, and live until the end. (Of
@@ -57,7 +57,7 @@ def measured(existing: Iterable[Tensor], device: torch.device) -> Iterator[Measu
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct memory behind tensors."""
+    """Bytes of the memory of tensors; memory that several share counts once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 
@@ -108,7 +108,7 @@ def _number(path: Path) -> int | None:
 
 
 def most_taken(device: torch.device) -> int:
-    """Largest number of bytes that this process has had so far: the allocator's on CUDA, else the resident set."""
+    """Most bytes that this process has had at once so far: the allocator's on CUDA, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

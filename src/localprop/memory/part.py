@@ -28,7 +28,7 @@ class Conditions:
         device: "cpu" or "cuda": whose kernels and speed to assume.
         input_gradient: whether its input needs a gradient; that of a module's first unit does not.
         gradients_wait: whether weights have gradients already, to which new ones are added, as in micro-batches. Then
-            they take the same wherever a model is cut, and are left out.
+            they need the same memory wherever a model is cut, and are left out.
     """
 
     batch_size: int = 32
@@ -41,7 +41,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one unit, or one local loss, takes; in bytes, weights and optimizer state left out.
+    """The memory and time of one unit or local loss, in bytes, without weights and optimizer state.
 
     Attributes:
         kept: kept from forward to backward, beside input and output.
@@ -141,7 +141,7 @@ class _Forward(NamedTuple):
 def _run_forward(tracker: Tracker, run: Callable[[Tensor], Tensor], leaf: Tensor, conditions: Conditions) -> _Forward:
     """Runs a part on a copy of `leaf`; when this returns, only what backward needs is alive."""
     half = conditions.amp_dtype
-    # A copy, not a leaf, of which autograd itself holds no reference: it lives on only if the part keeps it.
+    # A copy, not a leaf: autograd itself keeps no reference to it, so it stays alive only if the part keeps it.
     entry = leaf.clone()
     input_memory = tracker.allocation(entry)
     before = tracker.used

@@ -27,7 +27,7 @@ _CHEAP = {
 
 
 @dataclass(eq=False)
-class _Recipe:
+class _Computation:
     """How to compute a tensor again."""
 
     function: Callable[..., Tensor]
@@ -53,7 +53,7 @@ class _Remember(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recipes: dict[int, _Recipe] = {}  # by the address of the result's storage
+        self.computations: dict[int, _Computation] = {}  # by the address of the result's storage
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,13 +67,13 @@ class _Remember(TorchFunctionMode):
         storage = result.untyped_storage()
         detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         named = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        key, recipes = storage._cdata, self.recipes
+        key, computations = storage._cdata, self.computations
 
         def forget(_: object) -> None:
             # Else what it is computed from would live on, though nobody will ask for the result.
-            recipes.pop(key, None)
+            computations.pop(key, None)
 
-        recipes[key] = _Recipe(
+        computations[key] = _Computation(
             func,
             detached,
             named,
@@ -82,12 +82,12 @@ class _Remember(TorchFunctionMode):
             weakref.ref(storage, forget),
         )
 
-    def recipe(self, tensor: Tensor) -> _Recipe | None:
-        """The recipe of the storage that a tensor lies in, if there is one."""
+    def computation(self, tensor: Tensor) -> _Computation | None:
+        """How the storage of a tensor was computed, if that is known."""
         storage = tensor.untyped_storage()
-        recipe = self.recipes.get(storage._cdata)
+        computation = self.computations.get(storage._cdata)
         # The address may belong to another tensor by now; and one written to in place is no longer the result.
-        return recipe if recipe and recipe.storage() is storage and tensor._version == 0 else None
+        return computation if computation and computation.storage() is storage and tensor._version == 0 else None
 
 
 @contextmanager
@@ -102,15 +102,15 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
     memory = _Remember()
 
     def pack(tensor: Tensor) -> Any:
-        recipe = memory.recipe(tensor)
-        if recipe is None:
+        computation = memory.computation(tensor)
+        if computation is None:
             return tensor, tensor._version
-        return recipe, tensor.size(), tensor.stride(), tensor.storage_offset()
+        return computation, tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def unpack(packed: Any) -> Tensor:
-        if isinstance(packed[0], _Recipe):
-            recipe, *view = packed
-            return recipe.compute().as_strided(*view)
+        if isinstance(packed[0], _Computation):
+            computation, *view = packed
+            return computation.compute().as_strided(*view)
         tensor, version = packed
         if tensor._version != version:  # hooks on saved tensors switch autograd's own check off
             raise RuntimeError("a tensor needed for backward was changed in place; keep recompute off")
@@ -120,7 +120,7 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
         with memory, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        memory.recipes.clear()
+        memory.computations.clear()
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

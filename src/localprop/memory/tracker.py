@@ -25,7 +25,7 @@ class Allocation:
         start: number of the event with which it began.
         stop: number of the event with which it ended; None while it lives.
         kind: what it is used for, where somebody has said so.
-        shape: of the tensor that it was made for; empty for what a kernel takes for itself.
+        shape: of the tensor that it was made for; empty for memory that a kernel allocates for itself.
         dtype: of that tensor.
         layer: what made it, if the tracker was given `Layers`.
         forward: whether a layer's forward made it, for the first time or, in backward, again; likewise.

@@ -1,4 +1,4 @@
-"""Memory that a kernel takes for itself and frees before it returns, which fake tensors do not show."""
+"""Memory that a kernel allocates and frees before it returns, which fake tensors do not show."""
 
 from functools import cache
 from itertools import accumulate
@@ -26,7 +26,7 @@ _MOST = 16
 
 
 def workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that an operation takes on this machine's CPU beside its results.
+    """Bytes that an operation needs on this machine's CPU beside its results.
 
     Of a layer norm and of a roll it is known. Of a convolution and some others it is found by running them: on up to
     16 images as they are; of more, it is taken to go on growing as from 8 to 16. (It does not grow evenly from the

@@ -44,7 +44,7 @@ def fake_training(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     device = assumed(device)
     tracker = Tracker(MACHINES[device], layers)
-    # float16 takes what bfloat16 does, and its loss scale needs a GPU.
+    # float16 needs as much memory as bfloat16, and its loss scale needs a GPU.
     config = replace(config, amp_dtype="bfloat16")
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=config.amp)
     try:

@@ -24,7 +24,7 @@ class PeakTensor:
     Attributes:
         layer: what made it: a module or a unit of the model, under its name there; "auxiliary.*" and "loss" for the
             nets and the rest of the local loss; None for what no layer made, such as the batch.
-        shape: its shape; empty for memory that a kernel takes for itself.
+        shape: its shape; empty for memory that a kernel allocates for itself.
         dtype: its type, such as "float32"; empty likewise.
         use: "activations", if backward needs it, else "temporaries".
         size: bytes.

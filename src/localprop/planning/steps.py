@@ -13,7 +13,7 @@ PARTS = ("parameters", "optimizer", "gradients", "activations", "temporaries")
 
 @dataclass(frozen=True)
 class PredictedStep:
-    """What one training step takes, from the second step on, when optimizers have their state.
+    """The memory and time of one training step, from the second on, when optimizers have their state.
 
     Where the batch is divided into micro-batches, the middle ones stand for the first too.
 
@@ -125,7 +125,7 @@ class Record:
 
 
 def predicted_step(record: Record) -> PredictedStep:
-    """What a step takes, from what was seen of it."""
+    """The memory and time of a step, from what was seen of it."""
     tracker, marks, count = record.tracker, record.marks, len(record.modules)
     parts = dict.fromkeys(PARTS, 0)
     for allocation, use in record.at_peak():

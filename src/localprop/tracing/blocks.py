@@ -10,7 +10,7 @@ def has_matrix(module: nn.Module) -> bool:
 
 
 def container_classes(model: nn.Module) -> set[type]:
-    """Classes of which some module in `model` has a list of blocks at or below it.
+    """Classes with an instance in `model` that has a list of blocks at or below it.
 
     A class and not a module decides, so that a stage of one block is treated like a stage of many.
     """

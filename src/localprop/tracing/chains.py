@@ -38,7 +38,7 @@ def chain(model: nn.Module, input_size: tuple[int, int, int] | None = None, spli
         opened, split = split, frozenset(name for name in split if _is_split(name, modes.blocks))
         for name in sorted(opened - split - whole.keys()):
             inside = [part for own in modes.blocks for part in own if part.startswith(name + ".")]
-            whole[name] = modes.obstacle(name, inside) or "no cut lies right before it or right after it"
+            whole[name] = modes.obstacle(name, inside) or "the model cannot be cut right before it or right after it"
         if split == opened:
             break  # else trace again, so that a block not split is called as it is
     units = _units(model, modes, _unit_names([_main_parts(model, own, split) for own in modes.blocks]))
@@ -83,7 +83,7 @@ def _units(model: nn.Module, modes: BothModes, names: list[str]) -> tuple[Unit, 
 
 
 def _depth(model: nn.Module, parameters: tuple[str, ...]) -> int:
-    """Number of blocks of which some of these parameters are part."""
+    """Number of blocks that have some of these parameters."""
     names = block_names(model)
     return sum(any(p.startswith(f"{name}.") for p in parameters) for name in names) if names else 1
 
@@ -96,14 +96,14 @@ def _is_split(name: str, blocks: list[list[str]]) -> bool:
 
 
 def _main_parts(model: nn.Module, own: list[str], split: Set[str]) -> list[str]:
-    """What a unit is named after: its blocks; in a split block its largest part (an MLP, not the scale behind it)."""
+    """What a unit is named after: its blocks; in a split block its largest part (an MLP, not the scale after it)."""
     if any(part.startswith(name + ".") for name in split for part in own):
         return [max(own, key=lambda part: sum(p.numel() for p in model.get_submodule(part).parameters()))]
     return own
 
 
 def _unit_names(blocks: list[list[str]]) -> list[str]:
-    """Names units after what their blocks have in common, or after their last block if others lie there too."""
+    """Names units after what their blocks have in common, or after their last block if other units have that too."""
     names = []
     for i, own in enumerate(blocks):
         others = [name for j, block in enumerate(blocks) if j != i for name in block]

@@ -67,8 +67,8 @@ class Forward:
 
         Between two blocks there may be several legal places. The latest is taken, so that norms, activations and
         reshapes stay with the block before them; but none where positions are already pooled away. A cut between
-        opened blocks lies in neither; one inside a block lies where the tensor has a row per image, and its map is
-        not flattened.
+        opened blocks is in neither; one inside a block is where the tensor has a row for each image and its map is not
+        flattened.
         """
         crossings = self._crossings()
         opened = [node.meta["block"] for node in self.nodes]
@@ -169,7 +169,7 @@ class Forward:
         return list(result)
 
     def uses(self, segment: Segment) -> tuple[list[str], list[str]]:
-        """Names of the modules that a segment calls, and of the tensors that it takes from the backbone itself."""
+        """Names of the modules that a segment calls, and of the tensors that it reads from the backbone itself."""
         nodes = self._needs(segment)[0]
         kinds = ("call_module", "get_attr")
         modules, tensors = (list(dict.fromkeys(str(n.target) for n in nodes if n.op == kind)) for kind in kinds)
@@ -213,7 +213,7 @@ def _graph(inputs: list[fx.Node], nodes: list[fx.Node], result: fx.Node, writes:
 
 
 def _sizes_first(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Moves nodes that give sizes right behind the tensor they look at, so that it need not stay alive for them."""
+    """Moves nodes that give sizes right after the tensor they look at, so that it need not stay alive for them."""
     rank: dict[fx.Node, int] = {}
     mutated = {n for node in nodes for n in node.meta["mutated"]}
     for i, node in enumerate(nodes):

@@ -33,7 +33,7 @@ _FACTORIES += [torch.rand, torch.randint, torch.randn, torch.randperm]
 
 
 class _Root(nn.Module):
-    """Calls the model with one image: whatever else its forward takes keeps its default."""
+    """Calls the model with one image: other arguments of its forward keep their defaults."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

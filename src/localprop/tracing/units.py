@@ -41,7 +41,7 @@ class Unit:
     depth: int = 1
     buffers: tuple[str, ...] = ()
     modules: tuple[str, ...] = field(default=(), repr=False)  # that it calls
-    tensors: tuple[str, ...] = field(default=(), repr=False)  # that it takes from the backbone beside those
+    tensors: tuple[str, ...] = field(default=(), repr=False)  # of the backbone that it uses beside those
 
     def used(self, backbone: nn.Module, members: Callable[[nn.Module], Iterable[Tensor]]) -> Iterator[Tensor]:
         """The parameters or buffers that it uses as the backbone is now: adapters may have been added since.
