@@ -236,7 +236,7 @@ def test_every_part_draws_for_itself_and_the_first_as_an_undivided_batch(tmp_pat
         return train_step(self, batch, seed, last)
 
     monkeypatch.setattr(TrainingState, "train_step", noted)
-    monkeypatch.setattr("localprop.runs.advice.simulate_step", lambda *_: (_ for _ in ()).throw(PlanError("not now")))
+    monkeypatch.setattr("localprop.runs.headroom.simulate_step", lambda *_: (_ for _ in ()).throw(PlanError("not now")))
     for parts in (1, 4):
         flags = ["--micro-batches", str(parts), "--output", str(tmp_path), "--experiment", str(parts)]
         assert main(["train", *TINY, *flags]) == 0

@@ -90,7 +90,7 @@ def test_a_resumed_run_does_not_choose_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "step", interrupt)
         assert train(tmp_path, "--budget", "6.5MiB") == 128 + signal.SIGTERM
-    monkeypatch.setattr("localprop.runs.advice.fit", lambda experiment: pytest.fail("it chose again"))
+    monkeypatch.setattr("localprop.runs.common.choose_for_budget", lambda experiment: pytest.fail("it chose again"))
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     (row,) = read_results(tmp_path / "run" / "results.csv")
     assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.03)
@@ -106,7 +106,7 @@ def exhausted(monkeypatch, available):
         return step(self, batch, seed, last)
 
     monkeypatch.setattr(TrainingState, "train_step", run_out)
-    monkeypatch.setattr("localprop.runs.advice.available", lambda device: available)
+    monkeypatch.setattr("localprop.runs.headroom.available", lambda device: available)
 
 
 def test_out_of_memory_is_one_line_with_a_command_that_fits(tmp_path, monkeypatch, capsys):
@@ -145,7 +145,7 @@ def test_out_of_memory_where_nothing_fits_says_so(tmp_path, monkeypatch, capsys)
 
 
 def test_a_peak_above_what_can_be_had_is_told_before_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("localprop.runs.advice.available", lambda device: 4 * MIB)
+    monkeypatch.setattr("localprop.runs.headroom.available", lambda device: 4 * MIB)
     assert train(tmp_path, "--modules", "2") == 0
     output = capsys.readouterr().out
     assert "peak memory of a step: 5." in output

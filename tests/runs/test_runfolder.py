@@ -114,7 +114,7 @@ def test_a_name_is_free_again_where_a_run_died_at_once(tmp_path):
 
 
 def test_a_second_process_on_a_run_folder_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("localprop.runs.run.prepare", lambda *_, **__: pytest.fail("it loads data"))
+    monkeypatch.setattr("localprop.runs.common.prepare", lambda *_, **__: pytest.fail("it loads data"))
     run = Path(shutil.copytree(RUN_OF_0_1, tmp_path / "run"))
     files = sorted(run.rglob("*"))
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

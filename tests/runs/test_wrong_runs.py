@@ -15,8 +15,9 @@ from localprop.errors import BenchError, CheckpointError, LocalpropError
 from localprop.report.losses import read_losses
 from localprop.report.results import read_results
 from localprop.runs import description
-from localprop.runs.description import note_resumption, read_config, read_description
+from localprop.runs.description import note_resumption, read_description
 from localprop.runs.evaluation import export_run
+from localprop.runs.recorded_settings import read_config
 from localprop.system.provenance import provenance
 from localprop.training.checkpoints.folder import load_checkpoint, newest_checkpoint
 from places import FIXTURES

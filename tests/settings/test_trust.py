@@ -19,7 +19,7 @@ from localprop.bench.runner import Runner
 from localprop.bench.suite import load_suite
 from localprop.cli import main
 from localprop.errors import ConfigError
-from localprop.runs.description import read_config
+from localprop.runs.recorded_settings import read_config
 from localprop.settings.trust import require_typed, without_starting_weights
 from localprop.system import commands
 from localprop.system.plugins import load_plugin

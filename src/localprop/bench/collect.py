@@ -10,7 +10,8 @@ from localprop.bench.suite import SuiteRun
 from localprop.errors import BenchError
 from localprop.report.losses import read_losses
 from localprop.report.results import EpochRow, read_results
-from localprop.runs.description import read_config, read_description, recorded_plugin
+from localprop.runs.description import read_description
+from localprop.runs.recorded_settings import read_config, recorded_plugin
 from localprop.settings.flat import free, to_flat
 from localprop.training.outputs import LOSSES, RESULTS
 

@@ -23,8 +23,9 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
         if path and path.exists() and not path.is_file():  # such as /dev/stdout, which must not be replaced
             raise ConfigError(f"{path} is no regular file; name a file to write")
     from localprop.planning.picture import draw_plan
+    from localprop.planning.reporting import plan_lines, plan_report
+    from localprop.planning.settings import plan_model
     from localprop.planning.tables import peak_table, plan_table, processes_table
-    from localprop.runs.advice import plan_lines, plan_model, plan_report
 
     def plan() -> int:
         console = Console()

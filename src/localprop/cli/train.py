@@ -24,12 +24,12 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     config: TrainConfig = parse(TrainConfig, "train", argv, with_files(TrainConfig(), files, words))
     if config.run.resume is None:
         return _start(config, None, flags)
-    from localprop.runs.description import CONFIG, read_config
-    from localprop.runs.folder import is_unbegun, newest_run
+    from localprop.runs.folder import newest_run, starts_anew
+    from localprop.runs.recorded_settings import CONFIG, read_config
 
     folder = newest_run(config.run.output) if config.run.resume == _NEWEST else Path(config.run.resume)
     own = read_config(folder, named_plugin(folder, config.backbone.plugin, words))
-    if is_unbegun(folder):  # else the weights that it began with are not loaded again
+    if starts_anew(folder):  # else the weights that it began with are not loaded again
         require_typed({"model_kwargs": own.backbone.model_kwargs}, str(folder / CONFIG), words)
     config = parse(TrainConfig, "train", argv, with_files(own, files, words))
     _require_same_run(own, config, folder)

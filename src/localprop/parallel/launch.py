@@ -66,8 +66,8 @@ def _check(config: TrainConfig, processes: int) -> None:
     load_plugin(config.backbone.plugin)
     cut = None if local.cuts is None else len(local.cuts) + 1
     count = check_method(local.method, cut or local.modules, dict(local.method_kwargs or {}))
-    layout = arrange(config.run.parallel or "modules", count, processes)
-    require_equal_parts(optim.batch_size, optim.micro_batches, layout.replicas)
+    placement = arrange(config.run.parallel or "modules", count, processes)
+    require_equal_parts(optim.batch_size, optim.micro_batches, placement.replicas)
 
 
 def _exit_code(children: Children, folder: Path, config: TrainConfig) -> int:

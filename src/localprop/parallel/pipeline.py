@@ -14,7 +14,7 @@ from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
 from localprop.parallel.job import Job
 from localprop.parallel.messages import Receiver, Sender
-from localprop.parallel.placement import Layout
+from localprop.parallel.placement import Placement
 from localprop.parallel.replicas import Replicas
 from localprop.parallel.timeline.traces import recorder_for, write_trace
 from localprop.training.stage import Stage, Waiting
@@ -33,22 +33,22 @@ class PipelineStage(Stage):
 
     Args:
         job: the processes.
-        layout: what each of them trains.
+        placement: what each of them trains.
         net: the network.
         trace: whether to record what is done when.
     """
 
-    def __init__(self, job: Job, layout: Layout, net: LocalNetwork, trace: bool = False) -> None:
-        stage, self.replica = layout.place(job.rank)
-        all_replicas = [Replicas(job, layout.ranks(k)) for k in range(len(layout.stages))]
-        self._replicas = all_replicas[stage] if layout.replicas > 1 else None
-        super().__init__(layout.stages[stage], self._replicas.part if self._replicas else None)
-        self._job, self._layout = job, layout
-        self.name, self.replicas = str(layout), layout.replicas
+    def __init__(self, job: Job, placement: Placement, net: LocalNetwork, trace: bool = False) -> None:
+        stage, self.replica = placement.place(job.rank)
+        all_replicas = [Replicas(job, placement.ranks(k)) for k in range(len(placement.stages))]
+        self._replicas = all_replicas[stage] if placement.replicas > 1 else None
+        super().__init__(placement.stages[stage], self._replicas.part if self._replicas else None)
+        self._job, self._placement = job, placement
+        self.name, self.replicas = str(placement), placement.replicas
         self._recorder = recorder_for(job) if trace else None
-        self.reporter = layout.reporter
+        self.reporter = placement.reporter
         self.reports = job.rank == self.reporter
-        self._last = stage == len(layout.stages) - 1
+        self._last = stage == len(placement.stages) - 1
         self._receiver = Receiver(job, job.rank - 1) if stage else None
         self._sender = None if self._last else Sender(job, job.rank + 1)
         self._looks = any(net.local_modules[k].auxiliary.uses_images for k in self.modules)
@@ -164,7 +164,7 @@ class PipelineStage(Stage):
     def weights(self, state: TrainingState) -> dict[str, Tensor]:
         """See `Stage.weights`."""
         weights, shares = state.evaluated.state_dict(), state.net.shares()
-        for rank, modules in enumerate(self._layout.stages[:-1]):
+        for rank, modules in enumerate(self._placement.stages[:-1]):
             for name in [name for k in modules for name in shares[k]]:
                 if self.reports:
                     weights[name] = self._job.receive(weights[name], rank)
@@ -183,4 +183,4 @@ class PipelineStage(Stage):
         Returns:
             A line for the user, in the process that reports, if anything was recorded.
         """
-        return write_trace(self._job, self._layout, self._recorder, names, folder, title) if self._recorder else None
+        return write_trace(self._job, self._placement, self._recorder, names, folder, title) if self._recorder else None

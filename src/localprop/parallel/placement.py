@@ -13,8 +13,8 @@ then, so that a slow stage makes no memory grow."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Stages of consecutive modules, and how often there is each.
+class Placement:
+    """Which process trains which modules: stages of consecutive modules, and replicas of each.
 
     Rank `replica * len(stages) + stage` is a process's number: what stages send each other stays near.
 
@@ -54,7 +54,7 @@ def numbers(modules: range) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def arrange(kind: str, modules: int, processes: int, seconds: Sequence[float] | None = None) -> Layout:
+def arrange(kind: str, modules: int, processes: int, seconds: Sequence[float] | None = None) -> Placement:
     """Shares modules out to processes.
 
     Args:
@@ -68,7 +68,7 @@ def arrange(kind: str, modules: int, processes: int, seconds: Sequence[float] | 
         ParallelError: there are more processes than modules, and not a multiple of them.
     """
     if kind == "data":
-        return Layout((range(modules),), processes)
+        return Placement((range(modules),), processes)
     replicas = max(1, processes // modules)
     if processes > replicas * modules:
         raise ParallelError(
@@ -77,4 +77,4 @@ def arrange(kind: str, modules: int, processes: int, seconds: Sequence[float] | 
         )
     costs = seconds or [1.0] * modules
     ends = balanced(modules, processes // replicas, lambda start, stop: sum(costs[start:stop]))
-    return Layout(tuple(range(start, stop) for start, stop in pairwise([0, *ends])), replicas)
+    return Placement(tuple(range(start, stop) for start, stop in pairwise([0, *ends])), replicas)

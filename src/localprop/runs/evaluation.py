@@ -12,8 +12,10 @@ from torch import nn
 from localprop.errors import CheckpointError, ConfigError, DataError, NonFiniteWeightError, first_line
 from localprop.models.backbone import create_backbone
 from localprop.registry import MODELS
-from localprop.runs.description import evaluated_as, evaluation_of, read_config, read_description
+from localprop.runs.description import read_description
 from localprop.runs.experiment import prepare
+from localprop.runs.recorded_data import evaluated_as, evaluation_of
+from localprop.runs.recorded_settings import read_config
 from localprop.settings.flat import from_flat
 from localprop.settings.trust import DESCRIPTIONS, without_starting_weights
 from localprop.system.commands import resume_command

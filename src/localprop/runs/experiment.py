@@ -81,6 +81,16 @@ class Experiment:
         return (3, self.data.img_size, self.data.img_size)
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return self.data.steps_per_epoch(self.config.optim.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all epochs."""
+        return self.steps_per_epoch * self.config.optim.epochs
+
+    @property
     def title(self) -> str:
         """What is trained on what, for a heading."""
         return f"{self.config.local.method}, {self.config.backbone.model} on {self.data.name}"

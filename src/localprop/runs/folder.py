@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from localprop.errors import CheckpointError, ConfigError, LocalpropError
-from localprop.runs.description import CONFIG, read_description, settings_text
+from localprop.runs.description import read_description
+from localprop.runs.recorded_settings import CONFIG, settings_text
 from localprop.settings.config import TrainConfig
 from localprop.system.reading import Malformed, read_text
 from localprop.training.checkpoints.folder import has_checkpoint
@@ -37,7 +38,7 @@ def create_run_folder(config: TrainConfig) -> Path:
     raise ConfigError(f"{folder} and a hundred more exist already; choose another --experiment")
 
 
-def left_by(job: str, config: TrainConfig) -> Path | None:
+def folder_of_job(job: str, config: TrainConfig) -> Path | None:
     """The run folder that an earlier attempt of a job began; None if there is none.
 
     Names of jobs are torchrun's, and often no more than "none": a run is that job's if its settings are the same, too.
@@ -60,13 +61,13 @@ def newest_run(output: Path) -> Path:
         CheckpointError: there is none.
     """
     runs = list(_runs_in(output))
-    candidates = [run for run in runs if has_checkpoint(run / CHECKPOINTS)] or [run for run in runs if is_unbegun(run)]
+    candidates = [run for run in runs if has_checkpoint(run / CHECKPOINTS)] or [run for run in runs if starts_anew(run)]
     if not candidates:
         raise CheckpointError(f"no run to resume in {output}; name one: --resume FOLDER")
     return max(candidates, key=_last_written)
 
 
-def is_unbegun(folder: Path) -> bool:
+def starts_anew(folder: Path) -> bool:
     """Whether a run ended before its first checkpoint, so that resuming it can only mean to start it anew."""
     return not has_checkpoint(folder / CHECKPOINTS) and not any((folder / name).exists() for name in (RESULTS, WEIGHTS))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from localprop.parallel.job import Job
-from localprop.parallel.placement import Layout
+from localprop.parallel.placement import Placement
 from localprop.parallel.timeline.picture import draw_timeline
 from localprop.parallel.timeline.recording import Lane, Recorder, Span, Timeline
 from localprop.system.files import write_text
@@ -28,7 +28,7 @@ def recorder_for(job: Job) -> Recorder:
 
 
 def write_trace(
-    job: Job, layout: Layout, recorder: Recorder, names: Sequence[str], folder: Path, title: str
+    job: Job, placement: Placement, recorder: Recorder, names: Sequence[str], folder: Path, title: str
 ) -> str | None:
     """Writes RUN/trace.json and RUN/timeline.png; all processes call this together.
 
@@ -39,10 +39,10 @@ def write_trace(
     offset, error = align(job)
     spans = [span._replace(begin=span.begin + offset, end=span.end + offset) for span in recorder.spans]
     gathered = [([Span(*fields) for fields in own], error) for own, error in job.gather((spans, error))]
-    if job.rank != layout.reporter:
+    if job.rank != placement.reporter:
         return None
     lanes = [Lane(name, sorted(own, key=lambda s: s.begin)) for name, (own, _) in zip(names, gathered, strict=True)]
-    timeline = Timeline(lanes, layout.stages[-1].stop, [error for _, error in gathered])
+    timeline = Timeline(lanes, placement.stages[-1].stop, [error for _, error in gathered])
     steps = timeline.steady()
     write_text(folder / TRACE, json.dumps(timeline.as_chrome(title)) + "\n")
     draw_timeline(folder / TIMELINE, timeline, title)

@@ -1,0 +1,79 @@
+"""What `localprop plan` says beside its tables: lines, and everything as JSON."""
+
+from dataclasses import asdict
+from typing import Any
+
+from localprop.planning.plans import Plan, PlanRow
+from localprop.planning.processes import Processes
+from localprop.planning.settings import chosen_for_plan, train_command
+from localprop.report.formats import format_bytes
+from localprop.settings.config import PlanConfig
+from localprop.settings.flat import to_flat
+
+
+def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
+    """What a plan comes to, in words."""
+    lines = [f"picture: {config.picture}"] + ([f"everything: {config.json}"] if config.json else [])
+    if result.choice is None or result.budget is None:
+        return lines
+    row, limit = result.choice, format_bytes(result.budget)
+    peak = format_bytes(row.step.peak)
+    what = f"{row.setting.name} takes {peak}"
+    if row.micro_batches > config.micro_batches:
+        at_once = row.batch_size // config.micro_batches
+        what = f"with {at_once} images at a time nothing; {row.setting.name} in {row.micro_batches} parts takes {peak}"
+    return [*lines, "", f"within {limit}: {what}", train_command(chosen_for_plan(config, row)) + " --data folder:PATH"]
+
+
+def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
+    """Everything that a plan says, for a JSON file; memory in bytes."""
+
+    def describe(row: PlanRow) -> dict[str, Any]:
+        return {
+            **row.setting.described(),
+            "batch_size": row.batch_size,
+            "micro_batches": row.micro_batches,
+            "peak": row.step.peak,
+            **row.step.parts,
+            "peak_module": row.step.module + 1,
+            "memory_ratio": result.memory_ratio(row),
+            "flops": row.step.flops,
+            "flops_ratio": result.flops_ratio(row),
+            "time_ratio": result.time_ratio(row),
+            "module_units": row.module_units,
+        }
+
+    report: dict[str, Any] = {"config": to_flat(config), "rows": [describe(row) for row in result.rows]}
+    if config.parallel:
+        for row, described in zip(result.rows, report["rows"], strict=True):
+            described["parallel"] = _describe_processes(row.parallel, result.speedup(row))
+            if row.not_parallel:
+                described["not_parallel"] = row.not_parallel
+        report["pipeline"] = _describe_processes(result.pipeline, result.pipeline_speedup)
+    if result.left_out:
+        report["left_out"] = result.left_out
+    if result.explained:
+        report["explained"] = {**asdict(result.explained), "module": result.explained.module + 1}
+    if result.choice is not None:
+        report |= {"budget": result.budget, "choice": describe(result.choice)}
+        report["command"] = train_command(chosen_for_plan(config, result.choice))
+    return report
+
+
+def _describe_processes(processes: Processes | None, speedup: float | None) -> dict[str, Any] | None:
+    if processes is None:
+        return None
+    timing = processes.timing
+    return {
+        "ranks": [
+            {"modules": [k + 1 for k in modules], "units": units, "peak": peak, "waiting": waiting}
+            for modules, units, peak, waiting in zip(
+                processes.ranks, processes.units, processes.peaks, timing.waiting, strict=True
+            )
+        ],
+        "micro_batches": processes.micro_batches,
+        "replicas": processes.replicas,
+        "bottleneck": timing.bottleneck,
+        "expected_seconds": timing.seconds,
+        "speedup": speedup,
+    }

@@ -1,0 +1,106 @@
+"""Settings and plans: the plan of a run's settings, and the settings of a plan's choice."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from localprop.models.backbone import create_backbone
+from localprop.planning.plans import MODULES, Plan, PlanRow, Setting, plan
+from localprop.settings.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig
+from localprop.settings.flat import to_flags
+from localprop.settings.recipe import Recipe
+from localprop.settings.values import parse_bytes
+from localprop.tracing.chains import chain
+
+
+def plan_for(
+    model: nn.Module,
+    local: LocalConfig,
+    optim: OptimConfig,
+    input_size: tuple[int, int, int] | None,
+    budget: int | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan of a run's own settings; `options` are further arguments of `localprop.plan.plan`."""
+    recipe = {f.name: getattr(local, f.name) for f in fields(Recipe)}
+    del recipe["modules"]
+    return plan(
+        model,
+        optim.batch_size,
+        modules=MODULES if local.count is None else (local.count,),
+        input_size=input_size,
+        opt=optim,
+        amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
+        budget=budget,
+        **recipe,
+        **options,
+    )
+
+
+def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tuple[Plan, str]:
+    """The plan of a timm model, and a title for it."""
+    size, backbone = config.backbone.img_size, config.backbone
+    if backbone.model_kwargs is None:
+        backbone = replace(backbone, model_kwargs={})
+    model, _ = create_backbone(replace(backbone, pretrained=False), config.num_classes)
+    units = chain(model, (3, size, size) if size else None)
+    optim = OptimConfig(
+        opt=config.opt,
+        batch_size=config.batch_size,
+        micro_batches=config.micro_batches,
+        model_ema=config.model_ema,
+        offload_optimizer=config.offload_optimizer,
+        amp=config.precision != "fp32",
+        amp_dtype="float16" if config.precision == "fp16" else "bfloat16",
+    )
+    budget = parse_bytes(config.local.budget) if config.local.budget else None
+    result = plan_for(
+        model,
+        config.local,
+        optim,
+        units.input_size,
+        budget,
+        device=config.device,
+        nproc=config.nproc,
+        bandwidth=parse_bytes(config.bandwidth) if config.bandwidth else None,
+        explain=config.explain,
+        on_setting=on_setting,
+    )
+    height, width = units.input_size[1:]
+    parts = f" in {config.micro_batches} parts" if config.micro_batches > 1 else ""
+    batch = f"batch {config.batch_size}{parts}"
+    title = f"{backbone.model} at {height}x{width}, {batch}, {config.precision}, {config.opt}"
+    return result, title
+
+
+def chosen(config: TrainConfig, row: PlanRow) -> TrainConfig:
+    """The settings of a run, with a plan's choice in them."""
+    choice = row.setting.recipe
+    if row.setting.modules == 1:  # the rest of the recipe is as the user had it
+        choice = replace(config.local.recipe, method=choice.method, modules=None, cuts=None, split_blocks=False)
+        choice = replace(choice, grad_checkpointing=row.setting.grad_checkpointing)
+    local = replace(config.local, **{f.name: getattr(choice, f.name) for f in fields(Recipe)})
+    optim = replace(config.optim, batch_size=row.batch_size, micro_batches=row.micro_batches)
+    return replace(config, local=local, optim=optim)
+
+
+def chosen_for_plan(config: PlanConfig, row: PlanRow) -> TrainConfig:
+    """The settings with which `localprop train` does what a row of a plan says."""
+    optim = OptimConfig(
+        opt=config.opt,
+        model_ema=config.model_ema,
+        offload_optimizer=config.offload_optimizer,
+        amp=config.precision != "fp32",
+        amp_dtype="float16" if config.precision == "fp16" else "bfloat16",
+    )
+    local = replace(config.local, budget=None)
+    return chosen(TrainConfig(backbone=config.backbone, local=local, optim=optim), row)
+
+
+def train_command(config: TrainConfig) -> str:
+    """The command that trains with these settings."""
+    return shlex.join(["localprop", "train", *to_flags(config)])

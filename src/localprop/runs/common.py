@@ -1,0 +1,137 @@
+"""What a run does whether it trains alone or as one of several processes: prepare, begin or resume, train, and show."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from localprop.errors import ConfigError, counted, printable
+from localprop.network.network import LocalNetwork
+from localprop.report.progress import Progress
+from localprop.report.summary import final_table, next_steps
+from localprop.runs.description import note_resumption, note_tested, tested_before, write_description
+from localprop.runs.experiment import Experiment, prepare
+from localprop.runs.headroom import choose_for_budget
+from localprop.runs.recorded_data import data_of_run
+from localprop.settings.config import TrainConfig
+from localprop.system.commands import resume_command
+from localprop.training.outputs import WEIGHTS
+from localprop.training.signals import Interrupted
+from localprop.training.trainer import Trainer
+
+
+def prepare_run(
+    config: TrainConfig, resumed: Path | None, anew: bool, console: Console
+) -> tuple[Experiment, list[str]]:
+    """Loads data and model, and chooses what the settings leave to a budget.
+
+    Args:
+        config: the settings.
+        resumed: the folder of the run that is resumed; None for a new one.
+        anew: whether there is no checkpoint to resume from.
+        console: where to show that it takes a while.
+
+    Returns:
+        What to train, and lines for the user.
+    """
+    experiment = prepare(config, weights=anew)
+    notes = experiment.data.notes
+    if resumed and not anew:
+        data, more = data_of_run(resumed, experiment.data)
+        experiment, notes = replace(experiment, data=data), notes + more
+    if config.run.steps and config.run.steps > experiment.steps:
+        raise ConfigError(
+            f"--steps is {config.run.steps}, but --epochs {config.optim.epochs} come to {experiment.steps} steps; "
+            "choose fewer steps, or more epochs"
+        )
+    if not config.local.budget or resumed:
+        return experiment, notes
+    with console.status("looking for what fits the budget ..."):
+        experiment, note = choose_for_budget(experiment)
+    return experiment, [*notes, note]
+
+
+def begin(
+    trainer: Trainer, experiment: Experiment, anew: bool, resumed: Path | None, job: str | None = None
+) -> list[str]:
+    """Writes down what the run is, or returns to its newest checkpoint; gives lines for the user.
+
+    Args:
+        trainer: of this process; with a lock on the run folder where this process writes into it.
+        experiment: what is trained.
+        anew: whether there is no checkpoint to return to.
+        resumed: the folder that was to be resumed; None for a new run.
+        job: the name of torchrun's job.
+    """
+    folder, lock = trainer.folder, trainer.outputs.lock
+    notes = [lock.note] if lock and lock.note else []
+    if anew:
+        if lock:
+            write_description(folder, experiment, trainer.net, job)
+        return [*notes, f"{folder} has no checkpoint yet: the run starts anew"] if resumed else notes
+    notes += trainer.resume()
+    # The test accuracy of a run that --steps had stopped is not that of its end.
+    trainer.tests_at_end = tested_before(folder) is None or trainer.state.step < trainer.last_step
+    if lock:
+        note_resumption(folder)
+    return notes
+
+
+def announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
+    """Shows what is about to be trained, and where: `place` are the devices and processes."""
+    side, count = experiment.data.img_size, len(net.local_modules)
+    modules = counted(count, "module")
+    console.out(printable(f"{experiment.title} at {side}x{side}: {modules}, {place}"), highlight=False)
+    console.out(printable(f"run folder: {folder}"), highlight=False)
+
+
+def train(trainer: Trainer, experiment: Experiment, console: Console, notes: list[str]) -> None:
+    """Trains, and shows progress, what came out, and what to do next; `notes` are lines to show first."""
+    config, folder, net = experiment.config, trainer.folder, trainer.net
+    evaluated_on, count = experiment.data.evaluated_on, len(net.local_modules)
+    progress = Progress(
+        console,
+        config.optim.epochs,
+        experiment.steps_per_epoch,
+        config.optim.batch_size,
+        count,
+        trainer.outputs.rows,
+        evaluated_on,
+        trainer.last_step,
+    )
+    with progress:
+        for note in notes:
+            progress.note(note)
+        rows = trainer.run(progress)
+    if not trainer.stage.reports:
+        return
+    if trainer.tested:
+        note_tested(folder, trainer.tested)
+    console.print(final_table(rows, [units_of(net, range(k, k + 1)) for k in range(count)], evaluated_on))
+    if tested := tested_before(folder):
+        console.out(f"test accuracy {tested['accuracy']:.2f}%, of {tested['images']} images", highlight=False)
+    backbone = config.backbone
+    console.out(
+        next_steps(folder, folder / WEIGHTS, backbone.model, experiment.model_kwargs, backbone.plugin), highlight=False
+    )
+    if trainer.last_step < experiment.steps:
+        stopped = f"Stopped after step {trainer.last_step} of {experiment.steps}. Train on:"
+        console.out(f"{stopped}\n\n{resume_command(folder, backbone.plugin)}\n", highlight=False)
+
+
+def show_interruption(stop: Interrupted, trainer: Trainer) -> None:
+    """Says that a run was stopped, and how to resume it."""
+    print(f"localprop: {stop}\nresume with: {command_to_resume(trainer)}", file=sys.stderr)
+
+
+def command_to_resume(trainer: Trainer) -> str:
+    """The command that continues a run that was cut off."""
+    config = trainer.config
+    return resume_command(trainer.folder, config.backbone.plugin, config.run.steps)
+
+
+def units_of(net: LocalNetwork, modules: range) -> str:
+    """The units of consecutive modules: the name of the only one, or of the first and the last."""
+    units = [unit for k in modules for unit in net.local_modules[k].units]
+    return units[0] if len(units) == 1 else f"{units[0]} ... {units[-1]}"
