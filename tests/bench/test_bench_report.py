@@ -302,3 +302,21 @@ def test_a_file_that_is_no_record_is_an_error_of_one_line(tmp_path):
         write_report(folder)
     assert "\n" not in str(error.value)
     assert not (folder / "report.md").exists()
+
+
+def test_end_to_end_training_in_several_modules_is_compared_with_that_in_one(tmp_path):
+    exact = [
+        make_record("end-to-end", 4, seed=seed, peak=500, decoder=name) for seed, name in ((1, "conv"), (2, "mlp"))
+    ]
+    plain = [make_record(seed=seed) for seed in (1, 2)]
+    (task,) = tasks_of([*exact, *plain, make_record("greedy", 4, peak=400)])
+    assert [s.label for s in task.settings] == ["end-to-end", "exact K=4", "greedy"]
+    assert [s.short for s in task.settings] == ["end-to-end", "exact K=4", "K=4"]
+    assert task.baseline is task.settings[0]
+    # It has no decoder, so that both seeds are one series; where it is cut makes another.
+    assert [len(s.records) for s in task.settings] == [2, 2, 1]
+    assert task.memory_ratio(task.settings[1]) == 0.5
+    (task,) = tasks_of([*exact, make_record("end-to-end", 4, cuts=["blocks.1"])])
+    assert task.baseline is None
+    assert [s.label for s in task.settings] == ["exact K=4", "exact K=4, cuts blocks.1"]
+    assert write_report(write_folder(tmp_path, [*exact, *plain]))

@@ -1,12 +1,14 @@
 """Suites: what a YAML file of a grid of runs comes to."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
-from localprop.bench.collect import differing
-from localprop.bench.record import read_record
-from localprop.bench.suite import load_suite, shipped_suites
+from bench_records import make_record
+from localprop.bench.collect import differing, settings_in
+from localprop.bench.record import read_record, settings_of, write_record
+from localprop.bench.suite import SuiteRun, load_suite, shipped_suites
 from localprop.decoders import DECODERS
 from localprop.errors import BenchError, ConfigError
 from localprop.heads import HEADS
@@ -167,3 +169,17 @@ def test_results_of_a_version_with_fewer_settings_are_still_of_their_suite():
     runs = load_suite("cifar10-small").runs
     assert len(runs) == 20
     assert [differing(read_record(folder / f"{run.name}.json").config, run) for run in runs] == [None] * 20
+
+
+def test_a_result_from_before_a_setting_existed_equals_one_with_its_default(tmp_path):
+    run = SuiteRun("run", {}, TrainConfig())
+    whole = settings_of(run.config)
+    for name in sorted(whole.keys() - {"method", "seed"}):  # which every record has
+        record = make_record()
+        write_record(tmp_path / "run.json", replace(record, config={k: v for k, v in whole.items() if k != name}))
+        assert differing(read_record(tmp_path / "run.json").config, run) is None, name
+    # So does the folder of a run that was cut off, which the suite resumes.
+    (tmp_path / "config.yaml").write_text(f"method: {whole['method']}\nseed: {whole['seed']}\n")
+    assert differing(settings_in(tmp_path, run), run) is None
+    stopped = replace(run, config=replace(run.config, run=replace(run.config.run, steps=3)))
+    assert differing(read_record(tmp_path / "run.json").config, stopped) == "steps is 3 in the suite, and None there"

@@ -8,33 +8,33 @@ from typing import Any
 
 from localprop.bench.record import Record
 from localprop.bench.reports.labels import setting_labels
-from localprop.bench.settings import Setting, Spread, difference
+from localprop.bench.series import BASELINE, Series, Spread, difference
 from localprop.errors import shortened
 from localprop.settings.flat import free
 
-BASELINE = "end-to-end"
 # What has to be the same before two accuracies, peaks or times say anything about each other.
 TASK = ("data", "model", "model_kwargs", "img_size", "amp", "amp_dtype", "epochs", "batch_size")
 _QUIET = ("model_kwargs", "amp_dtype", "batch_size", "source", "epochs", "img_size", "amp")
 # What the result of a run does not depend on. Results of version 0.1 may have those that are left out today.
 _FREE = free("record") | {"plugin", "hold_on_device"}
-# What end-to-end training has no use for: runs of it that differ in these are the same run.
-_LOCAL = {"modules", "decoder", "head", "partition", "cuts", "min_depth", "budget", "method_kwargs"}
+# What end-to-end training has no use for, and with one module: runs of it that differ in these are the same run.
+_AUXILIARY = {"decoder", "head", "method_kwargs"}
+_DIVISION = {"modules", "partition", "cuts", "min_depth", "budget"}
 
 
 @dataclass(frozen=True)
-class Task:
+class Comparison:
     """Settings that can be compared: the same data, model, length of training and so on.
 
     Attributes:
         name: what tells the task from the others; data and model where it is the only one.
         settings: one or more: end-to-end first, then by K, then by method.
-        baseline: plain end-to-end training, the most accurate where there are several; None without one.
+        baseline: plain end-to-end training with one module, the most accurate where there are several; None without.
     """
 
     name: str
-    settings: list[Setting]
-    baseline: Setting | None
+    settings: list[Series]
+    baseline: Series | None
 
     @property
     def data(self) -> str:
@@ -46,21 +46,21 @@ class Task:
         """Names of the methods, in the order of the settings."""
         return list(dict.fromkeys(setting.method for setting in self.settings))
 
-    def gap(self, setting: Setting) -> Spread | None:
+    def gap(self, setting: Series) -> Spread | None:
         """Accuracy less the baseline's, in points; see `difference`."""
         return difference(setting, self.baseline) if self.baseline else None
 
-    def memory_ratio(self, setting: Setting) -> float | None:
+    def memory_ratio(self, setting: Series) -> float | None:
         """Peak against the baseline's: measured against measured or predicted against predicted, else None."""
         return self.ratio(setting, "peak_memory") or self.ratio(setting, "predicted_memory")
 
-    def time_ratio(self, setting: Setting) -> float | None:
+    def time_ratio(self, setting: Series) -> float | None:
         """Time per step against the baseline's: processor time on a CPU, which programs share, else on the clock."""
         both = (setting, self.baseline) if self.baseline else (setting,)
         on_cpu = all(record.cost.get("device") == "cpu" for s in both for record in s.records.values())
         return self.ratio(setting, "processor_seconds_per_step" if on_cpu else "seconds_per_step")
 
-    def ratio(self, setting: Setting, name: str) -> float | None:
+    def ratio(self, setting: Series, name: str) -> float | None:
         """An entry of the records' cost against the baseline's; None where one of them lacks it."""
         own, other = setting.cost(name), self.baseline.cost(name) if self.baseline else None
         return own / other if own and other else None
@@ -78,7 +78,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def tasks_of(records: Sequence[Record]) -> list[Task]:
+def tasks_of(records: Sequence[Record]) -> list[Comparison]:
     """Puts one or more records into settings and tasks; tasks come in the order of their first record."""
     groups = _grouped(records, _conditions)
     conditions = [_conditions(group[0]) for group in groups]
@@ -102,7 +102,7 @@ def _conditions(record: Record) -> dict[str, Any]:
     }
 
 
-def _task(records: list[Record], name: str) -> Task:
+def _task(records: list[Record], name: str) -> Comparison:
     groups = _grouped(records, _identity)
     configs = [_identity(group[0]) for group in groups]
     settings = []
@@ -110,12 +110,12 @@ def _task(records: list[Record], name: str) -> Task:
         seeds: dict[Any, Record] = {}
         for record in group:  # the same settings and seed give the same result, so a second run of them counts once
             seeds.setdefault(record.config.get("seed"), record)
-        settings.append(Setting(label, short, config, seeds))
-    plain = [s for s in settings if s.method == BASELINE and not s.config.get("grad_checkpointing")]
+        settings.append(Series(label, short, config, seeds))
+    plain = [s for s in settings if s.undivided and not s.config.get("grad_checkpointing")]
     plain = [s for s in plain if s.config.get("recompute") is not True]
     baseline = max(plain, key=lambda s: s.accuracy.mean if s.accuracy else -math.inf, default=None)
-    settings.sort(key=lambda s: (s is not baseline, s.method != BASELINE, s.modules, s.method))
-    return Task(name, settings, baseline)
+    settings.sort(key=lambda s: (s is not baseline, not s.undivided, s.modules, s.method))
+    return Comparison(name, settings, baseline)
 
 
 def _task_name(conditions: dict[str, Any], varied: list[str]) -> str:
@@ -131,9 +131,11 @@ def _task_name(conditions: dict[str, Any], varied: list[str]) -> str:
 
 def _identity(record: Record) -> dict[str, Any]:
     """The settings that make a run what it is, but for the seed; K as it came out."""
-    unused = _FREE | {"seed"} | (_LOCAL if record.config.get("method") == BASELINE else set())
+    count, unused = len(record.network.get("modules") or [None]), _FREE | {"seed"}
+    if record.config.get("method") == BASELINE:
+        unused = unused | _AUXILIARY | (_DIVISION if count == 1 else set())
     config = {key: value for key, value in record.config.items() if key not in unused}
-    return {**config, "method": config.get("method", "?"), "modules": len(record.network.get("modules") or [None])}
+    return {**config, "method": config.get("method", "?"), "modules": count}
 
 
 def _grouped(records: Sequence[Record], identity: Callable[[Record], Any]) -> list[list[Record]]:

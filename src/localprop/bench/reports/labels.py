@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from localprop.bench.series import BASELINE
 from localprop.errors import shortened
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import to_flat
@@ -16,31 +17,33 @@ _NAMES = {"grad_checkpointing": "checkpointing"}
 def setting_labels(configs: Sequence[dict[str, Any]], shared: Collection[str]) -> list[tuple[str, str]]:
     """A long and a short name for each of some settings; the short one has no method, unless it is end-to-end.
 
+    End-to-end training in K modules is "exact K=4": its gradients are those of end-to-end training with one.
+
     Named is what varies and is not the default. (Were defaults named, a method without a decoder would be given one.)
 
     Args:
         configs: flat settings, with "method" and "modules" (their number).
         shared: keys in which none of them differ.
     """
-    counts = {config["modules"] for config in configs if config["method"] != "end-to-end"}
+    counts = {config["modules"] for config in configs if config["method"] != BASELINE}
     keys = dict.fromkeys([*DEFAULTS, *(key for config in configs for key in config)])
     varied = [key for key in keys if key not in shared and key not in ("method", "modules")]
     varied = [key for key in varied if _differ(key, configs)]
     bare = sum(key in varied for key in _KINDS) == 1  # then the noun goes without saying
     labels = []
     for config in configs:
-        method = config["method"]
+        method, count = config["method"], f"K={config['modules']}"
         within = [k for k in varied if _differ(k, [other for other in configs if other["method"] == method])]
         # A default is named only where it is one choice beside others: "conv decoder" beside "deconv decoder".
         named = [k for k in varied if config.get(k) != DEFAULTS.get(k) or within == [k]]
-        if method == "end-to-end":
+        if method == BASELINE:
             named = [k for k in named if k in config]  # of the rest it has none
         words = [word for key in named if (word := _word(key, config.get(key)))]
         short = [word.rpartition(" ")[0] if bare and word.endswith(_KINDS) else word for word in words]
-        if method == "end-to-end":
-            labels.append(_cut([method, *words], [method, *short]))
+        if method == BASELINE:
+            name = method if config["modules"] == 1 else f"exact {count}"
+            labels.append(_cut([name, *words], [name, *short]))
             continue
-        count = f"K={config['modules']}"
         long = [method, *([count] if len(counts) > 1 else []), *words]
         labels.append(_cut(long, [count, *short]))
     return labels

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from localprop.bench.reports.groups import BASELINE, Task, pareto_front
+from localprop.bench.reports.groups import Comparison, pareto_front
 from localprop.bench.reports.placing import label_ends, label_points, text_size
-from localprop.bench.settings import Setting
+from localprop.bench.series import BASELINE, Series
 from localprop.report.texts import drawn as drawn_text
 from localprop.system.files import written_aside
 
@@ -24,7 +24,7 @@ _COLORS = {
 _DPI = 140
 
 
-def draw_pareto(path: Path, tasks: Sequence[Task], title: str) -> bool:
+def draw_pareto(path: Path, tasks: Sequence[Comparison], title: str) -> bool:
     """Draws accuracy against peak memory: a panel per task, a point per setting, and the front that none beats.
 
     Without a single accuracy, memory alone as bars.
@@ -57,13 +57,13 @@ def draw_pareto(path: Path, tasks: Sequence[Task], title: str) -> bool:
     return True
 
 
-def draw_depth(path: Path, tasks: Sequence[Task], title: str) -> bool:
+def draw_depth(path: Path, tasks: Sequence[Comparison], title: str) -> bool:
     """Draws the accuracy of each module's head over its depth; a line per setting, end-to-end as a level.
 
     Args and return value as those of `draw_pareto`; nothing is drawn where no module inside a network has an accuracy.
     """
 
-    def inside(setting: Setting) -> bool:
+    def inside(setting: Series) -> bool:
         return any(accuracy is not None for accuracy in setting.module_accuracies[:-1])
 
     shown = [task for task in tasks if any(inside(s) for s in task.settings)][:MOST_PANELS]
@@ -90,7 +90,7 @@ def draw_depth(path: Path, tasks: Sequence[Task], title: str) -> bool:
     return True
 
 
-def draw_curves(path: Path, tasks: Sequence[Task], title: str) -> bool:
+def draw_curves(path: Path, tasks: Sequence[Comparison], title: str) -> bool:
     """Draws the training loss of the network's own (the last) module over steps, mean over seeds; a line per setting.
 
     Args and return value as those of `draw_pareto`; nothing is drawn where no losses were kept.
@@ -118,9 +118,9 @@ def draw_curves(path: Path, tasks: Sequence[Task], title: str) -> bool:
     return True
 
 
-def _pareto_panel(axes: Axes, task: Task) -> None:
+def _pareto_panel(axes: Axes, task: Comparison) -> None:
     relative = task.baseline is not None and task.baseline.memory is not None
-    known: list[tuple[Setting, float, float, float]] = []
+    known: list[tuple[Series, float, float, float]] = []
     for setting in task.settings:
         memory = task.memory_ratio(setting) if relative else setting.memory
         if memory and setting.accuracy:
@@ -149,7 +149,7 @@ def _pareto_panel(axes: Axes, task: Task) -> None:
     label_points(axes, points, spreads, line, [drawn_text(setting.short) for setting, *_ in known], colors)
 
 
-def _memory_panel(axes: Axes, task: Task) -> None:
+def _memory_panel(axes: Axes, task: Comparison) -> None:
     known = [setting for setting in task.settings if setting.memory]
     heights = [(setting.memory or 0) / 2**20 for setting in known]
     axes.barh(range(len(known)), heights, color=[_color(s.method) for s in known], height=0.62)
@@ -163,7 +163,7 @@ def _memory_panel(axes: Axes, task: Task) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def _panels(tasks: Sequence[Task], title: str, side: float, left: float = 0.68) -> tuple[Figure, list[Axes]]:
+def _panels(tasks: Sequence[Comparison], title: str, side: float, left: float = 0.68) -> tuple[Figure, list[Axes]]:
     """A figure with a panel per task, `side` and `left` inches of room beside each, and the methods' colours above."""
     columns = min(len(tasks), 2)
     rows = -(-len(tasks) // columns)
@@ -195,7 +195,7 @@ def _panels(tasks: Sequence[Task], title: str, side: float, left: float = 0.68) 
     return figure, panels
 
 
-def _side(tasks: Sequence[Task]) -> float:
+def _side(tasks: Sequence[Comparison]) -> float:
     """Inches beside a panel for the names of its lines, at most two fifths of the picture."""
     inches = [0.0085 * text_size(len(task.settings)) * len(s.short) for task in tasks for s in task.settings]
     return min(max(inches) + 0.38, 4.0 if len(tasks) == 1 else 2.3)
@@ -220,7 +220,7 @@ def _color(method: str) -> str:
     )
 
 
-def _shades(settings: Sequence[Setting]) -> list[tuple[float, ...]]:
+def _shades(settings: Sequence[Series]) -> list[tuple[float, ...]]:
     """A colour per setting: its method's, lighter from one to the next."""
     colors = []
     for setting in settings:
@@ -235,7 +235,7 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(aside, format="png")
 
 
-PICTURES: dict[str, Callable[[Path, Sequence[Task], str], bool]] = {
+PICTURES: dict[str, Callable[[Path, Sequence[Comparison], str], bool]] = {
     "pareto.png": draw_pareto,
     "depth.png": draw_depth,
     "curves.png": draw_curves,

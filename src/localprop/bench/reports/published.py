@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from localprop.bench.record import Record
-from localprop.bench.reports.groups import BASELINE, Task, tasks_of
+from localprop.bench.reports.groups import Comparison, tasks_of
 from localprop.bench.reports.tables import NONE, gap_text, ratio_text, table, typical
-from localprop.bench.settings import Setting, difference, paired
+from localprop.bench.series import BASELINE, Series, difference, paired
 from localprop.report.texts import markdown
 
 # Dataset to method to test accuracy in percent; None where none was published.
@@ -85,7 +85,7 @@ def memory_comparison(records: Sequence[Record], published: Mapping[int, Mapping
     return table(["method", "K", "published", "here"], rows)
 
 
-def _verdict(high: Setting, low: Setting, gap: float) -> str:
+def _verdict(high: Series, low: Series, gap: float) -> str:
     signs = {math.copysign(1, points) for points in paired(high, low)}
     images = min(r.data.get("evaluated_images") or 1 for s in (high, low) for r in s.records.values())
     means = [s.accuracy.mean for s in (high, low) if s.accuracy]
@@ -95,19 +95,19 @@ def _verdict(high: Setting, low: Setting, gap: float) -> str:
     return REPRODUCED if gap > 0 else OPPOSITE
 
 
-def _task_of(tasks: Sequence[Task], data: str) -> Task | None:
+def _task_of(tasks: Sequence[Comparison], data: str) -> Comparison | None:
     """The task of a dataset; of several one with a baseline, then that with the most settings."""
     alike = [task for task in tasks if task.data == data]
     return max(alike, key=lambda task: (task.baseline is not None, len(task.settings)), default=None)
 
 
-def _setting(task: Task | None, method: str, modules: int) -> Setting | None:
+def _setting(task: Comparison | None, method: str, modules: int) -> Series | None:
     if task is None:
         return None
     return task.baseline if method == BASELINE else typical(task, method, modules)
 
 
-def _ours(task: Task | None, method: str, modules: int) -> list[str]:
+def _ours(task: Comparison | None, method: str, modules: int) -> list[str]:
     setting = _setting(task, method, modules)
     if task is None or setting is None or setting.accuracy is None:
         return ["not run", NONE, NONE]

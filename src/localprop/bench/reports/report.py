@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from localprop.bench.record import Record, common_settings, read_records
-from localprop.bench.reports.groups import BASELINE, Task, tasks_of
+from localprop.bench.reports.groups import Comparison, tasks_of
 from localprop.bench.reports.pictures import MOST_PANELS, PICTURES
 from localprop.bench.reports.tables import module_table, setting_table
 from localprop.errors import shortened
@@ -53,7 +53,7 @@ def title_of(records: Sequence[Record]) -> str:
     return shortened(", ".join(dict.fromkeys(str(record.suite) for record in records)), 120)
 
 
-def task_sections(tasks: Sequence[Task]) -> list[str]:
+def task_sections(tasks: Sequence[Comparison]) -> list[str]:
     """Lines of Markdown: a section (`##`) per task with its two tables."""
     lines = []
     shared = common_settings([record for task in tasks for s in task.settings for record in s.records.values()])
@@ -100,11 +100,11 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     return to_flags(from_flat({key: value for key, value in settings.items() if key in known}, "the records"))
 
 
-def _notes(task: Task) -> list[str]:
+def _notes(task: Comparison) -> list[str]:
     notes = []
     if task.baseline is None:
         notes.append("There is no end-to-end run to compare with.")
-    elif sum(s.method == BASELINE for s in task.settings) > 1:
+    elif sum(s.undivided for s in task.settings) > 1:
         notes.append("Gaps and ratios are to the first row's.")
     records = [record for s in task.settings for record in s.records.values()]
     for what, where in (("cpu", "provenance"), ("gpu", "provenance"), ("jobs", "cost")):

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from localprop.bench.record import Record
-from localprop.bench.reports.groups import BASELINE, Task, tasks_of
+from localprop.bench.reports.groups import Comparison, tasks_of
 from localprop.bench.reports.labels import DEFAULTS
-from localprop.bench.settings import Setting, Spread
+from localprop.bench.series import BASELINE, Series, Spread
 from localprop.report.formats import format_accuracy
 from localprop.report.texts import markdown
 
@@ -21,7 +21,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def setting_table(task: Task, settings: Sequence[Setting] | None = None) -> str:
+def setting_table(task: Comparison, settings: Sequence[Series] | None = None) -> str:
     """A Markdown table of some settings of a task (default: all); the most accurate of the local ones is bold."""
     settings = task.settings if settings is None else settings
     local = [s.accuracy.mean for s in settings if s.method != BASELINE and s.accuracy]
@@ -48,7 +48,7 @@ def setting_table(task: Task, settings: Sequence[Setting] | None = None) -> str:
     return table([*heads, "memory ratio", "time ratio"], rows)
 
 
-def module_table(task: Task) -> str:
+def module_table(task: Comparison) -> str:
     """A Markdown table of the accuracy of each module's head, the network's own last; a cell is empty of no module."""
     most = max(setting.modules for setting in task.settings)
     rows = []
@@ -74,10 +74,10 @@ def results_table(records: Sequence[Record], most: int) -> str:
     return setting_table(task, [s for s in task.settings if s in kept])
 
 
-def typical(task: Task, method: str, modules: int) -> Setting | None:
+def typical(task: Comparison, method: str, modules: int) -> Series | None:
     """Of the settings with a method and K the baseline, or else the one with most defaults; None if there is none."""
 
-    def distance(setting: Setting) -> int:
+    def distance(setting: Series) -> int:
         return sum(v is not None and v != DEFAULTS[k] for k, v in setting.config.items() if k in DEFAULTS)
 
     alike = [s for s in task.settings if (s.method, s.modules) == (method, modules)]
@@ -97,7 +97,7 @@ def ratio_text(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
-def _memory(setting: Setting, mark: bool) -> str:
+def _memory(setting: Series, mark: bool) -> str:
     if setting.memory is None:
         return NONE
     mebibytes = setting.memory / 2**20

@@ -1,4 +1,4 @@
-"""One setting of a suite: runs that differ in their seed alone, and what they come to together."""
+"""A series of a suite: runs that differ in their seed alone, and what they come to together."""
 
 import math
 from collections.abc import Iterable
@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from localprop.bench.record import Record
+
+BASELINE = "end-to-end"
+"""The method whose training with one module is what others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,12 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Series:
     """Runs that differ in their seed alone.
 
     Attributes:
         label: the method and what else tells the setting from the others of its task.
-        short: the same without the method but for end-to-end; always with K.
+        short: the same without the method but for end-to-end training; with K where there are several modules.
         config: the settings, without the seed and without what changes nothing.
         records: one per seed.
     """
@@ -44,6 +47,11 @@ class Setting:
     def method(self) -> str:
         """The method's name."""
         return str(self.config["method"])
+
+    @property
+    def undivided(self) -> bool:
+        """Whether this is end-to-end training of one module, with which others are compared."""
+        return self.method == BASELINE and self.modules == 1
 
     @property
     def modules(self) -> int:
@@ -105,7 +113,7 @@ def spread(values: Iterable[float]) -> Spread | None:
     return Spread(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else None, len(array))
 
 
-def difference(one: Setting, other: Setting) -> Spread | None:
+def difference(one: Series, other: Series) -> Spread | None:
     """Accuracy of `one` less that of `other`, in points.
 
     Of the seeds that both have, the mean and spread of the differences, so that what a seed does to both falls out.
@@ -116,7 +124,7 @@ def difference(one: Setting, other: Setting) -> Spread | None:
     return spread(paired(one, other)) or Spread(one.accuracy.mean - other.accuracy.mean, None, 0)
 
 
-def paired(one: Setting, other: Setting) -> list[float]:
+def paired(one: Series, other: Series) -> list[float]:
     """Accuracy of `one` less that of `other`, in points, for each seed that both have."""
     return [value - other.accuracies[seed] for seed, value in one.accuracies.items() if seed in other.accuracies]
 
