@@ -175,3 +175,48 @@ def test_a_tensor_arrives_as_it_lay_in_memory(tensor):
     if 0 not in tensor.stride():
         assert arrived.stride() == tensor.stride()
         assert arrived.data_ptr() % 64 == tensor.data_ptr() % 64
+
+
+BACK = """
+from types import SimpleNamespace as Toy
+import torch
+from localprop.network.carry import Carry
+from localprop.parallel.job import join
+from localprop.parallel.pipeline import PipelineStage
+from localprop.parallel.placement import Placement
+
+STEPS = 8
+job = join("cpu")
+module = Toy(auxiliary=Toy(uses_images=False), reads=set())
+stage = PipelineStage(job, Placement((range(1), range(1, 2))), Toy(local_modules=[module, module]))
+way = stage.way_back()
+images = [torch.full((2, 3), float(step)) for step in range(STEPS)]
+loads = lambda *_: ([image.clone(), torch.zeros(2, dtype=torch.int64)] for image in images)
+data = Toy(steps_per_epoch=lambda size: STEPS, train_batches=loads)
+came = []
+for step, carry in enumerate(stage.train_batches(data, 0, 2, 1, job.device, range(STEPS))):
+    if job.rank == 0:  # the gradient of a batch is used once the next one is on its way
+        weight = carry.features + 1
+        stage.send(Carry(weight, carry.labels, losses=[torch.zeros(())]), 0)
+        if step:
+            came.append(way.receive())
+    else:
+        features = carry.features.requires_grad_()
+        loss = (features ** 2).sum()
+        loss.backward()
+        way.send(Carry(features.grad, carry.labels, losses=[loss.detach()]))
+        assert any(tensor.data_ptr() == features.grad.data_ptr() for tensor in stage.waiting().tensors)
+if job.rank == 0:
+    came.append(way.receive())
+    for image, back in zip(images, came):
+        assert back.features.equal(2 * (image + 1)) and back.losses[0] == ((image + 1) ** 2).sum()
+job.wait_for_all()
+job.leave()
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_stage_sends_one_hop_back_while_batches_go_forward(forker, tmp_path):
+    ranks = forker.start(tmp_path / "log", 2, code=BACK)
+    assert ranks.wait() == [0, 0], ranks.log.read_text()

@@ -18,10 +18,16 @@ _LONGEST = 1 << 24  # bytes of a form
 
 
 class Sender:
-    """Sends batches to the next stage, `IN_FLIGHT` at once."""
+    """Sends batches to another stage, `IN_FLIGHT` at once.
 
-    def __init__(self, job: Job, rank: int) -> None:
-        self._job, self._rank = job, rank
+    Args:
+        job: the processes.
+        rank: the process of the other stage.
+        group: whose connections to use; default: those of the batches that go forward.
+    """
+
+    def __init__(self, job: Job, rank: int, group: dist.ProcessGroup | None = None) -> None:
+        self._job, self._rank, self._group = job, rank, group
         self._form: Form | None = None
         self._alike = 0  # batches of this form
         self._pending: deque[tuple[list[Any], list[Tensor]]] = deque()
@@ -51,20 +57,23 @@ class Sender:
         with self._job.talking(f"rank {self._rank}"):
             if announced:
                 text = form.to_bytes()
-                dist.send(torch.tensor([text.numel()]), self._rank)
-                dist.send(text, self._rank)
+                dist.send(torch.tensor([text.numel()]), self._rank, self._group)
+                dist.send(text, self._rank, self._group)
             elif form != self._form:
                 raise AssertionError("batches of an epoch differ in form")
             self._form, self._alike = form, 1 if announced else self._alike + 1
             # Kept until they are taken: nobody else may hold them.
-            self._pending.append(([dist.isend(tensor, self._rank) for tensor in tensors], tensors))
+            self._pending.append(([dist.isend(tensor, self._rank, self._group) for tensor in tensors], tensors))
 
 
 class Receiver:
-    """Receives batches from the stage before, `IN_FLIGHT` ahead of the one that is worked on."""
+    """Receives batches from another stage, `IN_FLIGHT` ahead of the one that is worked on.
 
-    def __init__(self, job: Job, rank: int) -> None:
-        self._job, self._rank = job, rank
+    Arguments are those of `Sender`.
+    """
+
+    def __init__(self, job: Job, rank: int, group: dist.ProcessGroup | None = None) -> None:
+        self._job, self._rank, self._group = job, rank, group
         self._posted: deque[tuple[list[Any], list[Tensor]]] = deque()
 
     def in_flight(self) -> list[Tensor]:
@@ -94,19 +103,19 @@ class Receiver:
     def _form(self) -> Form:
         length = torch.zeros(1, dtype=torch.int64)
         with self._job.talking(f"rank {self._rank}"):
-            dist.recv(length, self._rank)
+            dist.recv(length, self._rank, self._group)
         if not 0 < (size := int(length)) <= _LONGEST:
             raise ParallelError(f"rank {self._rank} announces a form of {size} bytes; start all processes again")
         text = torch.empty(size, dtype=torch.uint8)
         with self._job.talking(f"rank {self._rank}"):
-            dist.recv(text, self._rank)
+            dist.recv(text, self._rank, self._group)
         return Form.of_bytes(text, f"rank {self._rank}")
 
     def _post(self, form: Form) -> tuple[list[Any], list[Tensor]]:
         buffers = [own.buffer(self._job.device) for own in form.tensors]
         buffers.append(torch.empty(1 + form.numbers, dtype=torch.float64))
         with self._job.talking(f"rank {self._rank}"):
-            return [dist.irecv(buffer, self._rank) for buffer in buffers], buffers
+            return [dist.irecv(buffer, self._rank, self._group) for buffer in buffers], buffers
 
     def _take(self, form: Form, posted: tuple[list[Any], list[Tensor]]) -> Carry:
         works, buffers = posted
@@ -114,3 +123,40 @@ class Receiver:
             for work in works:
                 work.wait()
         return unpack(form, buffers)
+
+
+class WayBack:
+    """One hop back: from each stage to the one before it, beside the batches that go forward.
+
+    It is for losses that read ahead, where the stage after has a gradient for what it received. No method needs it yet.
+    It has connections of its own: on those of the batches, which NCCL uses in the order of the calls, each of two
+    stages could wait for the other.
+
+    All processes of a job make theirs at the same time.
+
+    Args:
+        job: the processes.
+        before: the process of the stage before; None for the first stage.
+        after: the process of the stage after; None for the last stage.
+    """
+
+    def __init__(self, job: Job, before: int | None, after: int | None) -> None:
+        group = dist.new_group()
+        assert isinstance(group, dist.ProcessGroup)  # of which this process is part
+        self._sender = None if before is None else Sender(job, before, group)
+        self._receiver = None if after is None else Receiver(job, after, group)
+
+    def send(self, carry: Carry) -> None:
+        """Hands a batch to the stage before; it waits while `IN_FLIGHT` of them have not been received."""
+        assert self._sender is not None, "the first stage has none before it"
+        self._sender.wait_for_room()
+        self._sender.send(carry, training=True, announced=True)
+
+    def receive(self) -> Carry:
+        """The next batch that the stage after has sent back."""
+        assert self._receiver is not None, "the last stage has none after it"
+        return self._receiver.one()
+
+    def in_flight(self) -> list[Tensor]:
+        """What has been sent back and is not known to be received."""
+        return self._sender.in_flight() if self._sender else []

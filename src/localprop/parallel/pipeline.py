@@ -13,7 +13,7 @@ from localprop.data.base import Data
 from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
 from localprop.parallel.job import Job
-from localprop.parallel.messages import Receiver, Sender
+from localprop.parallel.messages import Receiver, Sender, WayBack
 from localprop.parallel.placement import Placement
 from localprop.parallel.replicas import Replicas
 from localprop.parallel.timeline.traces import recorder_for, write_trace
@@ -54,6 +54,7 @@ class PipelineStage(Stage):
         self._looks = any(net.local_modules[k].auxiliary.uses_images for k in self.modules)
         later = net.local_modules[self.modules.stop :]
         self._wanted = {name for module in later for name in module.reads}
+        self._ways_back: list[WayBack] = []
         self._training = self._announced = False
         self._signal, self._asked = 0, 0.0
 
@@ -81,10 +82,17 @@ class PipelineStage(Stage):
                     carry.images = next(loaded).images
             yield carry
 
+    def way_back(self) -> WayBack:
+        """Opens a way from each stage to the one before it; all processes call this together."""
+        rank = self._job.rank
+        way = WayBack(self._job, rank - 1 if self._receiver else None, None if self._last else rank + 1)
+        self._ways_back.append(way)
+        return way
+
     def waiting(self) -> Waiting:
         """See `Stage.waiting`."""
         ends = [end for end in (self._receiver, self._sender) if end]
-        tensors = [tensor for end in ends for tensor in end.in_flight()]
+        tensors = [tensor for end in (*ends, *self._ways_back) for tensor in end.in_flight()]
         return Waiting(super().waiting().tensors + tensors, all(end.full for end in ends))
 
     def span(self, what: str, module: int | None = None) -> AbstractContextManager[Any]:

@@ -52,7 +52,8 @@ class Stage:
         self._own_part = own_part
         self._batch: list[Tensor] = []  # whose micro-batches are being trained on
 
-    # Batches: one of several processes receives them from the stage before, and sends them to the next.
+    # Batches: one of several processes receives them from the stage before, and sends them to the next. What a loss
+    # that reads ahead has for the stage before goes one hop back, by `PipelineStage.way_back`.
 
     def train_batches(
         self, data: Data, epoch: int, batch_size: int, micro_batches: int, device: torch.device, steps: range
