@@ -74,6 +74,11 @@ def test_layers_of_the_forward_and_of_the_backward_are_named():
     )
     assert [t.layer for t in kept] == ["4"]  # what tanh gave, which its backward needs
     assert {t.layer for t in gradient} <= {"4", "6"}
+    assert ("the batch", (BATCH, *SIZE)) in [(t.layer, t.shape) for t in peak.tensors]
+    numbered = [t.size for t in peak.tensors if t.layer and t.layer.isdecimal()]
+    assert peak.kinds[0].layers == "*"
+    assert peak.kinds[0].count >= len(numbered)
+    assert peak.kinds[0].size >= sum(numbered)
     assert all(t.dtype == "float32" and len(t.shape) in (2, 3) for t in peak.tensors if t.size == wide)
 
 
