@@ -174,7 +174,7 @@ def test_a_run_of_several_processes_is_resumed_in_as_many(in_two_processes, monk
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda words, **_: started.append(words))
     (runner.folder / "logs").mkdir()
-    runner._start(runner._job(run), 0, 0)
+    runner._start(runner._attempt(run), 0, 0)
     (words,) = started
     config = parse(TrainConfig, "train", words[words.index("train") + 1 :])
     assert (config.run.parallel, config.run.nproc, config.run.trace) == ("modules", 2, True)
@@ -186,11 +186,11 @@ def test_a_result_of_several_processes_is_not_run_again(in_two_processes):
     run, runner = in_two_processes
     record = collect(runner.folder / "runs" / "greedy-k3", "two", run, 1)
     write_record(runner.folder / "greedy-k3.json", record)
-    assert runner._job(run).state == "done"
+    assert runner._attempt(run).state == "done"
     assert (record.config["parallel"], record.config["nproc"]) == ("modules", 2)
     write_record(runner.folder / "greedy-k3.json", replace(record, config=record.config | {"nproc": 4}))
     with pytest.raises(BenchError, match="nproc is 2 in the suite, and 4 there"):
-        runner._job(run)
+        runner._attempt(run)
 
 
 def test_what_is_no_checkpoint_is_not_resumed(finished, suite_file, tmp_path):
@@ -198,7 +198,7 @@ def test_what_is_no_checkpoint_is_not_resumed(finished, suite_file, tmp_path):
     shutil.copytree(finished / "runs" / "greedy-k3", run)
     (run / "checkpoints" / "step-of-mine").mkdir(parents=True)
     with pytest.raises(BenchError, match="was not made by this bench and has no checkpoint"):
-        Runner(load_suite(suite_file), tmp_path)._job(load_suite(suite_file).runs[0])
+        Runner(load_suite(suite_file), tmp_path)._attempt(load_suite(suite_file).runs[0])
 
 
 def test_a_run_that_cannot_go_on_says_what_to_delete(finished, suite_file, tmp_path, capsys):

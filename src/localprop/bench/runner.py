@@ -33,8 +33,8 @@ _RUNS, _LOGS = "runs", "logs"
 
 
 @dataclass
-class Job:
-    """A run of the suite, and how far it is.
+class Attempt:
+    """An attempt at a run of the suite, and how far it has come.
 
     Attributes:
         state: "done" has a record; "stopped" goes on next time; "failed" has `problem`.
@@ -81,12 +81,12 @@ class Runner:
     words: Sequence[str] = ("bench", "SUITE")
 
     def __post_init__(self) -> None:
-        self.list: list[Job] = []
+        self.list: list[Attempt] = []
         self.signal = 0
         self._stopping = False
         self._identities: dict[tuple[str, float], dict[str, Any]] = {}
 
-    def run(self, show: Callable[[list[Job]], None]) -> list[Job]:
+    def run(self, show: Callable[[list[Attempt]], None]) -> list[Attempt]:
         """Runs what has no result yet; calls `show` again and again, and at the end.
 
         Raises:
@@ -94,24 +94,24 @@ class Runner:
                 written to, or another bench runs in it.
         """
         started = time.monotonic()
-        wanted = [run.config.backbone.plugin for run in self.suite.runs]
-        require_plugins(wanted, self.plugins, self.suite.name, self.words)
+        plugins = [run.config.backbone.plugin for run in self.suite.runs]
+        require_plugins(plugins, self.plugins, self.suite.name, self.words)
         with self._alone() as lock, ends_with_us() as pipe, self._signals():
             remove_leftovers(self.folder)
             for name in (_RUNS, _LOGS):
                 make_folder(self.folder / name)
-            self.list = [self._job(run) for run in self.suite.runs]
+            self.list = [self._attempt(run) for run in self.suite.runs]
             while True:
-                for job in self.list:
-                    if job.process is not None and job.process.poll() is not None:
-                        self._end(job, job.process.returncode)
+                for attempt in self.list:
+                    if attempt.process is not None and attempt.process.poll() is not None:
+                        self._end(attempt, attempt.process.returncode)
                 if self.signal or (self.seconds and time.monotonic() - started >= self.seconds):
                     self._stop()
                     break
-                running = sum(job.process is not None for job in self.list)
-                waiting = [job for job in self.list if job.state == "waiting"]
-                for job in waiting[: self.jobs - running]:
-                    self._start(job, lock, pipe)
+                running = sum(attempt.process is not None for attempt in self.list)
+                waiting = [attempt for attempt in self.list if attempt.state == "waiting"]
+                for attempt in waiting[: self.jobs - running]:
+                    self._start(attempt, lock, pipe)
                 show(self.list)
                 if not running and not waiting:
                     break
@@ -119,10 +119,10 @@ class Runner:
         show(self.list)
         return self.list
 
-    def _job(self, run: SuiteRun) -> Job:
+    def _attempt(self, run: SuiteRun) -> Attempt:
         check_run_name(run.name, self.suite.name)
         folder, record = self.folder / _RUNS / run.name, self.folder / f"{run.name}.json"
-        job = Job(run, folder, self.folder / _LOGS / f"{run.name}.log", record)
+        attempt = Attempt(run, folder, self.folder / _LOGS / f"{run.name}.log", record)
         refuse_link(folder)
         if record.exists():
             known = read_record(record)
@@ -130,17 +130,17 @@ class Runner:
             self._require_same_data(run.config.data, known.data.get("identity"), record)
         elif has_checkpoint(folder / CHECKPOINTS):
             found, place, state = settings_in(folder, run), folder, "waiting"
-        elif os.path.lexists(folder) and not job.log.is_file():
+        elif os.path.lexists(folder) and not attempt.log.is_file():
             # Every run that a bench starts has a log: what has none was put there by somebody else.
             raise BenchError(
                 f"{folder} was not made by this bench and has no checkpoint; move it away, or choose another --output"
             )
         else:
-            return job
+            return attempt
         if difference := differing(found, run):
             raise BenchError(f"{place} is of other settings ({difference}); delete it or choose another --output")
-        job.state = state  # type: ignore[assignment]
-        return job
+        attempt.state = state  # type: ignore[assignment]
+        return attempt
 
     def _require_same_data(self, config: DataConfig, identity: Any, record: Path) -> None:
         """Compares the folder that a result is of with the one that is there now, if it still is.
@@ -160,25 +160,25 @@ class Runner:
         except DataError as error:
             raise BenchError(str(error)) from None
 
-    def _start(self, job: Job, lock: int, pipe: int) -> None:
-        name, places = job.run.config.data.data, dict(self.places)
+    def _start(self, attempt: Attempt, lock: int, pipe: int) -> None:
+        name, places = attempt.run.config.data.data, dict(self.places)
         if name in self.data:
             # A folder does not tell what a named dataset does.
-            own = to_flat(job.run.config)
+            own = to_flat(attempt.run.config)
             places |= {key: value for key, value in named_settings(name).items() if own[key] is None}
             places["data"] = f"folder:{self.data[name]}"
-        if has_checkpoint(job.folder / CHECKPOINTS):
-            flags = ["--resume", str(job.folder), *plugin_words(job.run.config.backbone.plugin)]
+        if has_checkpoint(attempt.folder / CHECKPOINTS):
+            flags = ["--resume", str(attempt.folder), *plugin_words(attempt.run.config.backbone.plugin)]
             unrecorded = free("config")
-            places |= {key: value for key, value in to_flat(job.run.config).items() if key in unrecorded and value}
+            places |= {key: value for key, value in to_flat(attempt.run.config).items() if key in unrecorded and value}
             flags += to_flags(from_flat(places, "bench"), places)
         else:
-            remove_tree(job.folder, self.folder / _RUNS)  # cut off before its first checkpoint
-            places |= {"output": str(job.folder.parent), "experiment": job.folder.name, "checkpoint_hist": 1}
-            flags = to_flags(from_flat(places, "bench", job.run.config))
+            remove_tree(attempt.folder, self.folder / _RUNS)  # cut off before its first checkpoint
+            places |= {"output": str(attempt.folder.parent), "experiment": attempt.folder.name, "checkpoint_hist": 1}
+            flags = to_flags(from_flat(places, "bench", attempt.run.config))
         cores = max(1, (os.cpu_count() or 1) // self.jobs)
-        with os.fdopen(open_to_write(job.log, os.O_APPEND), "a") as log:
-            job.process = subprocess.Popen(
+        with os.fdopen(open_to_write(attempt.log, os.O_APPEND), "a") as log:
+            attempt.process = subprocess.Popen(
                 interpreter_words("train", *flags),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -188,44 +188,46 @@ class Runner:
                 # The folder stays locked until the last run has saved and ended, which it does when this process dies.
                 pass_fds=(lock, pipe),
             )
-        job.state, job.started = "running", time.monotonic()
+        attempt.state, attempt.started = "running", time.monotonic()
 
-    def _end(self, job: Job, code: int) -> None:
-        job.process = None
+    def _end(self, attempt: Attempt, code: int) -> None:
+        attempt.process = None
         if code in (0, 2):
-            self._finish(job, code)
+            self._finish(attempt, code)
         elif code in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL) and self._stopping:
-            job.state = "stopped"  # below 0: before it could save anything
+            attempt.state = "stopped"  # below 0: before it could save anything
         else:
-            job.state, job.problem = "failed", f"exit code {code} (see {job.log})"
+            attempt.state, attempt.problem = "failed", f"exit code {code} (see {attempt.log})"
 
-    def _finish(self, job: Job, code: int) -> None:
+    def _finish(self, attempt: Attempt, code: int) -> None:
         """Takes down what a run came to, or why it did not come to its end."""
         try:
             if code:
-                lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
-                raise BenchError(lines[-1].removeprefix("localprop: ") if lines else f"see {job.log}")
-            write_record(job.record, collect(job.folder, self.suite.name, job.run, self.jobs))
-            job.state = "done"
+                lines = [line for line in attempt.log.read_text(errors="replace").splitlines() if line.strip()]
+                raise BenchError(lines[-1].removeprefix("localprop: ") if lines else f"see {attempt.log}")
+            write_record(attempt.record, collect(attempt.folder, self.suite.name, attempt.run, self.jobs))
+            attempt.state = "done"
             # The weights stay; the optimizer's states, three times as large, have done their part.
-            remove_tree(job.folder / CHECKPOINTS, job.folder)
+            remove_tree(attempt.folder / CHECKPOINTS, attempt.folder)
         except LocalpropError as error:
-            again = f"; to begin it anew, delete {job.folder}" if has_checkpoint(job.folder / CHECKPOINTS) else ""
-            job.state, job.problem = "failed", f"{error}{again} (log: {job.log})"
+            again = (
+                f"; to begin it anew, delete {attempt.folder}" if has_checkpoint(attempt.folder / CHECKPOINTS) else ""
+            )
+            attempt.state, attempt.problem = "failed", f"{error}{again} (log: {attempt.log})"
 
     def _stop(self) -> None:
         """Lets running runs save what they have, and end."""
         self._stopping = True
-        running = [job for job in self.list if job.process]
-        for job in running:
-            job.process.terminate()  # type: ignore[union-attr]
-        for job in running:
+        running = [attempt for attempt in self.list if attempt.process]
+        for attempt in running:
+            attempt.process.terminate()  # type: ignore[union-attr]
+        for attempt in running:
             try:
-                code = job.process.wait(_GRACE_SECONDS)  # type: ignore[union-attr]
+                code = attempt.process.wait(_GRACE_SECONDS)  # type: ignore[union-attr]
             except subprocess.TimeoutExpired:
-                job.process.kill()  # type: ignore[union-attr]
-                code = job.process.wait()  # type: ignore[union-attr]
-            self._end(job, code)
+                attempt.process.kill()  # type: ignore[union-attr]
+                code = attempt.process.wait()  # type: ignore[union-attr]
+            self._end(attempt, code)
 
     @contextmanager
     def _alone(self) -> Iterator[int]:

@@ -18,7 +18,7 @@ from localprop.settings.values import parse_duration
 from localprop.system.commands import command
 
 if TYPE_CHECKING:
-    from localprop.bench.runner import Job, Runner
+    from localprop.bench.runner import Attempt, Runner
 
 UNFINISHED = 75  # the shell's EX_TEMPFAIL: call again
 
@@ -106,7 +106,7 @@ def _runner(suite: Suite, options: BenchConfig, argv: Sequence[str]) -> "Runner"
     return Runner(suite, folder, options.jobs, places, options.data or {}, seconds, plugins, ("bench", *argv))
 
 
-def _end(console: Console, runner: "Runner", jobs: "Sequence[Job]") -> int:
+def _end(console: Console, runner: "Runner", jobs: "Sequence[Attempt]") -> int:
     """Shows how a suite ended; returns the exit code."""
     unfinished = [job for job in jobs if job.state in ("waiting", "stopped")]
     failed = [job for job in jobs if job.state == "failed"]

@@ -45,7 +45,7 @@ def facts(config: TrainConfig, resumed: Path | None, device: str) -> dict[str, A
     result["the code of localprop"] = _digest(*sorted(_PACKAGE.rglob("*.py")))
     python = ".".join(platform.python_version_tuple()[:2])
     for name, version in (versions() | {"Python": python}).items():
-        result[f"the version of {name}"] = version and version.partition("+")[0]  # behind it: for which CUDA
+        result[f"the version of {name}"] = version and version.partition("+")[0]  # after it: for which CUDA
     return result
 
 
@@ -91,7 +91,8 @@ def _numbers(ranks: list[int]) -> str:
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     spans = f"{ranks[0]} to {ranks[-1]}" if ranks[-1] - ranks[0] == len(ranks) - 1 > 1 else ""
-    return f"ranks {spans or ', '.join(map(str, ranks[:5])) + ', ...' * (len(ranks) > 5)}"
+    some = [*map(str, ranks[:5]), *(["..."] if len(ranks) > 5 else [])]
+    return f"ranks {spans or ', '.join(some)}"
 
 
 def _digest(*paths: Path) -> str:

@@ -22,7 +22,7 @@ class TensorForm:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    shift: int = field(compare=False)  # elements behind an aligned address
+    shift: int = field(compare=False)  # elements after an aligned address
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorForm":
@@ -64,7 +64,7 @@ class TensorForm:
         return gaps
 
     def bytes_of(self, tensor: Tensor) -> Tensor:
-        """What is sent: all elements, one behind the other, without a copy where that is how they lie."""
+        """What is sent: all elements, one after the other; without a copy where memory has them so."""
         if self._gaps is False:
             return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
         return tensor.contiguous().view(-1)

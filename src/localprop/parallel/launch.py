@@ -75,10 +75,10 @@ def _exit_code(children: Children, folder: Path, config: TrainConfig) -> int:
     if not any(codes):
         return 0
     # Below 2, a process only saw that another was gone.
-    told = next((code for code in codes if code > 1), 0)
+    failure = next((code for code in codes if code > 1), 0)
     stop = 128 + children.signal if children.signal else 0
-    if told:
-        return stop if stop and told in (128 + signal.SIGTERM, 128 + signal.SIGINT) else told
+    if failure:
+        return stop if stop and failure in (128 + signal.SIGTERM, 128 + signal.SIGINT) else failure
     quiet = (-signal.SIGTERM, -signal.SIGINT)
     for rank, code in children.ended:
         if code < 0 and code not in quiet and rank not in children.ended_by_us:

@@ -28,7 +28,7 @@ class PipelineStage(Stage):
     """A process that trains some of the modules: it receives from the stage before and sends to the next.
 
     The last one knows all losses, and reports. The first one decides when to stop: its word travels with the batches,
-    so that every process stops behind the same one. Replicas are pipelines side by side, each for a part of every
+    so that every process stops after the same one. Replicas are pipelines side by side, each for a part of every
     batch; the first of them evaluates and writes checkpoints.
 
     Args:
@@ -53,7 +53,7 @@ class PipelineStage(Stage):
         self._sender = None if self._last else Sender(job, job.rank + 1)
         self._looks = any(net.local_modules[k].auxiliary.uses_images for k in self.modules)
         later = net.local_modules[self.modules.stop :]
-        self._wanted = {name for module in later for name in module.reads}
+        self._needed_later = {name for module in later for name in module.reads}
         self._ways_back: list[WayBack] = []
         self._training = self._announced = False
         self._signal, self._asked = 0, 0.0
@@ -129,7 +129,7 @@ class PipelineStage(Stage):
             self._signal = signal
             self._job.ask_to_stop(signal)
         if self._sender:
-            carry.context = {name: value for name, value in carry.context.items() if name in self._wanted}
+            carry.context = {name: value for name, value in carry.context.items() if name in self._needed_later}
             with self.span("room") if self._training else nullcontext():
                 self._sender.wait_for_room()
             with self.span("send") if self._training else nullcontext():
@@ -165,7 +165,7 @@ class PipelineStage(Stage):
         return stop
 
     def save(self, folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
-        """See `Stage.save`."""
+        """See `Stage.save`; that it is saved is recorded."""
         with self.span("save"):
             return super().save(folder, step, parts, meta, keep)
 

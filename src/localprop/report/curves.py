@@ -88,13 +88,13 @@ def _label_ends(axes: Axes, epoch: float, ends: dict[int, float], colors: list, 
     order = sorted(ends, key=lambda k: ends[k])
     axes.autoscale_view()  # else the limits, and with them the pixels, are not final
     pixels = axes.transData.transform([(epoch, ends[k]) for k in order])
-    wanted = axes.transAxes.inverted().transform(pixels)[:, 1]
+    line_heights = axes.transAxes.inverted().transform(pixels)[:, 1]
     size = 8.5 if modules < 10 else 7.5
     gap = 1.3 * size * axes.figure.dpi / 72 / axes.bbox.height
     # Halfway between pushing labels up only and down only, which both keep order and gaps; so does clipping.
     gaps = gap * np.arange(len(order))
-    up = np.maximum.accumulate(wanted - gaps)
-    down = np.minimum.accumulate((wanted - gaps)[::-1])[::-1]
+    up = np.maximum.accumulate(line_heights - gaps)
+    down = np.minimum.accumulate((line_heights - gaps)[::-1])[::-1]
     heights = np.clip((up + down) / 2, 0, 1 - gaps[-1]) + gaps
     leader = {"arrowstyle": "-", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
     for k, height in zip(order, heights, strict=True):

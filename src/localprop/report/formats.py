@@ -18,7 +18,8 @@ def format_duration(seconds: float) -> str:
     days, hour = divmod(hours, 24)
     if not hours:
         return f"{minute}:{second:02}"
-    return f"{days}d " * (days > 0) + f"{hour}:{minute:02}:{second:02}"
+    clock = f"{hour}:{minute:02}:{second:02}"
+    return f"{days}d {clock}" if days else clock
 
 
 def format_loss(loss: float) -> str:

@@ -126,13 +126,13 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float]], texts: Sequence[
     size = text_size(len(texts))
     order = sorted(range(len(ends)), key=lambda i: ends[i][1])
     pixels = axes.transData.transform([ends[i] for i in order])
-    wanted = axes.transAxes.inverted().transform(pixels)[:, 1]
+    line_heights = axes.transAxes.inverted().transform(pixels)[:, 1]
     gap = 1.3 * size * axes.figure.dpi / 72 / axes.bbox.height
     gap = min(gap, 1 / max(len(order) - 1, 1))
     # Halfway between pushing labels up only and down only, which both keep order and gaps; so does clipping.
     gaps = gap * np.arange(len(order))
-    up = np.maximum.accumulate(wanted - gaps)
-    down = np.minimum.accumulate((wanted - gaps)[::-1])[::-1]
+    up = np.maximum.accumulate(line_heights - gaps)
+    down = np.minimum.accumulate((line_heights - gaps)[::-1])[::-1]
     heights = np.clip((up + down) / 2, 0, 1 - gaps[-1]) + gaps
     side = 1 + 0.24 * axes.figure.dpi / axes.bbox.width
     leader = {"arrowstyle": "-", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}

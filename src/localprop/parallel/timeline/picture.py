@@ -80,7 +80,7 @@ def _draw_lane(axes: Axes, rank: int, spans: Sequence[Span], zero: float, colors
         color = colors[span.module] if span.module is not None else COLORS[span.kind]
         left, long = 1000 * (span.begin - zero), 1000 * span.seconds
         # Sending takes no time to speak of; it must be seen all the same.
-        tall = _HEIGHT + 0.16 * (span.kind == "send")
+        tall = _HEIGHT + (0.16 if span.kind == "send" else 0)
         edge = {"edgecolor": color, "linewidth": 1.2} if span.kind == "send" else {"linewidth": 0}
         axes.barh(rank, long, tall, left, color=color, **edge)
     for step, module, middle in _numbered(spans, zero, width):
