@@ -151,7 +151,7 @@ def test_a_disk_that_is_really_full(small_disk):
         save_checkpoint(folder, 2, {"a": torch.ones(60_000), "b": torch.ones(90_000)}, {}, keep=1)
     assert str(caught.value) == (
         f"cannot write {folder / 'step-00000002'}: No space left on device; free some disk space; "
-        "earlier checkpoints are untouched, go on with --resume"
+        "earlier checkpoints are untouched, continue with --resume"
     )
     with pytest.raises(CheckpointError) as caught:
         save_weights(weights, {"weight": torch.ones(150_000)})

@@ -37,7 +37,7 @@ class Attempt:
     """An attempt at a run of the suite, and how far it has come.
 
     Attributes:
-        state: "done" has a record; "stopped" goes on next time; "failed" has `problem`.
+        state: "done" has a record; "stopped" is resumed next time; "failed" has `problem`.
         started: when it was started, by `time.monotonic`; None before.
         problem: the last line of what a failed run printed.
     """
@@ -249,7 +249,9 @@ class Runner:
                 yield lock.fileno()
             except OSError as error:
                 place = error.filename or self.folder
-                raise BenchError(f"cannot go on: {place}: {error.strerror}; the same command goes on") from None
+                raise BenchError(
+                    f"the suite cannot continue: {place}: {error.strerror}; mend that, then give the same command"
+                ) from None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What is shown while a run goes on."""
+"""What is shown while a run trains."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from localprop.report.results import EpochRow
 
 SMOOTHING_SECONDS = 60  # over how much of the past the pace is averaged
 REDRAW_SECONDS = 1 / 8
-# Without a terminal a long epoch says how it goes on so often.
+# How often a long epoch prints a line where there is no terminal.
 LINE_SECONDS = 60
 
 
@@ -51,7 +51,7 @@ class Pace:
         self.last = epoch, now
 
     def epoch(self, now: float) -> None:
-        """An epoch has been tested; a first measure of the pause, which goes on until the next step."""
+        """An epoch has been tested; a first measure of the pause, which lasts until the next step."""
         if self.last:
             self.pause = now - self.last[1]
 
@@ -65,7 +65,7 @@ class Pace:
 
 
 class Progress:
-    """Shows how a run goes on: a live display on a terminal, else (and under CI) a plain line per epoch.
+    """Shows the progress of a run: a live display on a terminal, else (and under CI) a plain line per epoch.
 
     A context manager around the whole run.
 

@@ -22,7 +22,7 @@ _ROUNDS = 20
 
 def recorder_for(job: Job) -> Recorder:
     """A recorder of what this process does."""
-    # A GPU works on when the host goes on: then the trace would show who asked for work, not who did it.
+    # A GPU still works when the host continues: then the trace would show who asked for work, not who did it.
     cuda = job.device.type == "cuda"
     return Recorder((lambda: torch.cuda.current_stream().synchronize()) if cuda else None)
 

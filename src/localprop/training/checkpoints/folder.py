@@ -51,7 +51,7 @@ _NAME = re.compile(r"step-(\d{8,})(\.old)?")
 _PART = re.compile(r"[\w-][\w.-]*\.safetensors")
 # What an interrupted save leaves; version 0.1 had no random part in the name.
 _LEFTOVER = re.compile(r"\.step-\d{8,}(\.[0-9a-f]{16})?\.tmp")
-_UNTOUCHED = "; earlier checkpoints are untouched, go on with --resume"
+_UNTOUCHED = "; earlier checkpoints are untouched, continue with --resume"
 
 
 @dataclass(frozen=True)
