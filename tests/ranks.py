@@ -135,7 +135,7 @@ def assert_same_run(output, other):
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     for x, y in zip(*(read_results(o / "run" / "results.csv") for o in (output, other)), strict=True):
-        for name in ("epoch", "step", "lr", "train_losses", "test_accuracies", "test_top5", "test_loss"):
+        for name in ("epoch", "step", "lr", "train_losses", "heads", "network"):
             assert getattr(x, name) == getattr(y, name), name
     curves = [read_losses(o / "run" / "losses.csv") for o in (output, other)]
     assert [(row[0], *row[3:]) for row in curves[0]] == [(row[0], *row[3:]) for row in curves[1]]

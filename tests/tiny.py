@@ -132,7 +132,7 @@ def module_peaks(net, images, labels, amp=False):
         with measured(held, torch.device("cpu")) as measurement:
             with torch.autocast("cpu", torch.bfloat16, enabled=amp), recomputing(module.recompute):
                 output = module(features, context)
-                loss, logits = module.auxiliary(output, features, images, labels)
+                loss, logits = module.local_loss(output, features, images, labels)
             torch.clear_autocast_cache()
             loss.backward()
             after = output.detach()

@@ -18,10 +18,17 @@ if TYPE_CHECKING:
     from localprop.data.sources import ImageDataset
     from localprop.division.divide import localize
     from localprop.errors import LocalpropError
-    from localprop.network.network import LocalLoss, LocalModule, LocalNetwork, LocalOutput, ModuleSpec
+    from localprop.features import Example, Layout
+    from localprop.network.loss import LocalLoss, ModuleSpec
+    from localprop.network.module import LocalModule
+    from localprop.network.network import LocalNetwork, LocalOutput
     from localprop.planning.plans import Plan, PlanRow, plan
     from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS, TASKS
+    from localprop.report.measures import Measure
+    from localprop.settings.recipe import Recipe
     from localprop.system.provenance import provenance
+    from localprop.tasks.base import Task
+    from localprop.tasks.classification import Classification
     from localprop.tracing.chains import chain
     from localprop.tracing.units import Chain, Unit
 
@@ -34,15 +41,21 @@ __all__ = [
     "MODELS",
     "TASKS",
     "Chain",
+    "Classification",
+    "Example",
     "ImageDataset",
+    "Layout",
     "LocalLoss",
     "LocalModule",
     "LocalNetwork",
     "LocalOutput",
     "LocalpropError",
+    "Measure",
     "ModuleSpec",
     "Plan",
     "PlanRow",
+    "Recipe",
+    "Task",
     "Unit",
     "chain",
     "localize",
@@ -53,7 +66,14 @@ _PLACES = {
     "localprop.data.sources": ("ImageDataset",),
     "localprop.division.divide": ("localize",),
     "localprop.errors": ("LocalpropError",),
-    "localprop.network.network": ("LocalLoss", "LocalModule", "LocalNetwork", "LocalOutput", "ModuleSpec"),
+    "localprop.features": ("Example", "Layout"),
+    "localprop.network.loss": ("LocalLoss", "ModuleSpec"),
+    "localprop.network.module": ("LocalModule",),
+    "localprop.network.network": ("LocalNetwork", "LocalOutput"),
+    "localprop.report.measures": ("Measure",),
+    "localprop.settings.recipe": ("Recipe",),
+    "localprop.tasks.base": ("Task",),
+    "localprop.tasks.classification": ("Classification",),
     "localprop.planning.plans": ("Plan", "PlanRow", "plan"),
     "localprop.registry": ("DATASETS", "DECODERS", "HEADS", "METHODS", "MODELS", "TASKS"),
     "localprop.system.provenance": ("provenance",),

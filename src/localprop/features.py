@@ -11,9 +11,32 @@ Both are views where the layout allows it, never copies for their own sake.
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from localprop.errors import ChainError
+
+
+@dataclass(frozen=True)
+class Example:
+    """Shape and type of one input, or of one target, without the batch axis.
+
+    Attributes:
+        shape: such as (3, 224, 224) for an image, (128,) for tokens, () for a label.
+        dtype: its type; None stands for the model's floating point type.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    def batch(self, size: int, floating: torch.dtype = torch.float32) -> Tensor:
+        """A batch of zeros: 0 is a valid label, and a valid token of any vocabulary.
+
+        Args:
+            size: examples in it.
+            floating: the model's floating point type.
+        """
+        return torch.zeros(size, *self.shape, dtype=self.dtype or floating)
 
 
 @dataclass(frozen=True)

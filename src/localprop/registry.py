@@ -123,8 +123,8 @@ DECODERS = Registry(
 """Module classes, called with (source, target): features in the `Layout` source to the grid of the `Layout` target,
 (batch, channels, height, width)."""
 
-TASKS = Registry("task", {})
-"""What a network is trained for."""
+TASKS = Registry("task", {"classification": "localprop.tasks.classification:Classification"})
+"""What a network is trained for: subclasses of `Task`."""
 
 DATASETS = Registry(
     "dataset",

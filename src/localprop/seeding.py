@@ -7,15 +7,16 @@ and wherever a module runs.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-_PURPOSES = ("order", "crop", "image", "mix", "step", "module")
+Purpose = Literal["order", "crop", "image", "mix", "step", "module", "test"]
+_PURPOSES = get_args(Purpose)  # a new one comes last: seeds are made of their numbers
 
 
-def derive_seed(seed: int, purpose: Literal["order", "crop", "image", "mix", "step", "module"], *place: int) -> int:
+def derive_seed(seed: int, purpose: Purpose, *place: int) -> int:
     """A 63-bit seed for one `purpose` at one `place`, such as (epoch, batch); unrelated to that of any other."""
     # The run's seed comes last: it alone may take more than one of SeedSequence's 32-bit words.
     words = [_PURPOSES.index(purpose), *place, seed % 2**64]

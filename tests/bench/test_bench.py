@@ -66,8 +66,8 @@ def test_each_run_has_one_result(finished):
     record = read_record(finished / "greedy-k3.json")
     row = read_results(finished / "runs" / "greedy-k3" / "results.csv")[-1]
     losses = read_losses(finished / "runs" / "greedy-k3" / "losses.csv")
-    assert record.result["accuracy"] == row.accuracy
-    assert record.result["module_accuracies"] == list(row.test_accuracies)
+    assert record.result["accuracy"] == row.headline
+    assert record.result["module_accuracies"] == list(row.heads)
     assert record.result["steps"] == STEPS == record.result["curve"]["step"][-1]
     assert [row[3:] for row in losses] == record.result["curve"]["loss"]
     assert record.result["evaluated_on"] == "test"
@@ -87,7 +87,7 @@ def test_a_run_is_that_of_the_same_train_command(finished, suite_file, tmp_path)
     assert main(["train", *to_flags(config), "--output", str(tmp_path), "--experiment", "run", "--device", "cpu"]) == 0
     row = read_results(tmp_path / "run" / "results.csv")[-1]
     record = read_record(finished / "end-to-end.json")
-    assert (row.accuracy, row.test_loss) == (record.result["accuracy"], record.result["loss"])
+    assert (row.headline, row.score("loss")) == (record.result["accuracy"], record.result["loss"])
 
 
 def test_what_has_a_result_is_not_run_again(finished, suite_file, monkeypatch, capsys):

@@ -67,8 +67,8 @@ def test_settings_are_chosen_on_val_and_test_is_looked_at_once(finished, capsys)
     row = read_results(finished / "run" / "results.csv")[-1]
     found = evaluated(capsys, finished / "run", "--data", f"folder:{finished / 'pets' / 'val'}")
     assert (found["top1"], found["loss"]) == (
-        pytest.approx(row.accuracy, abs=1e-3),
-        pytest.approx(row.test_loss, abs=1e-4),
+        pytest.approx(row.headline, abs=1e-3),
+        pytest.approx(row.score("loss"), abs=1e-4),
     )
     description = json.loads((finished / "run" / "run.json").read_text())
     assert description["evaluated_on"] == "validation"
@@ -118,7 +118,7 @@ def test_a_run_that_was_evaluated_on_test_images_still_is(finished, tmp_path, ca
     (run / "results.csv").write_text("".join((run / "results.csv").read_text().splitlines(keepends=True)[:2]))
     assert main(["train", "--resume", str(run), "--data", f"folder:{finished / 'pets'}"]) == 0
     row = read_results(run / "results.csv")[-1]
-    assert row.test_loss == pytest.approx(evaluated(capsys, finished / "run")["loss"], abs=1e-4)
+    assert row.score("loss") == pytest.approx(evaluated(capsys, finished / "run")["loss"], abs=1e-4)
     assert "test" not in json.loads((run / "run.json").read_text())
 
 

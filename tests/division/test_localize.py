@@ -30,7 +30,7 @@ def names_of(name):
 def test_defaults():
     net = localize(build("vit"))
     assert len(net.local_modules) == 4
-    loss = net.local_modules[1].auxiliary
+    loss = net.local_modules[1].local_loss
     assert isinstance(loss, FeatureReconstruction)
     assert isinstance(loss.decoder, ConvDecoder)
     assert isinstance(loss.head, MlpHead)
@@ -131,7 +131,7 @@ def test_balancing_leaves_the_model_and_the_random_state_alone():
         same = localize(model, cuts=net.local_modules[0].units[-1:])
     assert torch.equal(after, torch.get_rng_state())
     for a, b in zip(net.local_modules, same.local_modules, strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(a.auxiliary.parameters(), b.auxiliary.parameters(), strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(a.local_loss.parameters(), b.local_loss.parameters(), strict=True))
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
@@ -147,7 +147,7 @@ def test_a_criterion_of_ones_own_is_every_modules():
     net = localize(build("mlp"), 3, "greedy", input_size=SIZE, criterion=SoftTargetCrossEntropy())
     images, labels = batch()
     output = net.eval().backward(images, F.one_hot(labels, 5).float())
-    for loss, logits in zip(output.losses, output.module_logits, strict=True):
+    for loss, logits in zip(output.losses, output.predictions, strict=True):
         torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
 
 

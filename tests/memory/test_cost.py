@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from localprop import chain
+from localprop.features import Example
 from localprop.memory.cost import Costs, module_peak, unit_costs
 from localprop.memory.part import Conditions, Cost
 from localprop.planning.simulation import simulate_step
@@ -17,6 +18,9 @@ from tiny import SIZE, batch, build, module_peaks, split, units_of
 
 BATCH = 16
 IMAGES = BATCH * math.prod(SIZE) * 4
+
+
+LABEL = Example((), torch.int64)
 
 
 def composed(net, name, conditions, grad_checkpointing=False):
@@ -30,7 +34,7 @@ def composed(net, name, conditions, grad_checkpointing=False):
         kinds = [conditions if i == stop - 1 else others for i in range(start, stop)]
         own = [costs.units(replace(kind, input_gradient=i > start))[i] for i, kind in enumerate(kinds, start)]
         shapes = [units[end - 1].shape if end else SIZE for end in (stop, start)]
-        found.append((given, module_peak(own, costs.auxiliary(module.auxiliary, *shapes, conditions))))
+        found.append((given, module_peak(own, costs.auxiliary(module.local_loss, *shapes, LABEL, conditions))))
         start, given = stop, own[-1].output
     return found
 
@@ -143,11 +147,11 @@ def test_each_cost_is_found_once(monkeypatch):
     costs = Costs(net.backbone, units)
     for name in ("unit_costs", "auxiliary_cost"):
         monkeypatch.setattr(f"localprop.memory.cost.{name}", lambda *args, name=name: asked.append(name) or name)
-    loss = [module.auxiliary for module in net.local_modules]
+    loss = [module.local_loss for module in net.local_modules]
     for conditions in (Conditions(8), Conditions(8), Conditions(9)):
         assert costs.units(conditions) == "unit_costs"
-        for auxiliary in (loss[0], split("cnn", method="greedy").local_modules[0].auxiliary, loss[1]):
-            assert costs.auxiliary(auxiliary, (12, 16, 16), SIZE, conditions) == "auxiliary_cost"
+        for auxiliary in (loss[0], split("cnn", method="greedy").local_modules[0].local_loss, loss[1]):
+            assert costs.auxiliary(auxiliary, (12, 16, 16), SIZE, LABEL, conditions) == "auxiliary_cost"
     assert asked == ["unit_costs", "auxiliary_cost", "auxiliary_cost"] * 2
 
 

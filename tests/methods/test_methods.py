@@ -16,6 +16,7 @@ from localprop.memory.measure import allocated_changes
 from localprop.methods import METHODS, build_loss
 from localprop.methods.feature_reconstruction import reconstruction_error
 from localprop.methods.infopro import supervised_contrast
+from localprop.tasks.classification import Classification
 from tiny import MODELS, batch, split
 
 CASES = {
@@ -40,9 +41,9 @@ def make_loss(method, index=1, count=4, input=LAYOUTS["NHWC"][0], mean=(0.5,) * 
         count=count,
         input=input,
         output=OUTPUT,
-        image=IMAGE,
-        num_classes=5,
-        criterion=F.cross_entropy,
+        source=IMAGE,
+        task=Classification(),
+        prediction=(5,),
         head="mlp",
         decoder="conv",
         mean=mean,
@@ -86,7 +87,7 @@ def test_every_module_learns(name, modules, case):
         assert output.losses.isfinite().all()
     assert (curve[-1] < curve[0]).all(), curve
     expected = [None if "contrast" in case and k < modules - 1 else (4, 5) for k in range(modules)]
-    for heads in (output.module_logits, net.module_logits(images)):
+    for heads in (output.predictions, net.module_predictions(images)):
         assert [None if logits is None else logits.shape for logits in heads] == expected
 
 
@@ -106,7 +107,7 @@ def test_the_last_module_has_the_classifiers_own_loss(method):
     value, same = loss(logits, None, None, LABELS)
     assert torch.equal(value, F.cross_entropy(logits, LABELS))
     assert same is logits
-    assert loss.classify(logits) is logits
+    assert loss.predict(logits) is logits
     assert not loss.state_dict()
 
 
@@ -116,7 +117,7 @@ def test_greedy_is_the_criterion_on_the_head():
     log_probability = torch.log(torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True))
     torch.testing.assert_close(value, -sum(log_probability[i, label] for i, label in enumerate(LABELS)) / 6)
     assert torch.equal(logits, loss.head(output))
-    assert torch.equal(logits, loss.classify(output))
+    assert torch.equal(logits, loss.predict(output))
 
 
 @pytest.mark.parametrize("method", ["greedy", "feature-reconstruction", "infopro"])
@@ -147,7 +148,7 @@ def test_feature_reconstruction_rebuilds_the_modules_own_input(layout, normalize
     assert value.item() == pytest.approx(F.cross_entropy(logits, LABELS).item() + weight * error, rel=1e-5)
     assert error > 0.1
     assert torch.equal(logits, loss.head(output))
-    assert torch.equal(logits, loss.classify(output))
+    assert torch.equal(logits, loss.predict(output))
 
 
 def test_feature_reconstruction_rebuilds_the_image_in_the_first_module():
@@ -217,7 +218,7 @@ def test_infopro_takes_the_published_weights(modules):
         assert (loss.head is None) == (task == 0)
         output = features((4, 4, 24))
         logits = loss(output, None, PIXELS, LABELS)[1]
-        assert (logits is None) == (loss.classify(output) is None) == (task == 0)
+        assert (logits is None) == (loss.predict(output) is None) == (task == 0)
 
 
 def test_infopro_weighs_both_terms_alike_unless_told_otherwise():
@@ -254,7 +255,7 @@ def test_infopro_rebuilds_the_pixels(task):
 
 def test_infopro_takes_mean_and_std_from_the_model_or_the_user():
     def loss(name, **options):
-        return split(name, method="infopro", **options).local_modules[0].auxiliary
+        return split(name, method="infopro", **options).local_modules[0].local_loss
 
     assert loss("vit").mean.flatten().tolist() == [0.5] * 3
     assert loss("cnn").mean.flatten().tolist() == pytest.approx(IMAGENET_DEFAULT_MEAN)
@@ -305,7 +306,7 @@ def test_infopro_contrasts_128_features_of_the_head():
     assert vectors.shape == (6, 128)
     assert value.item() == pytest.approx(2 * plain_contrast(vectors.detach(), LABELS.tolist(), 0.5), rel=1e-5)
     assert logits is None
-    assert loss.classify(output) is None
+    assert loss.predict(output) is None
 
 
 def test_contrast_refuses_mixed_labels():
@@ -320,7 +321,7 @@ def test_only_a_modules_output_carries_gradients_to_its_loss(method):
     net = split("cnn", method=method)
     seen = []
     for module in net.local_modules:
-        module.auxiliary.register_forward_pre_hook(
+        module.local_loss.register_forward_pre_hook(
             lambda _, tensors: seen.append([t is not None and t.requires_grad for t in tensors[:3]])
         )
     net.backward(*batch())
@@ -336,7 +337,7 @@ def test_images_are_given_to_the_losses_that_look_at_them(method, modules):
     net, (images, labels) = split("cnn", modules, method), batch()
     seen = []
     for module in net.local_modules:
-        module.auxiliary.register_forward_pre_hook(lambda _, tensors: seen.append(tensors[2]))
+        module.local_loss.register_forward_pre_hook(lambda _, tensors: seen.append(tensors[2]))
     net.backward(images, labels)
     assert [k for k, tensor in enumerate(seen) if tensor is images] == LOOKING[method, modules]
     assert [k for k, tensor in enumerate(seen) if tensor is not images and tensor is not None] == []

@@ -74,7 +74,7 @@ def test_parts_are_copies_and_the_batch_goes_with_the_last():
         assert carry.features.untyped_storage().nbytes() == carry.features.nbytes
         parts.append(carry)
     assert torch.equal(torch.cat([carry.features for carry in parts]), images)
-    assert torch.equal(torch.cat([carry.labels for carry in parts]), labels)
+    assert torch.equal(torch.cat([carry.targets for carry in parts]), labels)
 
 
 def real_peak(net, parts):

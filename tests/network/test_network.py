@@ -52,7 +52,7 @@ def test_every_parameter_is_there_once(name):
     model = build(name)
     net = split(name, model=model)
     everything = [id(p) for p in net.parameters()]
-    auxiliary = [id(p) for module in net.local_modules for p in module.auxiliary.parameters()]
+    auxiliary = [id(p) for module in net.local_modules for p in module.local_loss.parameters()]
     assert sorted(everything) == sorted([*(id(p) for p in model.parameters()), *auxiliary])
     assert len(set(everything)) == len(everything) == len(list(net.named_parameters(remove_duplicate=False)))
     assert sorted(id(p) for module in net.local_modules for p in module.parameters()) == sorted(everything)
@@ -111,12 +111,12 @@ def test_gradients_are_those_of_each_local_loss_alone(name, method):
     for k, module in enumerate(net.local_modules):
         torch.manual_seed(derive_seed(7, "module", k))
         result = module(features, context)
-        loss, logits = module.auxiliary(result, features, images, labels)
+        loss, logits = module.local_loss(result, features, images, labels)
         parameters = dict(module.named_parameters())
         expected = torch.autograd.grad(loss, list(parameters.values()))
         assert_same({n: p.grad for n, p in parameters.items()}, dict(zip(parameters, expected, strict=True)))
         assert torch.equal(output.losses[k], loss)
-        assert torch.equal(output.module_logits[k], logits)
+        assert torch.equal(output.predictions[k], logits)
         features = result.detach()
 
 
@@ -133,7 +133,7 @@ def test_gradients_are_those_of_the_slices_of_a_sequential(name):
     features = images
     for bounds, module in zip(SLICES[name], net.local_modules, strict=True):
         result = model[slice(*bounds)](features)
-        logits = result if module is net.local_modules[-1] else module.auxiliary.head(result)
+        logits = result if module is net.local_modules[-1] else module.local_loss.head(result)
         F.cross_entropy(logits, labels).backward()
         features = result.detach()
     assert_same(ours, gradients(net))
@@ -155,7 +155,7 @@ def test_a_module_touches_no_gradients_but_its_own(name):
     assert [k for k, _ in calls] == [0, 1, 2]
     assert torch.equal(torch.stack([loss for _, loss in calls]), output.losses)
     assert not output.losses.requires_grad
-    assert not any(logits.requires_grad for logits in output.module_logits)
+    assert not any(logits.requires_grad for logits in output.predictions)
 
 
 @pytest.mark.parametrize("name", ["swin", "cnn"])
@@ -234,7 +234,7 @@ def test_a_scaler_skips_the_step_of_a_module_with_infinite_gradients():
 
     last = [None]
     net = split("mlp", method="greedy", criterion=criterion)
-    net.local_modules[1].auxiliary.head.register_forward_hook(
+    net.local_modules[1].local_loss.head.register_forward_hook(
         lambda module, inputs, output: last.__setitem__(0, output)
     )
     before = copy.deepcopy(net.state_dict())
@@ -286,12 +286,12 @@ def test_a_step_inside_one_autocast_region_is_seen_by_the_next_batch(cuts, grad_
 
 
 @every_model
-def test_module_logits_are_those_of_every_head(name):
+def test_module_predictions_are_those_of_every_head(name):
     net, (images, labels) = split(name).eval(), batch()
     output = net.backward(images, labels)
-    logits = net.module_logits(images)
+    logits = net.module_predictions(images)
     assert [x.shape for x in logits] == [(4, 5)] * 3
-    assert all(torch.equal(a, b) for a, b in zip(logits, output.module_logits, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(logits, output.predictions, strict=True))
     assert torch.equal(logits[-1], net.backbone(images))
     assert torch.equal(output.logits, logits[-1])
 
@@ -321,7 +321,7 @@ def test_another_dtype(name, method, dtype):
     output = net.backward(images.to(dtype), labels)
     assert {p.grad.dtype for p in net.parameters()} == {dtype}
     assert output.losses.isfinite().all()
-    assert {logits.dtype for logits in output.module_logits} == {dtype}
+    assert {logits.dtype for logits in output.predictions} == {dtype}
 
 
 def test_a_module_exempts_from_weight_decay_what_the_backbone_exempts():

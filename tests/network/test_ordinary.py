@@ -208,7 +208,7 @@ def test_a_partition_for_batches_of_one_image():
 def test_images_of_another_size_are_one_line():
     net, images = split("vit", method="greedy"), torch.randn(4, 3, 48, 48)
     labels = batch()[1]
-    for call in (net, net.module_logits, lambda images: net.backward(images, labels)):
+    for call in (net, net.module_predictions, lambda images: net.backward(images, labels)):
         assert "images of 3x32x32, and these have 3x48x48" in one_line(call, images, kind=ChainError)
     state = TrainingState(net, OptimConfig(), 10, CPU)
     assert "3x48x48" in one_line(state.train_step, [images, labels], seed=0, kind=ChainError)
@@ -261,7 +261,7 @@ def test_a_network_is_pickled_and_copied_with_torch(name):
     images = batch()[0]
     for other in (torch.load(file, weights_only=False), copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert other.local_modules[0]._backbone[0] is other.backbone
-        for a, b in zip(net.module_logits(images), other.module_logits(images), strict=True):
+        for a, b in zip(net.module_predictions(images), other.module_predictions(images), strict=True):
             assert torch.equal(a, b)
         before = [p.detach().clone() for p in net.parameters()]
         state = TrainingState(other.train(), OptimConfig(), 10, CPU)

@@ -36,10 +36,15 @@ def test_what_is_handed_along_arrives_as_it_was():
         assert (own.dtype, own.stride()) == (other.dtype, other.stride())
     assert repr(arrived.context) == repr(context)  # the types too: tuples are tuples, sizes are sizes
     assert torch.equal(arrived.features, carry.features)
-    assert torch.equal(arrived.labels, carry.labels)
+    assert torch.equal(arrived.targets, carry.targets)
     assert (arrived.losses, arrived.stop) == (carry.losses, 15)
-    carry.hits = [None, 12345678901]
-    assert sent(carry, training=False).hits == carry.hits
+    carry.sums = [None, torch.tensor([12345678901, 0.1, float("nan")], dtype=torch.float64)]
+    missing, own = sent(carry, training=False).sums
+    assert missing is None
+    assert torch.equal(own.nan_to_num(-1), carry.sums[1].nan_to_num(-1))
+    assert sent(carry).share is None
+    carry.share = torch.tensor(0.7)
+    assert torch.equal(sent(carry).share, carry.share)
 
 
 @pytest.mark.parametrize(

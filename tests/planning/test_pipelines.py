@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 def real_peak(net, config, modules):
     """The measured peak of the second step of a process that trains some modules."""
     images, labels = batch(BATCH)
-    features, context, looks = images, {}, any(net.local_modules[k].auxiliary.uses_images for k in modules)
+    features, context, looks = images, {}, any(net.local_modules[k].local_loss.uses_inputs for k in modules)
     with torch.no_grad():
         for module in net.local_modules[: modules.start]:
             features = module(features, context)

@@ -38,10 +38,9 @@ def make_rows(modules, epochs, heads=True):
             step=epoch * STEPS,
             lr=1e-3 / 3,
             train_losses=tuple((2.3 / epoch**0.5 - depth / 3).tolist()),
-            test_accuracies=tuple(float(90 * d * (1 - 0.5**epoch)) if heads or d == 1 else None for d in depth),
-            test_top5=None if epoch % 2 else 99.5,
-            test_loss=1 / epoch,
-            images_per_second=1234.5,
+            heads=tuple(float(90 * d * (1 - 0.5**epoch)) if heads or d == 1 else None for d in depth),
+            network=(90 * (1 - 0.5**epoch), None if epoch % 2 else 99.5, 1 / epoch),
+            examples_per_second=1234.5,
             predicted_memory=3 * 2**29 + 10 * 2**20 + epoch,
             peak_memory=3 * 2**29,
             seconds=epoch * 61.7,
@@ -105,7 +104,7 @@ def test_resume_drops_the_rows_after_the_checkpoint(tmp_path):
     rows, path = make_rows(2, 5), tmp_path / "results.csv"
     write_results(path, rows)
     kept = [row for row in read_results(path) if row.epoch <= 3]
-    again = dataclasses.replace(rows[3], test_loss=7.0)
+    again = dataclasses.replace(rows[3], seconds=7000.0)
     write_results(path, [*kept, again])
     assert read_results(path) == [*rows[:3], again]
 
@@ -153,7 +152,7 @@ def test_curves_of_odd_runs(tmp_path, modules, epochs, heads):
 def test_longest_labels_stay_in_the_picture(tmp_path):
     rows = make_rows(24, 2)
     losses = tuple(3e-4 * (k + 1) for k in range(24))
-    rows[1] = dataclasses.replace(rows[1], train_losses=losses, test_accuracies=(100.0,) * 24)
+    rows[1] = dataclasses.replace(rows[1], train_losses=losses, heads=(100.0,) * 24)
     draw_curves(tmp_path / "curves.png", rows, "greedy, vit_tiny_patch16_224")
     pixels = matplotlib.image.imread(tmp_path / "curves.png")
     assert (pixels[:, -3:] == 1).all()
@@ -170,7 +169,7 @@ def test_plain_output_is_a_line_per_epoch():
     assert [line[:9] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     for row, line in zip(rows, lines, strict=True):
         assert re.findall(r"\d+\.\d{3}\b", line) == [f"{loss:.3f}" for loss in row.train_losses]
-        assert f"{row.test_accuracies[-1]:.2f}%" in line
+        assert f"{row.heads[-1]:.2f}%" in line
         assert "1234 images/s  1.50 GiB" in line
     assert len({line.index("images/s") for line in lines}) == 1
     assert lines[0].endswith("left")
@@ -198,7 +197,7 @@ def test_terminal_display_fits_and_cuts_no_number(modules, width):
     assert all(line.startswith(("epoch", "loss", "test")) for line in frame), "a line was wrapped"
     last = " ".join(frame)
     assert "epoch 3/3" in last
-    for loss, accuracy in zip(rows[-1].train_losses, rows[-1].test_accuracies, strict=True):
+    for loss, accuracy in zip(rows[-1].train_losses, rows[-1].heads, strict=True):
         assert f" {loss:.3f}" in last
         assert f" {accuracy:.2f}" in last
 
@@ -222,7 +221,7 @@ def test_resumed_display_starts_where_the_run_was():
         pass
     text = " ".join(frames(console))
     assert "epoch 3/4" in text
-    assert f"{rows[-1].test_accuracies[-1]:.2f}" in text
+    assert f"{rows[-1].heads[-1]:.2f}" in text
     plain = Console(file=io.StringIO(), width=80)
     run(Progress(plain, 4, STEPS, 32, 2, rows), make_rows(2, 4), first=4)
     assert [line[:9] for line in plain.file.getvalue().splitlines()] == ["resumed f", "epoch 4/4"]
@@ -261,18 +260,16 @@ def test_pace_follows_a_change_of_speed():
 @pytest.mark.parametrize("heads", [True, False])
 def test_final_table_has_every_module(heads):
     rows = make_rows(4, 3, heads)
-    rows[1] = dataclasses.replace(rows[1], test_accuracies=(*rows[1].test_accuracies[:-1], 98.76))
+    rows[1] = dataclasses.replace(rows[1], heads=(*rows[1].heads[:-1], 98.76))
     names = [f"blocks.{k} ... blocks[{k}]" for k in range(4)]
     console = Console(file=io.StringIO(), width=80)
     console.print(final_table(rows, names))
     text = console.file.getvalue()
     assert max(map(len, text.splitlines())) <= 80
-    for k, (name, loss, accuracy) in enumerate(
-        zip(names, rows[-1].train_losses, rows[-1].test_accuracies, strict=True)
-    ):
+    for k, (name, loss, accuracy) in enumerate(zip(names, rows[-1].train_losses, rows[-1].heads, strict=True)):
         shown = "-" if accuracy is None else f"{accuracy:.2f}"
         assert re.search(rf"{k + 1} +{re.escape(name)} +{loss:.3f} +{re.escape(shown)}", text)
-    assert f"{rows[-1].accuracy:.2f}%, best 98.76% (epoch 2)" in text
+    assert f"{rows[-1].headline:.2f}%, best 98.76% (epoch 2)" in text
     assert "1.50 GiB measured, 1.51 GiB predicted" in text
     assert "3:05" in text
 

@@ -76,9 +76,9 @@ def test_an_export_gives_with_timm_the_accuracy_that_was_reported(trained, capsy
     row = read_results(trained / "run" / "results.csv")[-1]
     result = evaluated(capsys, str(trained / "run"))
     assert result["top1"] == pytest.approx(accuracy, abs=1e-3)
-    assert row.accuracy == pytest.approx(accuracy)
+    assert row.headline == pytest.approx(accuracy)
     assert result["loss"] == pytest.approx(loss, abs=2e-5)
-    assert row.test_loss == pytest.approx(loss, abs=2e-5)
+    assert row.score("loss") == pytest.approx(loss, abs=2e-5)
     config = json.loads((trained / "export" / "config.json").read_text())["pretrained_cfg"]
     recorded = json.loads((trained / "run" / "run.json").read_text())["evaluation"]
     assert {key: config[key] for key in recorded} == recorded

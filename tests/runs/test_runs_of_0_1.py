@@ -33,7 +33,7 @@ def test_it_goes_on_to_what_version_0_1_came_to(run, capsys):
     torch.testing.assert_close(weights, expected, rtol=1e-3, atol=1e-4)
     rows, old = (read_results(folder / "results.csv") for folder in (run, FINISHED))
     assert [row.step for row in rows] == [row.step for row in old]
-    assert rows[-1].test_loss == pytest.approx(old[-1].test_loss, rel=1e-3)
+    assert rows[-1].score("loss") == pytest.approx(old[-1].score("loss"), rel=1e-3)
     losses, old_losses = (read_losses(folder / "losses.csv") for folder in (run, FINISHED))
     assert [row[0] for row in losses] == [row[0] for row in old_losses]
     assert losses[-1][3:] == pytest.approx(old_losses[-1][3:], rel=1e-3)

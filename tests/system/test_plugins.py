@@ -116,7 +116,7 @@ class Sum(localprop.LocalLoss):
     def forward(self, output, inputs, images, labels):
         logits = self.head(output)
         return self.criterion(logits, labels) + (self.decoder(output) - images).square().mean(), logits
-    def classify(self, output):
+    def predict(self, output):
         return self.head(output)
 
 @localprop.HEADS.register("corner")

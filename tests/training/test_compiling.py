@@ -57,7 +57,7 @@ def test_compiled_training_is_eager_training(tmp_path):
 
     compiled.net.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits = compiled.net.module_logits(batch()[0])
+        logits = compiled.net.module_predictions(batch()[0])
         assert torch.equal(logits[-1], compiled.net.backbone(batch()[0]))
     compiled.net.train()
     assert counters["stats"]["unique_graphs"] == 4

@@ -238,7 +238,7 @@ def test_no_checkpoint_is_made_of_weights_that_are_not_finite(place, said):
     state = state_of(split("vit"), model_ema=True)
     model = {
         "backbone": state.net.backbone.head,
-        "auxiliary": state.net.local_modules[0].auxiliary,
+        "auxiliary": state.net.local_modules[0].local_loss,
         "ema": state.ema.module.head,
     }[place]
     with torch.no_grad():

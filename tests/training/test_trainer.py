@@ -44,11 +44,11 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 def assert_same_results(output: Path, other: Path) -> None:
     for a, b in zip(*(read_results(o / "run" / "results.csv") for o in (output, other)), strict=True):
-        assert (a.epoch, a.step, a.train_losses, a.test_accuracies) == (
+        assert (a.epoch, a.step, a.train_losses, a.heads) == (
             b.epoch,
             b.step,
             b.train_losses,
-            b.test_accuracies,
+            b.heads,
         )
     curves = [read_losses(o / "run" / "losses.csv") for o in (output, other)]
     assert [(row[0], *row[3:]) for row in curves[0]] == [(row[0], *row[3:]) for row in curves[1]]
@@ -78,7 +78,7 @@ def test_a_run_leaves_everything_in_its_folder(plain):
     rows = read_results(folder / "results.csv")
     assert [row.epoch for row in rows] == [1, 2]
     assert [row.step for row in rows] == [5, 10]
-    assert all(len(row.train_losses) == len(row.test_accuracies) == 3 for row in rows)
+    assert all(len(row.train_losses) == len(row.heads) == 3 for row in rows)
     assert rows[-1].train_losses[-1] < rows[0].train_losses[-1]
     assert len(list((folder / "checkpoints").iterdir())) == 2
     settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -99,8 +99,8 @@ def test_evaluation_at_intervals_changes_nothing_else(plain, tmp_path, capsys):
     assert train(tmp_path, "--val-interval", "2") == 0
     assert_same(final_weights(tmp_path), final_weights(plain))
     all_rows, rows = (read_results(o / "run" / "results.csv") for o in (plain, tmp_path))
-    assert [row.test_accuracies for row in rows[1:]] == [row.test_accuracies for row in all_rows[1:]]
-    assert (rows[0].test_accuracies, rows[0].test_loss) == ((None, None, None), None)
+    assert [row.heads for row in rows[1:]] == [row.heads for row in all_rows[1:]]
+    assert (rows[0].heads, rows[0].score("loss")) == ((None, None, None), None)
     assert rows[0].train_losses == all_rows[0].train_losses
     assert "nan" not in capsys.readouterr().out
 
@@ -113,7 +113,7 @@ def test_held_out_images_are_evaluated_on_and_named(tmp_path, capsys):
         assert main(["eval", str(tmp_path / "run"), "--device", "cpu", *flags]) == 0
         result = json.loads(capsys.readouterr().out)
         assert (result["evaluated_on"], result["images"]) == (part, images)
-        assert (result["top1"] == pytest.approx(row.accuracy, abs=1e-3)) == (part == "validation")
+        assert (result["top1"] == pytest.approx(row.headline, abs=1e-3)) == (part == "validation")
 
 
 def test_weights_are_a_plain_timm_checkpoint(plain, capsys):
@@ -124,8 +124,8 @@ def test_weights_are_a_plain_timm_checkpoint(plain, capsys):
     assert main(["eval", str(plain / "run"), "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
     row = read_results(plain / "run" / "results.csv")[-1]
-    assert result["top1"] == pytest.approx(row.accuracy, abs=1e-3)
-    assert result["loss"] == pytest.approx(row.test_loss, abs=1e-4)
+    assert result["top1"] == pytest.approx(row.headline, abs=1e-3)
+    assert result["loss"] == pytest.approx(row.score("loss"), abs=1e-4)
 
 
 def test_the_moving_average_is_what_is_evaluated_and_saved(lively, capsys):
@@ -133,8 +133,8 @@ def test_the_moving_average_is_what_is_evaluated_and_saved(lively, capsys):
     assert main(["eval", str(lively / "run"), "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
     row = read_results(lively / "run" / "results.csv")[-1]
-    assert result["top1"] == pytest.approx(row.accuracy, abs=1e-3)
-    assert result["loss"] == pytest.approx(row.test_loss, abs=1e-4)
+    assert result["top1"] == pytest.approx(row.headline, abs=1e-3)
+    assert result["loss"] == pytest.approx(row.score("loss"), abs=1e-4)
 
 
 def test_export_loads_in_timm_with_the_same_logits(plain, tmp_path):

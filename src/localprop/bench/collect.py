@@ -68,10 +68,10 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
         axes=run.axes,
         result={
             "evaluated_on": description["evaluated_on"],
-            "accuracy": None if meaningless else last.accuracy,
-            "module_accuracies": [None if meaningless else value for value in last.test_accuracies],
-            "top5": None if meaningless else last.test_top5,
-            "loss": _finite(last.test_loss),
+            "accuracy": None if meaningless else last.score("accuracy"),
+            "module_accuracies": [None if meaningless else value for value in last.heads],
+            "top5": None if meaningless else last.score("top5"),
+            "loss": _finite(last.score("loss")),
             "epochs": last.epoch,
             "steps": last.step,
             **({"test": description["test"]} if "test" in description else {}),
@@ -107,6 +107,6 @@ def _cost(rows: list[EpochRow], losses: list[list[float]]) -> dict[str, Any]:
         # Of the means between two moments: a checkpoint, or another program, disturbs few of them.
         "seconds_per_step": statistics.median(row[1] for row in losses),
         "processor_seconds_per_step": statistics.median(row[2] for row in losses),
-        "images_per_second": statistics.median(row.images_per_second for row in rows),
+        "images_per_second": statistics.median(row.examples_per_second for row in rows),
         "seconds": last.seconds,
     }

@@ -14,7 +14,7 @@ from rich.text import Text
 from localprop.bench.record import read_record
 from localprop.bench.runner import Attempt
 from localprop.errors import LocalpropError, printable
-from localprop.report.formats import format_accuracy, format_bytes, format_duration
+from localprop.report.formats import format_bytes, format_duration, format_percent
 from localprop.report.losses import read_losses
 from localprop.report.results import read_results
 from localprop.runs.description import read_description
@@ -115,13 +115,13 @@ class SuiteView:
 
 
 def _cells(attempt: Attempt) -> dict[str, str]:
-    """The cells of a attempt's line; of a running one from the files that its trainer writes."""
+    """The cells of an attempt's line; of a running one from the files that its trainer writes."""
     cells = {"progress": attempt.state if attempt.state != "waiting" else "", "accuracy": "", "memory": "", "time": ""}
     if attempt.state == "done":
         record = read_record(attempt.record)
         cost: dict[str, Any] = record.cost
         memory = cost["peak_memory"] or cost["predicted_memory"]
-        cells["accuracy"] = format_accuracy(record.result["accuracy"])
+        cells["accuracy"] = format_percent(record.result["accuracy"])
         cells["memory"] = format_bytes(memory) if memory else ""
         cells["time"] = format_duration(cost["seconds"])
     elif attempt.state == "running" and attempt.started is not None:
@@ -130,7 +130,8 @@ def _cells(attempt: Attempt) -> dict[str, str]:
             step = read_losses(attempt.folder / LOSSES)[-1][0]
             steps = attempt.run.config.run.steps or read_description(attempt.folder)["steps"]
             cells["progress"] = f"{100 * step / steps:.0f}%"
-            cells["accuracy"] = format_accuracy(read_results(Path(attempt.folder, RESULTS))[-1].accuracy)
+            row = read_results(Path(attempt.folder, RESULTS))[-1]
+            cells["accuracy"] = row.measures[0].text(row.headline)
         except (LocalpropError, IndexError, KeyError):
             pass  # it has just begun
     return cells

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from timm.data import Mixup
 from torch import Tensor
 
 from localprop.data.view import View, evaluation_record, read_evaluation
-from localprop.errors import ConfigError, DataError
-from localprop.seeding import derive_seed, generator, seeded
+from localprop.errors import DataError
+from localprop.seeding import derive_seed, generator
 from localprop.settings.config import DataConfig
+from localprop.tasks.base import Batch, Task
 
-Batch = tuple[Tensor, Tensor]
+Pixels = tuple[Tensor, Tensor]
 
 
 class Store(Protocol):
@@ -43,11 +43,11 @@ class Store(Protocol):
 
     def train(
         self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Pixels]:
         """Augmented batches number `steps` of the epoch whose images come in this `order`."""
         ...
 
-    def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Batch]:
+    def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Pixels]:
         """All test images in order, as `view` shows them; the last batch may be small."""
         ...
 
@@ -62,7 +62,8 @@ class Data:
         img_size: side of the square images in pixels.
         mean, std: of the channels red, green and blue, in 0..1; what images are normalised with.
         store: where pixels come from.
-        config: for mixup, cutmix and label smoothing, and for what the test images are.
+        task: what a network is trained for on them; it prepares the batches.
+        config: for what the test images are.
         seed: of order, augmentation and mixing.
         identity: see `localprop.data.identity`; the same wherever the data lie.
         view: how images are evaluated.
@@ -76,6 +77,7 @@ class Data:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     store: Store
+    task: Task
     config: DataConfig
     seed: int
     identity: dict[str, Any]
@@ -151,31 +153,25 @@ class Data:
 
         Raises:
             DataError: there are fewer images than one batch takes.
-            ConfigError: images are mixed in pairs and `batch_size` is odd.
+            ConfigError: the task takes no batches of this size.
         """
         if batch_size > self.train_size:
             raise DataError(
                 f"{self.name} has {self.train_size} training images, fewer than one batch of {batch_size}; "
                 f"lower --batch-size"
             )
-        if self._mixes and batch_size % 2:
-            raise ConfigError(
-                f"--batch-size is {batch_size}; --mixup and --cutmix mix images in pairs and need an even one"
-            )
+        self.task.check(batch_size)
         return self.train_size // batch_size
 
-    def train_batches(
-        self, epoch: int, batch_size: int, device: torch.device | str, start: int = 0
-    ) -> Iterator[list[Tensor]]:
+    def train_batches(self, epoch: int, batch_size: int, device: torch.device | str, start: int = 0) -> Iterator[Batch]:
         """The training batches of an epoch, from batch number `start` on.
 
         A batch is a pure function of (seed, epoch, its number): those after a restart equal the uninterrupted
         ones bit for bit, and the global random states are as the caller left them.
 
         Returns:
-            Iterator of [images, labels]: images (batch, 3, img_size, img_size), float32, normalised; labels
-            (batch,) int64, or with mixup or cutmix (batch, classes) float32, smoothed. Who empties the list holds
-            the only references.
+            Iterator of [inputs, targets], as the task prepares them: of images (batch, 3, img_size, img_size), float32,
+            normalised, and labels (batch,) int64. Who empties the list holds the only references.
 
         Raises:
             DataError: at once as `steps_per_epoch`; while iterating, when more training images are unreadable
@@ -186,46 +182,29 @@ class Data:
         return self._train_batches(epoch, batch_size, steps, torch.device(device))
 
     def test_batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """All images to evaluate on in order, as (images, labels); the last batch may be small.
+        """All images to evaluate on in order; the last batch may be small.
 
         Returns:
-            Iterator of images (batch, 3, img_size, img_size), float32, normalised, and labels (batch,) int64.
+            Iterator of [inputs, targets], as `train_batches` gives them.
 
         Raises:
             DataError: an image is unreadable.
         """
         device = torch.device(device)
         mean, std = self._normalisation(device)
-        for images, labels in self.store.test(batch_size, device, self.view):
-            yield images.float().sub(mean).div_(std), labels
+        for number, (images, labels) in enumerate(self.store.test(batch_size, device, self.view)):
+            batch = [images.float().sub(mean).div_(std), labels]
+            yield self.task.prepare(batch, derive_seed(self.seed, "test", number), training=False)
 
-    def _train_batches(self, epoch: int, batch_size: int, steps: range, device: torch.device) -> Iterator[list[Tensor]]:
+    def _train_batches(self, epoch: int, batch_size: int, steps: range, device: torch.device) -> Iterator[Batch]:
         order = torch.randperm(self.train_size, generator=generator(derive_seed(self.seed, "order", epoch)))
         mean, std = self._normalisation(device)
-        mixup = self._mixup() if self._mixes else None
         batches = self.store.train(epoch, order.tolist(), batch_size, steps, device)
         for step in steps:
             images, labels = next(batches)
-            images = images.float().sub(mean).div_(std)
-            if mixup:
-                # timm's Mixup draws from NumPy's global generator.
-                with seeded(derive_seed(self.seed, "mix", epoch, step)):
-                    images, labels = mixup(images, labels)
-            batch = [images, labels]
+            batch = [images.float().sub(mean).div_(std), labels]
             del images, labels
-            yield batch
-
-    @property
-    def _mixes(self) -> bool:
-        return self.config.mixup > 0 or self.config.cutmix > 0
-
-    def _mixup(self) -> Mixup:
-        return Mixup(
-            mixup_alpha=self.config.mixup,
-            cutmix_alpha=self.config.cutmix,
-            label_smoothing=self.config.smoothing,
-            num_classes=self.num_classes,
-        )
+            yield self.task.prepare(batch, derive_seed(self.seed, "mix", epoch, step), training=True)
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor([self.mean, self.std], device=device).mul(255).view(2, 3, 1, 1)

@@ -26,8 +26,9 @@ from localprop.data.sources import read_named
 from localprop.data.split import hold_out
 from localprop.data.view import SQUASHED, WHOLE
 from localprop.errors import ConfigError
-from localprop.registry import DATASETS
+from localprop.registry import DATASETS, TASKS
 from localprop.settings.config import DataConfig
+from localprop.tasks.base import Task
 
 FOLDER = "folder:"
 _USUAL_SIDE = 224
@@ -75,7 +76,20 @@ def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
     )
     identity = identity_of(config.data, arrays.classes, store.train_size, store.test_size)
     mean, std = dataset.mean, dataset.std
-    return Data(config.data, arrays.classes, img_size, mean, std, store, config, seed, identity, store.view)
+    task = _task(config, arrays.classes)
+    return Data(config.data, arrays.classes, img_size, mean, std, store, task, config, seed, identity, store.view)
+
+
+def _task(config: DataConfig, classes: list[str]) -> Task:
+    """What a network is trained for on data with these classes.
+
+    Raises:
+        ConfigError: there is no such task, or what a plugin has registered is none.
+    """
+    kind = TASKS.lookup(config.task)
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise ConfigError(f"task {config.task!r} is a {type(kind).__name__}; register a subclass of localprop.Task")
+    return kind.of(config, classes)
 
 
 def folder_identity(config: DataConfig) -> dict[str, Any]:
@@ -124,7 +138,8 @@ def _opened(root: Path, found: Listing, config: DataConfig, img_size: int | None
     view, img_size, notes = store.view, store.img_size, found.notes
     if found.train and view == SQUASHED:
         notes = [*notes, f"images in {root} are of several sizes, or not square; they are squeezed to be square"]
-    return Data(name, found.classes, img_size, mean, std, store, config, seed, identity, view, notes, final)
+    task = _task(config, found.classes)
+    return Data(name, found.classes, img_size, mean, std, store, task, config, seed, identity, view, notes, final)
 
 
 def _streamed(root: Path, found: Listing, config: DataConfig, img_size: int, seed: int) -> list[StreamStore]:

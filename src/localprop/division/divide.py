@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from torch.nn import functional as F
 
 from localprop.division.division import Division
 from localprop.division.resolve import resolved
-from localprop.errors import ChainError
+from localprop.errors import ChainError, ConfigError
 from localprop.features import image_layout
 from localprop.memory.cost import Costs
 from localprop.memory.part import Conditions
 from localprop.memory.tracker import assumed
-from localprop.network.network import Criterion, LocalNetwork, ModuleSpec
+from localprop.network.loss import ModuleSpec
+from localprop.network.network import LocalNetwork
 from localprop.settings.recipe import Recipe
+from localprop.tasks.base import Task
+from localprop.tasks.classification import Classification, Criterion
 from localprop.tracing.chains import chain
 
 
@@ -34,7 +36,8 @@ def localize(
     micro_batches: int = 1,
     amp_dtype: torch.dtype | None = None,
     device: str | None = None,
-    criterion: Criterion = F.cross_entropy,
+    task: Task | None = None,
+    criterion: Criterion | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     **recipe: Any,
@@ -49,12 +52,13 @@ def localize(
         head: what predicts the label inside the network: linear, mlp, conv.
         costs: the model's chain and what is known of its costs, from an earlier call; default: found now.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
-        num_classes: number of labels, checked against the model's logits; default: their number.
+        num_classes: size of the prediction, checked against the model's; default: that.
         batch_size: batch size for which the partition is made.
         micro_batches: equal parts of a batch, of which only one has activations at a time, for which it is made.
         amp_dtype: type of mixed precision for which the partition is made; default: none.
         device: "cpu" or "cuda", for which the partition is made; default: where the model is.
-        criterion: loss of predicted labels, from (logits, labels).
+        task: what the network is trained for; default: `Classification`.
+        criterion: of a classification: its loss, from (logits, labels); default: cross-entropy.
         mean: per channel, with which images are normalised, for methods that rebuild the image in [0, 1]; default:
             the model's own, else ImageNet's.
         std: likewise.
@@ -75,6 +79,7 @@ def localize(
         micro_batches=micro_batches,
         amp_dtype=amp_dtype,
         device=device,
+        task=task,
         criterion=criterion,
         mean=mean,
         std=std,
@@ -92,33 +97,33 @@ def divide(
     micro_batches: int = 1,
     amp_dtype: torch.dtype | None = None,
     device: str | None = None,
-    criterion: Criterion = F.cross_entropy,
+    task: Task | None = None,
+    criterion: Criterion | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> LocalNetwork:
     """`localize`, for a recipe."""
     recipe = resolved(recipe)
+    if task is not None and criterion is not None:
+        raise ConfigError("a task has a loss of its own; leave out either task or criterion")
+    task = task or Classification(criterion)
     if num_classes == 0 or getattr(model, "num_classes", None) == 0:
         raise ChainError("the model has no classifier (num_classes=0); build it with the number of labels")
     costs = costs or Costs(model, chain(model, input_size, recipe.split_blocks))
     units = costs.chain
-    classes = units[-1].shape[-1]
-    if len(units[-1].shape) != 1 or num_classes not in (None, classes):
-        raise ChainError(
-            f"the model gives an output of shape {units[-1].shape} per image, expected ({num_classes or 'classes'},); "
-            "build it with the right num_classes"
-        )
+    prediction = units[-1].shape
+    task.check_prediction(prediction, task.outputs if num_classes is None else num_classes)
     settings = getattr(model, "pretrained_cfg", None) or {}
-    image = image_layout(units.input_size)
+    source = image_layout(units.input_size)
     assert recipe.modules is not None  # it is resolved
     spec = ModuleSpec(
         index=0,
         count=recipe.modules,
-        input=image,
-        output=image,
-        image=image,
-        num_classes=classes,
-        criterion=criterion,
+        input=source,
+        output=source,
+        source=source,
+        task=task,
+        prediction=prediction,
         head=recipe.head,
         decoder=recipe.decoder,
         mean=tuple(mean or settings.get("mean") or IMAGENET_DEFAULT_MEAN),

@@ -7,7 +7,6 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import torch
-from torch.nn import functional as F
 
 from localprop.division.partition import balanced, module_ends, most_modules, stage_ends
 from localprop.errors import ChainError, ConfigError, listing, suggestion
@@ -15,7 +14,9 @@ from localprop.features import infer_layout
 from localprop.memory.cost import Costs, module_peak
 from localprop.memory.part import Conditions, Cost
 from localprop.methods import build_loss
-from localprop.network.network import LocalLoss, LocalModule, LocalNetwork, ModuleSpec
+from localprop.network.loss import LocalLoss, ModuleSpec
+from localprop.network.module import LocalModule
+from localprop.network.network import LocalNetwork
 from localprop.settings.recipe import Recipe
 
 PARTITIONS = ("balanced", "compute", "stage")
@@ -36,7 +37,7 @@ class Division:
         self.model, self.units = costs.model, costs.chain
         units = self.units
         self.layouts = [
-            spec.image,
+            spec.source,
             *(
                 infer_layout((1, *unit.shape), units.input_size, units.prefix_tokens, units.output_format)
                 for unit in units
@@ -45,7 +46,14 @@ class Division:
 
     def loss(self, index: int, start: int, stop: int, **changes: Any) -> LocalLoss:
         """The local loss of the module of units [start, stop)."""
-        spec = replace(self.spec, index=index, input=self.layouts[start], output=self.layouts[stop], **changes)
+        spec = replace(
+            self.spec,
+            index=index,
+            input=self.layouts[start],
+            output=self.layouts[stop],
+            following=tuple(zip(self.units[stop:], self.layouts[stop + 1 :], strict=True)),
+            **changes,
+        )
         return build_loss(self.recipe.method, spec, self.recipe.options)
 
     def ends(self) -> list[int]:
@@ -102,13 +110,15 @@ class Division:
             step = replace(self.step, recomputation=self.recipe.recomputation(last), input_gradient=not first)
             return self.costs.units(step)[i]
 
+        task = self.spec.task.for_costs()
+        target = task.target(self.spec.prediction)
+
         @cache
         def auxiliary(index: int, start: int, stop: int) -> Cost:
             with torch.random.fork_rng(devices=[]):
-                # The user's criterion may not take such labels as the cost is found with, and keeps next to nothing.
-                loss = self.loss(index, start, stop, criterion=F.cross_entropy)
+                loss = self.loss(index, start, stop, task=task)
             step = replace(self.step, recomputation=self.recipe.recomputation(last=True))
-            return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), step)
+            return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), target, step)
 
         def cost(start: int, stop: int) -> float:
             own = [unit(i, i == start, i == stop - 1) for i in range(start, stop)]
@@ -136,7 +146,7 @@ class Division:
                     self.recipe.grad_checkpointing,
                 )
             )
-        return LocalNetwork(self.model, local_modules, self.units.input_size, self.recipe)
+        return LocalNetwork(self.model, local_modules, self.units.input_size, self.recipe, self.spec.task)
 
     def _shape(self, position: int) -> tuple[int, ...]:
         return self.units[position - 1].shape if position else self.units.input_size

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.errors import batch_norm_told
+from localprop.features import Example
 from localprop.memory.part import Conditions, Cost, part_cost
 from localprop.tracing.copies import fake_copy
 from localprop.tracing.units import Chain
@@ -63,22 +64,32 @@ def unit_costs(model: nn.Module, chain: Chain, conditions: Conditions) -> list[C
 def auxiliary_cost(
     auxiliary: nn.Module,
     output: tuple[int, ...],
-    target: tuple[int, ...],
-    image: tuple[int, ...],
+    source: tuple[int, ...],
+    network_input: tuple[int, ...],
+    target: Example,
     conditions: Conditions,
 ) -> Cost:
-    """The cost of a local loss on a module's `output`, whose input has shape `target` (batch axes left out)."""
+    """The cost of a local loss.
+
+    Args:
+        auxiliary: the local loss.
+        output: shape of the module's output, batch axis left out, as in the next two.
+        source: shape of its input.
+        network_input: shape of the network's input.
+        target: what one target looks like.
+        conditions: of the step.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     duplicate = fake_copy(auxiliary, mode).train()
     batch = conditions.batch_size
     half = conditions.amp_dtype
     with mode:
         features = torch.empty(batch, *output, dtype=half)
-        inputs, images = torch.empty(batch, *target, dtype=half), torch.empty(batch, *image)
-        labels = torch.zeros(batch, dtype=torch.long)
+        own, inputs = torch.empty(batch, *source, dtype=half), torch.empty(batch, *network_input)
+        targets = target.batch(batch)
 
     def run(x: Tensor) -> Tensor:
-        return duplicate(x, inputs, images, labels)[0]
+        return duplicate(x, own, inputs, targets)[0]
 
     with batch_norm_told("an auxiliary net", batch):
         return part_cost(mode, run, features, duplicate.parameters(), conditions)[0]
@@ -104,10 +115,15 @@ class Costs:
         return self._units[conditions]
 
     def auxiliary(
-        self, loss: nn.Module, output: tuple[int, ...], target: tuple[int, ...], conditions: Conditions
+        self,
+        loss: nn.Module,
+        output: tuple[int, ...],
+        source: tuple[int, ...],
+        target: Example,
+        conditions: Conditions,
     ) -> Cost:
         """See `auxiliary_cost`. Losses whose nets look the same cost the same."""
-        key = (repr(loss), output, target, conditions)
+        key = (repr(loss), output, source, target, conditions)
         if key not in self._auxiliaries:
-            self._auxiliaries[key] = auxiliary_cost(loss, output, target, self.chain.input_size, conditions)
+            self._auxiliaries[key] = auxiliary_cost(loss, output, source, self.chain.input_size, target, conditions)
         return self._auxiliaries[key]

@@ -5,7 +5,7 @@ from numbers import Real
 from typing import Any
 
 from localprop.errors import ConfigError, suggestion
-from localprop.network.network import Classification, LocalLoss, ModuleSpec
+from localprop.network.loss import LocalLoss, ModuleSpec, TaskLoss
 from localprop.registry import METHODS
 
 __all__ = ["METHODS", "build_loss", "check_method"]
@@ -42,5 +42,5 @@ def only_modules(name: str) -> int | None:
 
 
 def build_loss(name: str, spec: ModuleSpec, options: dict[str, Any]) -> LocalLoss:
-    """The local loss of one module; the last has the backbone's own classifier, whatever the method."""
-    return Classification(spec) if spec.last else METHODS[name](spec, **options)
+    """The local loss of one module; the last has the backbone's own prediction, whatever the method."""
+    return TaskLoss(spec) if spec.last else METHODS[name](spec, **options)

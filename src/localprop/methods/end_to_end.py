@@ -1,9 +1,9 @@
-"""End-to-end backpropagation, the baseline: one module, the whole backbone, trained by its own classifier's loss."""
+"""End-to-end backpropagation, the baseline: one module, the whole backbone, trained by the task's loss."""
 
-from localprop.network.network import Classification
+from localprop.network.loss import TaskLoss
 
 
-class EndToEnd(Classification):
-    """The criterion on the backbone's logits. Allows one module only."""
+class EndToEnd(TaskLoss):
+    """The task's loss of the backbone's prediction. Allows one module only."""
 
     only_modules = 1

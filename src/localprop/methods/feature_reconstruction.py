@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from localprop.decoders import build_decoder
-from localprop.heads import build_head
-from localprop.network.network import LocalLoss, ModuleSpec
+from localprop.network.loss import LocalLoss, ModuleSpec
 
 _PARTS = 4
 
@@ -30,25 +28,27 @@ class FeatureReconstruction(LocalLoss):
             module can lower by shrinking its output. The image is a target as it is.
     """
 
-    uses_images = False
+    uses_inputs = False
 
     def __init__(self, spec: ModuleSpec, weight: float = 1.0, normalize: bool = True) -> None:
         super().__init__()
-        self.criterion = spec.criterion
+        self.task = spec.task
         self.weight = weight
         self.target = spec.input
         self.normalize = normalize and spec.index > 0
-        self.head = build_head(spec.head, spec.output, spec.num_classes)
-        self.decoder = build_decoder(spec.decoder, spec.output, spec.input)
+        self.head = spec.build_head()
+        self.decoder = spec.build_decoder(spec.input)
 
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `LocalLoss.forward`."""
-        logits = self.head(output)
-        error = reconstruction_error(self.decoder(output), self.target.grid(inputs), self.normalize)
-        return self.criterion(logits, labels) + self.weight * error, logits
+        prediction = self.head(output)
+        error = reconstruction_error(self.decoder(output), self.target.grid(features), self.normalize)
+        return self.task.loss(prediction, targets) + self.weight * error, prediction
 
-    def classify(self, output: Tensor) -> Tensor:
-        """The head's logits."""
+    def predict(self, output: Tensor) -> Tensor:
+        """The head's prediction."""
         return self.head(output)
 
 

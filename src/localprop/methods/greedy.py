@@ -5,25 +5,26 @@ Source: Belilovsky et al., Decoupled Greedy Learning of CNNs (DGL), ICML 2020.
 
 from torch import Tensor
 
-from localprop.heads import build_head
-from localprop.network.network import LocalLoss, ModuleSpec
+from localprop.network.loss import LocalLoss, ModuleSpec
 
 
 class Greedy(LocalLoss):
     """The criterion on the prediction of an auxiliary head."""
 
-    uses_images = False
+    uses_inputs = False
 
     def __init__(self, spec: ModuleSpec) -> None:
         super().__init__()
-        self.criterion = spec.criterion
-        self.head = build_head(spec.head, spec.output, spec.num_classes)
+        self.task = spec.task
+        self.head = spec.build_head()
 
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `LocalLoss.forward`."""
-        logits = self.head(output)
-        return self.criterion(logits, labels), logits
+        prediction = self.head(output)
+        return self.task.loss(prediction, targets), prediction
 
-    def classify(self, output: Tensor) -> Tensor:
-        """The head's logits."""
+    def predict(self, output: Tensor) -> Tensor:
+        """The head's prediction."""
         return self.head(output)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from localprop.decoders import build_decoder
 from localprop.errors import ConfigError
 from localprop.heads import build_head
-from localprop.network.network import LocalLoss, ModuleSpec
+from localprop.network.loss import LocalLoss, ModuleSpec
 
 # (first, last) weights of image reconstruction and of the task by the number of modules, as the authors tuned them
 # for a ResNet-110 on CIFAR-10.
@@ -66,46 +65,45 @@ class InfoPro(LocalLoss):
                 f"infopro: lambda_reconstruction and lambda_task are 0 in module {spec.index + 1} of {spec.count}; "
                 "raise one of them"
             )
-        self.criterion = spec.criterion
-        self.task = task
+        self.task = spec.task
+        self.task_term = task
         self.temperature = temperature
         self.head = self.decoder = None
         if self.task_weight:
-            outputs = spec.num_classes if task == "softmax" else 128
-            self.head = build_head(spec.head, spec.output, outputs)
+            self.head = spec.build_head() if task == "softmax" else build_head(spec.head, spec.output, 128)
         if self.reconstruction_weight:
-            if not len(spec.mean) == len(spec.std) == spec.image.channels:
+            if not len(spec.mean) == len(spec.std) == spec.source.channels:
                 raise ConfigError(
                     f"infopro: mean has {len(spec.mean)} and std {len(spec.std)} values, but images have "
-                    f"{spec.image.channels} channels; pass one for each"
+                    f"{spec.source.channels} channels; pass one for each"
                 )
-            self.decoder = build_decoder(spec.decoder, spec.output, spec.image)
-        self.uses_images = self.decoder is not None
+            self.decoder = spec.build_decoder(spec.source)
+        self.uses_inputs = self.decoder is not None
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
 
     def forward(
-        self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor
+        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """See `LocalLoss.forward`."""
-        loss, logits = output.new_zeros((), dtype=torch.float32), None
+        loss, prediction = output.new_zeros((), dtype=torch.float32), None
         if self.decoder is not None:
-            assert images is not None  # as uses_images says
-            pixels = (images * self.std + self.mean).clamp(0, 1)
+            assert inputs is not None  # as uses_inputs says
+            pixels = (inputs * self.std + self.mean).clamp(0, 1)
             rebuilt = self.decoder(output).float()
             loss = loss + self.reconstruction_weight * F.binary_cross_entropy_with_logits(rebuilt, pixels.float())
         if self.head is not None:
             head = self.head(output)
-            if self.task == "softmax":
-                logits = head
-                loss = loss + self.task_weight * self.criterion(logits, labels)
+            if self.task_term == "softmax":
+                prediction = head
+                loss = loss + self.task_weight * self.task.loss(prediction, targets)
             else:
-                loss = loss + self.task_weight * supervised_contrast(head, labels, self.temperature)
-        return loss, logits
+                loss = loss + self.task_weight * supervised_contrast(head, targets, self.temperature)
+        return loss, prediction
 
-    def classify(self, output: Tensor) -> Tensor | None:
-        """The head's logits; None for contrast, whose head predicts no label."""
-        return self.head(output) if self.head is not None and self.task == "softmax" else None
+    def predict(self, output: Tensor) -> Tensor | None:
+        """The head's prediction; None for contrast, whose head predicts nothing."""
+        return self.head(output) if self.head is not None and self.task_term == "softmax" else None
 
 
 def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -1,59 +1,87 @@
 """A batch, or a part of one, on its way through the modules."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from localprop.tasks.base import Batch
+
 
 @dataclass
 class Carry:
-    """A batch on its way through the modules: what one of them leaves for the next. It holds the only references.
+    """A batch on its way through the modules: what one of them hands to the next. It holds the only references.
 
     Attributes:
-        features: (B, ...) what the next module takes, detached: the images before the first, the logits after the last.
-        labels: (B,) integers, or (B, C) probabilities.
-        images: (B, channels, height, width) for losses that look at them; None once no later module's does.
+        features: (B, ...) what the next module takes, detached: the inputs before the first, the prediction after the
+            last.
+        targets: (B, ...) as the task has them; of classification (B,) integers, or (B, C) probabilities.
+        inputs: (B, ...) the network's inputs for losses that look at them; None once no later module's does.
         context: what units hand along beside the features; see `Unit`.
         losses: the local loss of each module so far, detached.
-        hits: in an evaluation, how many images each module's head got right so far; None where it has none.
+        sums: in an evaluation, the task's sums of each module's prediction so far; None where it has no head.
+        share: how much more than an equal part of the step its loss counts; None is 1. See `share_of_step`.
         stop: number of the signal that ends the run after this batch; 0 without one.
     """
 
     features: Tensor
-    labels: Tensor
-    images: Tensor | None = None
+    targets: Tensor
+    inputs: Tensor | None = None
     context: dict[str, Any] = field(default_factory=dict)
     losses: list[Tensor] = field(default_factory=list)
-    hits: list[int | None] = field(default_factory=list)
+    sums: list[Tensor | None] = field(default_factory=list)
+    share: Tensor | None = None
     stop: int = 0
 
     @classmethod
-    def of(cls, batch: "list[Tensor] | Carry") -> "Carry":
-        """A batch [images, labels], which is taken out of its list, before the first module."""
+    def of(cls, batch: "Batch | Carry") -> "Carry":
+        """A batch [inputs, targets], which is taken out of its list, before the first module."""
         if isinstance(batch, Carry):
             return batch
-        images = batch.pop(0)
-        return cls(images, batch.pop(), images)
+        inputs = batch.pop(0)
+        return cls(inputs, batch.pop(), inputs)
 
     @classmethod
-    def micro_batches(cls, batch: list[Tensor], count: int) -> "Iterator[Carry]":
-        """Equal parts of a batch [images, labels], each a copy; the batch is taken out of its list with the last one.
+    def micro_batches(
+        cls, batch: Batch, count: int, share: Callable[[Tensor], Tensor | None] = lambda targets: None
+    ) -> "Iterator[Carry]":
+        """Equal parts of a batch [inputs, targets], each a copy; the batch is taken out of its list with the last one.
 
         The only part is the batch itself, as `of` gives it.
+
+        Args:
+            batch: the batch.
+            count: how many parts.
+            share: gives for the targets of a part its `Carry.share`.
         """
-        if count == 1:
-            yield cls.of(batch)
-            return
         for number in range(count):
-            part = [tensor.chunk(count)[number].clone() for tensor in batch]
-            if number + 1 == count:
+            part = batch if count == 1 else [tensor.chunk(count)[number].clone() for tensor in batch]
+            if number + 1 == count > 1:
                 batch.clear()
-            yield cls.of(part)
+            carry = cls.of(part)
+            carry.share = share(carry.targets)
+            yield carry
 
     def clone(self) -> "Carry":
-        """The same with features, images and labels of its own."""
+        """The same with features, inputs and targets of its own."""
         features = self.features.clone()
-        images = features if self.images is self.features else None if self.images is None else self.images.clone()
-        return replace(self, features=features, labels=self.labels.clone(), images=images)
+        inputs = features if self.inputs is self.features else None if self.inputs is None else self.inputs.clone()
+        return replace(self, features=features, inputs=inputs, targets=self.targets.clone())
+
+    @property
+    def labels(self) -> Tensor:
+        """Name of `targets` in version 0.1."""
+        _renamed("labels", "targets")
+        return self.targets
+
+    @property
+    def images(self) -> Tensor | None:
+        """Name of `inputs` in version 0.1."""
+        _renamed("images", "inputs")
+        return self.inputs
+
+
+def _renamed(old: str, new: str) -> None:
+    warnings.warn(f"Carry.{old} is called Carry.{new} now", DeprecationWarning, stacklevel=3)

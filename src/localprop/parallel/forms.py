@@ -1,5 +1,6 @@
 """The form of a batch on the wire: shapes, types and places in memory, and the values beside the tensors, as JSON."""
 
+import itertools
 import json
 import math
 from dataclasses import dataclass, field
@@ -84,15 +85,19 @@ class TensorForm:
         return space.as_strided(self.shape, self.stride, self.shift).copy_(received.view(self.shape))
 
 
+_MOST = 10**6  # numbers of a kind: more come from something else
+
+
 @dataclass(frozen=True)
 class Form:
     """What the next stage has to know before it can receive a batch.
 
     Attributes:
-        tensors: of features, labels and the tensors in the context.
+        tensors: of features, targets and the tensors in the context.
         names: of the tensors in the context.
         context: the rest of the context, as `nested.split` gives it.
-        numbers: how many losses (or hits) come with it.
+        numbers: how many losses (or the task's sums of how many modules) come with it.
+        width: how many numbers each of them is.
         training: whether these are losses.
     """
 
@@ -100,12 +105,13 @@ class Form:
     names: tuple[str, ...]
     context: Any
     numbers: int
+    width: int
     training: bool
 
     def to_bytes(self) -> Tensor:
         """The form as JSON, in a tensor of bytes."""
         tensors = [form.as_json() for form in self.tensors]
-        return bytes_of_json([tensors, self.names, self.context, self.numbers, self.training])
+        return bytes_of_json([tensors, self.names, self.context, self.numbers, self.width, self.training])
 
     @classmethod
     def of_bytes(cls, received: Tensor, sender: str) -> "Form":
@@ -115,11 +121,12 @@ class Form:
             ParallelError: it is none.
         """
         try:
-            tensors, names, context, numbers, training = json_of_bytes(received)
+            tensors, names, context, numbers, width, training = json_of_bytes(received)
             forms = tuple(map(TensorForm.of_json, tensors))
-            if len(forms) != 2 + len(names) or type(numbers) is not int or numbers < 0 or type(training) is not bool:
+            counts = all(type(count) is int and 0 <= count <= _MOST for count in (numbers, width))
+            if len(forms) != 2 + len(names) or not counts or type(training) is not bool:
                 raise ValueError("its parts do not fit each other")
-            return cls(forms, tuple(names), context, numbers, training)
+            return cls(forms, tuple(names), context, numbers, width, training)
         except (ValueError, TypeError, RecursionError, CheckpointError) as error:
             raise ParallelError(
                 f"{sender} sent something that is not the form of a batch ({error}); start all processes again, with "
@@ -151,13 +158,15 @@ def pack(carry: Carry, training: bool) -> tuple[Form, list[Tensor]]:
             f"the model hands along a {error}, which cannot be sent to another process; that takes tensors, {KINDS}. "
             "Choose other --cuts, or train in one process"
         ) from None
-    tensors = [carry.features, carry.labels, *beside.values()]
+    tensors = [carry.features, carry.targets, *beside.values()]
     forms = tuple(map(TensorForm.of, tensors))
-    numbers = [loss.item() for loss in carry.losses] if training else carry.hits
-    # Of doubles: a float32 loss and a count of images keep every bit.
-    last = torch.tensor([carry.stop, *(math.nan if n is None else n for n in numbers)], dtype=torch.float64)
+    rows = [[loss.item()] for loss in carry.losses] if training else _rows(carry.sums)
+    share = 1.0 if carry.share is None else carry.share.item()
+    # Of doubles: a float32 loss and a count of examples keep every bit.
+    last = torch.tensor([carry.stop, share, *itertools.chain(*rows)], dtype=torch.float64)
     flat = [form.bytes_of(tensor) for form, tensor in zip(forms, tensors, strict=True)]
-    return Form(forms, tuple(beside), context, len(numbers), training), [*flat, last]
+    width = len(rows[0]) if rows else 0
+    return Form(forms, tuple(beside), context, len(rows), width, training), [*flat, last]
 
 
 def unpack(form: Form, received: list[Tensor]) -> Carry:
@@ -165,10 +174,20 @@ def unpack(form: Form, received: list[Tensor]) -> Carry:
     *flat, last = received
     tensors = [own.restore(tensor) for own, tensor in zip(form.tensors, flat, strict=True)]
     context = join(form.context, dict(zip(form.names, tensors[2:], strict=True)))
-    stop, *numbers = last.tolist()
+    device = tensors[0].device
+    stop, share = last[:2].tolist()
     carry = Carry(tensors[0], tensors[1], context=context, stop=int(stop))
+    if share != 1:
+        carry.share = torch.tensor(share, dtype=torch.float32, device=device)
+    rows = last[2:].view(form.numbers, form.width)
     if form.training:
-        carry.losses = [torch.tensor(n, dtype=torch.float32, device=tensors[0].device) for n in numbers]
+        carry.losses = [row[0].to(device, torch.float32) for row in rows]
     else:
-        carry.hits = [None if math.isnan(n) else int(n) for n in numbers]
+        carry.sums = [row[1:].to(device) if row[0] else None for row in rows]
     return carry
+
+
+def _rows(sums: list[Tensor | None]) -> list[list[float]]:
+    """A row for each module: whether it has sums, and these."""
+    width = max((len(own) for own in sums if own is not None), default=0)
+    return [[0.0] * (1 + width) if own is None else [1.0, *own.tolist()] for own in sums]

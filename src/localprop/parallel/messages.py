@@ -113,7 +113,7 @@ class Receiver:
 
     def _post(self, form: Form) -> tuple[list[Any], list[Tensor]]:
         buffers = [own.buffer(self._job.device) for own in form.tensors]
-        buffers.append(torch.empty(1 + form.numbers, dtype=torch.float64))
+        buffers.append(torch.empty(2 + form.numbers * form.width, dtype=torch.float64))
         with self._job.talking(f"rank {self._rank}"):
             return [dist.irecv(buffer, self._rank, self._group) for buffer in buffers], buffers
 

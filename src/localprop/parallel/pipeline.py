@@ -51,7 +51,7 @@ class PipelineStage(Stage):
         self._last = stage == len(placement.stages) - 1
         self._receiver = Receiver(job, job.rank - 1) if stage else None
         self._sender = None if self._last else Sender(job, job.rank + 1)
-        self._looks = any(net.local_modules[k].auxiliary.uses_images for k in self.modules)
+        self._looks = any(net.local_modules[k].local_loss.uses_inputs for k in self.modules)
         later = net.local_modules[self.modules.stop :]
         self._needed_later = {name for module in later for name in module.reads}
         self._ways_back: list[WayBack] = []
@@ -59,27 +59,27 @@ class PipelineStage(Stage):
         self._signal, self._asked = 0, 0.0
 
     @property
-    def needs_images(self) -> bool:
-        """Whether images are loaded here for training: where they enter, and where a loss looks at them."""
+    def needs_inputs(self) -> bool:
+        """Whether inputs are loaded here for training: where they enter, and where a loss looks at them."""
         return self._looks or self._receiver is None
 
     def train_batches(
         self, data: Data, epoch: int, batch_size: int, micro_batches: int, device: torch.device, steps: range
     ) -> Iterator[Carry]:
-        """See `Stage.train_batches`. Images are loaded here where a loss looks at them, not received."""
+        """See `Stage.train_batches`. Inputs are loaded here where a loss looks at them, not received."""
         self._training = self._announced = True
         before = epoch * data.steps_per_epoch(batch_size)
         numbers = [before + step for step in steps for _ in range(micro_batches)]
         loaded = super().train_batches(data, epoch, batch_size, micro_batches, device, steps)
         if self._receiver is None:
             for carry in self._watched("load", loaded, numbers):
-                carry.images = carry.images if self._looks else None
+                carry.inputs = carry.inputs if self._looks else None
                 yield carry
             return
         for carry in self._watched("wait", self._receiver.stream(len(numbers)), numbers):
             if self._looks:
                 with self.span("load"):
-                    carry.images = next(loaded).images
+                    carry.inputs = next(loaded).inputs
             yield carry
 
     def way_back(self) -> WayBack:

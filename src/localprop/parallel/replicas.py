@@ -46,7 +46,7 @@ class Replicas:
         return int(tensor)
 
     def part(self, batch: list[Tensor]) -> list[Tensor]:
-        """The part of images and labels that is this replica's, taken out of their list."""
+        """The part of inputs and targets that is this replica's, taken out of their list."""
         own = [tensor.chunk(self._count)[self.index].clone() for tensor in batch]
         batch.clear()
         return own

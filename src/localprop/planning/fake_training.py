@@ -79,7 +79,7 @@ def _layer_names(net: LocalNetwork) -> Iterator[tuple[str, nn.Module]]:
     for name, module in net.backbone.named_modules():
         yield name, module
     for local_module in net.local_modules:
-        for name, module in local_module.auxiliary.named_modules():
+        for name, module in local_module.local_loss.named_modules():
             yield f"auxiliary.{name}" if name else "loss", module
 
 
@@ -115,13 +115,14 @@ def _arrivals(
             features = module(features, context)
     read = {name for module in net.local_modules[own.start :] for name in module.reads}
     context = {name: value for name, value in context.items() if name in read}
-    looks = any(net.local_modules[k].auxiliary.uses_images for k in own)
+    looks = any(net.local_modules[k].local_loss.uses_inputs for k in own)
+    target = net.task.target(net.prediction_shape)
 
     def arrive() -> Carry:
         came = torch.empty_like(features)
-        images = came if own.start == 0 else torch.empty_like(first) if looks else None
-        labels = torch.zeros(batch_size, dtype=torch.long)
-        return Carry(came, labels, images if looks else None, tree_map_only(Tensor, torch.empty_like, context))
+        inputs = came if own.start == 0 else torch.empty_like(first) if looks else None
+        targets = target.batch(batch_size, dtype)
+        return Carry(came, targets, inputs if looks else None, tree_map_only(Tensor, torch.empty_like, context))
 
     return arrive
 

@@ -28,7 +28,7 @@ from localprop.tracing.units import Chain
 
 _CLEARLY = 0.97
 _NAMES = r"(end-to-end|(exact)?k=\d+).*"  # how the keys of settings begin
-_OTHERS = ("num_classes", "criterion", "mean", "std")  # arguments of `localize` that are no part of a recipe
+_OTHERS = ("num_classes", "task", "criterion", "mean", "std")  # arguments of `localize` that are no part of a recipe
 MODULES: tuple[int | Literal["max"], ...] = (2, 3, 4, 6, 8, "max")
 
 

@@ -13,7 +13,8 @@ from localprop.division.partition import balanced
 from localprop.memory.cost import Costs
 from localprop.memory.measure import total_bytes
 from localprop.memory.part import Conditions
-from localprop.network.network import LocalModule, LocalNetwork
+from localprop.network.module import LocalModule
+from localprop.network.network import LocalNetwork
 from localprop.parallel.placement import IN_FLIGHT, arrange
 from localprop.planning.fake_training import fake_training
 from localprop.planning.schedules import Link, StageTime, Timing, local_modules, one_f_one_b, one_f_one_b_order
@@ -146,7 +147,7 @@ def pipeline(
     whole = localize(costs.model, 1, "end-to-end", costs=costs).local_modules[0]
     spans = list(pairwise([0, *ends]))
     net = LocalNetwork(
-        costs.model, [LocalModule(costs.model, units[i:j], whole.auxiliary, whole.output) for i, j in spans]
+        costs.model, [LocalModule(costs.model, units[i:j], whole.local_loss, whole.output) for i, j in spans]
     )
     stages, peaks = zip(
         *(_simulate_stage(net, optim, micro, units.input_size, device, rank, count) for rank in range(processes)),
@@ -182,7 +183,7 @@ def _simulate_stage(
                 carry = arrive()
                 output = module(carry.features.requires_grad_(rank > 0), carry.context)
                 size = total_bytes([output])
-                outputs.append(module.auxiliary(output, carry.features, None, carry.labels)[0] if last else output)
+                outputs.append(module.local_loss(output, carry.features, None, carry.targets)[0] if last else output)
                 del carry, output
             else:
                 output = outputs.popleft()

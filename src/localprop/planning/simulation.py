@@ -66,7 +66,7 @@ def record_step(
             tracker.label(_gradients(state), "gradients")
         with _watched(state, tracker, marks):
             carry = _loaded(tracker, arrive)
-            entry = total_bytes([carry.features, carry.labels, *plain_tensors(carry.context)])
+            entry = total_bytes([carry.features, carry.targets, *plain_tensors(carry.context)])
             batch = _whole_batch(state, carry, parts)
             if parts > 1:
                 state.train_step(carry, seed=0, last=False)
@@ -108,11 +108,11 @@ def _gradients(state: TrainingState) -> list[Tensor]:
 
 
 def _whole_batch(state: TrainingState, carry: Carry, parts: int) -> list[Tensor]:
-    """The batch that a process holds while it trains on its parts, if it loads images; `carry` is one of these."""
-    loaded = carry.images if state.modules.start else carry.features
+    """The batch that a process holds while it trains on its parts, if it loads inputs; `carry` is one of these."""
+    loaded = carry.inputs if state.modules.start else carry.features
     if parts == 1 or loaded is None:
         return []
-    return [tensor.new_empty(parts * tensor.shape[0], *tensor.shape[1:]) for tensor in (loaded, carry.labels)]
+    return [tensor.new_empty(parts * tensor.shape[0], *tensor.shape[1:]) for tensor in (loaded, carry.targets)]
 
 
 @contextmanager

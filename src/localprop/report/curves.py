@@ -1,4 +1,4 @@
-"""curves.png: loss and accuracy of every module over epochs."""
+"""curves.png: loss and score of every module over epochs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from localprop.report.formats import format_accuracy, format_loss
+from localprop.report.formats import format_loss
 from localprop.report.results import EpochRow
 from localprop.report.texts import drawn
 from localprop.system.files import written_aside
@@ -25,37 +25,38 @@ FIGURE_SPACE = "\u2007"  # as wide as a digit
 def draw_curves(
     path: Path, rows: Sequence[EpochRow], title: str, evaluated_on: str = "test", steps_per_epoch: int | None = None
 ) -> None:
-    """Draws loss (left) and accuracy (right) of every module over epochs, as a PNG of 1400 x 560 pixels.
+    """Draws loss (left) and the headline score (right) of every module over epochs, as a PNG of 1400 x 560 pixels.
 
     Args:
         path: the picture, replaced if it is there.
         rows: one or more epochs.
-        title: what was trained, such as "infopro, vit_tiny"; number of modules and accuracy are added.
+        title: what was trained, such as "infopro, vit_tiny"; number of modules and score are added.
         evaluated_on: "test" or "validation" images.
         steps_per_epoch: where it is given, an epoch that was cut short is drawn as the part of an epoch that it is.
     """
-    modules = len(rows[0].train_losses)
+    modules, headline = len(rows[0].train_losses), rows[0].measures[0]
     counted = f"{modules} module{'s' if modules > 1 else ''}"
     # A Figure of its own, not pyplot's: no global state, no window system.
     figure = Figure(figsize=(10, 4), dpi=140)
     figure.suptitle(
-        f"{drawn(title)}, {counted}: {format_accuracy(rows[-1].accuracy)}% {evaluated_on} accuracy",
+        f"{drawn(title)}, {counted}: {headline.text(rows[-1].headline)}{headline.sign} {evaluated_on} {headline.name}",
         x=0.047, y=0.965, ha="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
     grid = {"left": 0.047, "right": 0.91, "bottom": 0.125, "top": 0.82, "wspace": 0.31}
     left, right = figure.subplots(1, 2, gridspec_kw=grid)
     left.set_title("training loss", loc="left", fontsize=9.5)
-    right.set_title(f"{evaluated_on} accuracy (%)", loc="left", fontsize=9.5)
+    unit = f" ({headline.sign})" if headline.sign else ""
+    right.set_title(f"{evaluated_on} {headline.name}{unit}", loc="left", fontsize=9.5)
     losses = np.array([row.train_losses for row in rows], dtype=float).T
-    accuracies = np.array([row.test_accuracies for row in rows], dtype=float).T
+    scores = np.array([row.heads for row in rows], dtype=float).T
     if losses.min() > 0 and losses.max() > 50 * losses.min():
         left.set_yscale("log")
     epochs = np.array([row.step / steps_per_epoch if steps_per_epoch else row.epoch for row in rows])
     _draw_panel(left, epochs, losses, format_loss)
-    # Not every epoch is evaluated, and the network's accuracy is there whenever one was.
-    evaluated = np.isfinite(accuracies[-1])
+    # Not every epoch is evaluated, and the network's score is there whenever one was.
+    evaluated = np.isfinite(scores[-1])
     if evaluated.any():
-        _draw_panel(right, epochs[evaluated], accuracies[:, evaluated], format_accuracy)
+        _draw_panel(right, epochs[evaluated], scores[:, evaluated], headline.text)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
 

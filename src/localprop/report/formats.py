@@ -30,11 +30,11 @@ def format_loss(loss: float) -> str:
     return f"{loss:.3f}" if size < 100 else f"{loss:.1f}"
 
 
-def format_accuracy(percent: float | None) -> str:
-    """An accuracy in percent, without the sign; a dash where there is none (None, NaN)."""
+def format_percent(percent: float | None) -> str:
+    """A number in percent, without the sign; a dash where there is none (None, NaN)."""
     return "-" if percent is None or math.isnan(percent) else f"{percent:.2f}"
 
 
-def format_speed(images_per_second: float) -> str:
-    """A throughput."""
-    return f"{images_per_second:.{0 if images_per_second >= 9.95 else 1}f} images/s"
+def format_speed(per_second: float, unit: str = "image") -> str:
+    """A throughput: how many of what `unit` names."""
+    return f"{per_second:.{0 if per_second >= 9.95 else 1}f} {unit}s/s"

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from localprop.errors import printable
-from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
+from localprop.report.formats import format_bytes, format_duration, format_loss, format_speed
 from localprop.report.results import EpochRow
 
 SMOOTHING_SECONDS = 60  # over how much of the past the pace is averaged
@@ -73,10 +73,11 @@ class Progress:
         console: where to.
         epochs: epochs of the whole run.
         steps_per_epoch: steps of an epoch.
-        batch_size: images per step.
+        batch_size: examples per step.
         modules: number of local modules.
         rows: the epochs already done, of a resumed run.
         evaluated_on: "test" or "validation" images.
+        unit: what an example is called.
         last_step: the step that training stops after, where that is before the end of the last epoch.
     """
 
@@ -89,9 +90,10 @@ class Progress:
         modules: int,
         rows: Sequence[EpochRow] = (),
         evaluated_on: str = "test",
+        unit: str = "image",
         last_step: int | None = None,
     ) -> None:
-        self._evaluated_on = evaluated_on
+        self._evaluated_on, self._unit = evaluated_on, unit
         self._total = epochs * steps_per_epoch if last_step is None else last_step
         self._console, self._epochs, self._steps = console, math.ceil(self._total / steps_per_epoch), steps_per_epoch
         self._batch_size, self._modules = batch_size, modules
@@ -163,8 +165,9 @@ class Progress:
     def _plain_line(self, row: EpochRow) -> str:
         memory = format_bytes(row.peak_memory) if row.peak_memory else ""
         return (
-            f"{self._counter()}  loss {self._plain_losses()}  {self._evaluated_on} {format_accuracy(row.accuracy):>6}%"
-            f"  {format_speed(row.images_per_second):>13}  {memory:>8}  {self._time()}"
+            f"{self._counter()}  loss {self._plain_losses()}  {self._evaluated_on} "
+            f"{row.measures[0].text(row.headline):>6}{row.measures[0].sign}"
+            f"  {format_speed(row.examples_per_second, self._unit):>13}  {memory:>8}  {self._time()}"
         )
 
     def _plain_losses(self) -> str:
@@ -187,9 +190,10 @@ class Progress:
         width = self._console.width
         lines = [self._bar_line(width), *_number_lines("loss", [format_loss(x) for x in self._losses], width)]
         if self._row:
+            headline = self._row.measures[0]
             lines += _number_lines(
-                "test %" if self._evaluated_on == "test" else "val %",
-                [format_accuracy(x) for x in self._row.test_accuracies],
+                f"{'test' if self._evaluated_on == 'test' else 'val'} {headline.sign or headline.short}",
+                [headline.text(score) for score in self._row.heads],
                 width,
             )
         return Group(*lines)
@@ -199,12 +203,12 @@ class Progress:
         steps = self._steps_of(self._epoch)
         done = f"{self._step}/{steps}" if self._tested or self._step < steps else "testing"
         rate = self._pace.seconds_per_step
-        speed = self._batch_size / rate if rate else self._row.images_per_second if self._row else 0.0
+        speed = self._batch_size / rate if rate else self._row.examples_per_second if self._row else 0.0
         memory = self._peak_memory
         # Of constant width, so that nothing jumps. What matters least comes first, and is first to go.
         parts = [
             f"{done:>{max(7, 2 * len(str(self._steps)) + 1)}}",
-            f"{format_speed(speed) if speed else '':>13}",
+            f"{format_speed(speed, self._unit) if speed else '':>13}",
             f"{format_bytes(memory) if memory else '':>8}",
             f"{self._time():>12}",
         ]

@@ -3,25 +3,24 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from localprop.errors import CheckpointError
+from localprop.report.measures import ACCURACIES, Measure
 from localprop.system.files import written_aside
 from localprop.system.reading import AMOUNT, COUNT, LOSS, NULL, PERCENT, POSITIVE, Malformed, check, read_text
 
 COLUMNS_BEFORE = ("epoch", "step", "lr")
-COLUMNS_AFTER = ("test_top5", "test_loss", "images_per_second", "predicted_memory", "peak_memory", "seconds")
+COLUMNS_AFTER = ("predicted_memory", "peak_memory", "seconds")
 _ROW = {
     "epoch": POSITIVE,
     "step": POSITIVE,
     "lr": AMOUNT,
     "train_losses": [LOSS],
-    "test_accuracies": [(PERCENT, NULL)],
-    "test_top5": (PERCENT, NULL),
-    "test_loss": (LOSS, NULL),
-    "images_per_second": AMOUNT,
+    "examples_per_second": AMOUNT,
     "predicted_memory": (COUNT, NULL),
     "peak_memory": (COUNT, NULL),
     "seconds": AMOUNT,
@@ -38,33 +37,40 @@ class EpochRow:
         step: optimizer steps completed.
         lr: learning rate of the last step.
         train_losses: mean local loss over the epoch, one per module.
-        test_accuracies: top-1 accuracy in percent of each module's head, the last being the network's own;
-            None where a module has no head, and everywhere after an epoch without evaluation.
-        test_top5: top-5 accuracy of the network in percent; None where it has no meaning.
-        test_loss: mean cross-entropy of the network; None without evaluation.
-        images_per_second: training throughput over the epoch.
+        heads: the headline score of each module's head, the last being the network's own; None where a module has no
+            head, and everywhere after an epoch without evaluation.
+        network: the network's score of each of `measures`; None where it has no meaning, and without evaluation.
+        examples_per_second: training throughput over the epoch.
         predicted_memory: peak memory of a training step in bytes, as predicted; None where that could not be.
         peak_memory: the same, as measured; None before it has been.
         seconds: wall clock since the run began, summed over resumes.
+        measures: what the task measures; the first is the headline.
+        unit: what an example is called.
     """
 
     epoch: int
     step: int
     lr: float
     train_losses: tuple[float, ...]
-    test_accuracies: tuple[float | None, ...]
-    test_top5: float | None
-    test_loss: float | None
-    images_per_second: float
+    heads: tuple[float | None, ...]
+    network: tuple[float | None, ...]
+    examples_per_second: float
     predicted_memory: int | None
     peak_memory: int | None
     seconds: float
+    measures: tuple[Measure, ...] = ACCURACIES
+    unit: str = "image"
 
     @property
-    def accuracy(self) -> float:
-        """The network's own top-1 accuracy in percent; NaN without evaluation."""
-        last = self.test_accuracies[-1]
+    def headline(self) -> float:
+        """The network's own headline score; NaN without evaluation."""
+        last = self.heads[-1]
         return math.nan if last is None else last
+
+    def score(self, name: str) -> float | None:
+        """The network's score of the measure with that name; None where there is none."""
+        scores = zip(self.measures, self.network, strict=True)
+        return next((value for measure, value in scores if measure.name == name), None)
 
 
 def write_results(path: Path, rows: Sequence[EpochRow]) -> None:
@@ -72,18 +78,24 @@ def write_results(path: Path, rows: Sequence[EpochRow]) -> None:
 
     Floats are written so that reading gives the same bits; None is an empty cell.
     """
-    modules = range(1, len(rows[0].train_losses) + 1)
-    columns = [f"train_loss_{k}" for k in modules] + [f"test_acc_{k}" for k in modules]
+    (headline, *others), modules = rows[0].measures, range(1, len(rows[0].train_losses) + 1)
+    columns = [f"train_loss_{k}" for k in modules] + [f"test_{headline.short}_{k}" for k in modules]
+    columns += [f"test_{measure.short}" for measure in others] + [f"{rows[0].unit}s_per_second"]
     with written_aside(path) as aside, aside.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow([*COLUMNS_BEFORE, *columns, *COLUMNS_AFTER])
         for row in rows:
             before, after = ([getattr(row, name) for name in names] for names in (COLUMNS_BEFORE, COLUMNS_AFTER))
-            table.writerow([*before, *row.train_losses, *row.test_accuracies, *after])
+            scores = [*row.heads, *row.network[1:], row.examples_per_second]
+            table.writerow([*before, *row.train_losses, *scores, *after])
 
 
-def read_results(path: Path) -> list[EpochRow]:
+def read_results(path: Path, measures: Sequence[Measure] | None = None) -> list[EpochRow]:
     """Reads what `write_results` wrote.
+
+    Args:
+        path: the file.
+        measures: what the run's task measures; default: what the columns say.
 
     Raises:
         CheckpointError: the file is missing, or a line of it is not a row of results.
@@ -97,7 +109,7 @@ def read_results(path: Path) -> list[EpochRow]:
         raise CheckpointError(f"{path} is damaged: {error}; delete it") from None
     try:
         for cells in table:
-            rows.append(_row_of(cells))
+            rows.append(_row_of(cells, tuple(measures or _measures_in(cells))))
             if len(rows) > 1:
                 _require_order(*rows[-2:])
     except (KeyError, TypeError, ValueError, csv.Error) as error:
@@ -107,27 +119,43 @@ def read_results(path: Path) -> list[EpochRow]:
     return rows
 
 
-def _row_of(cells: Mapping[str, str]) -> EpochRow:
+def _row_of(cells: Mapping[str, str], measures: tuple[Measure, ...]) -> EpochRow:
     modules = range(1, sum(str(name).startswith("train_loss_") for name in cells) + 1)
     if not modules or None in cells:
         raise ValueError("it has cells without a column, or no losses")
-    accuracies = [cells[f"test_acc_{k}"] for k in modules]
+    headline, *others = measures
+    heads = [_score(cells, f"test_{headline.short}_{k}", headline) for k in modules]
+    (speed,) = [name for name in cells if name.endswith("s_per_second")]
     row = EpochRow(
         epoch=int(cells["epoch"]),
         step=int(cells["step"]),
         lr=float(cells["lr"]),
         train_losses=tuple(float(cells[f"train_loss_{k}"]) for k in modules),
-        test_accuracies=tuple(float(cell) if cell else None for cell in accuracies),
-        test_top5=float(cells["test_top5"]) if cells["test_top5"] else None,
-        test_loss=float(cells["test_loss"]) if cells["test_loss"] else None,
-        images_per_second=float(cells["images_per_second"]),
+        heads=tuple(heads),
+        network=(heads[-1], *(_score(cells, f"test_{measure.short}", measure) for measure in others)),
+        examples_per_second=float(cells[speed]),
         predicted_memory=_optional(cells["predicted_memory"]),
         peak_memory=_optional(cells["peak_memory"]),
         seconds=float(cells["seconds"]),
+        measures=measures,
+        unit=speed.removesuffix("s_per_second"),
     )
-    losses, own = list(row.train_losses), list(row.test_accuracies)
-    check({**vars(row), "train_losses": losses, "test_accuracies": own}, _ROW)
+    check({name: getattr(row, name) for name in _ROW} | {"train_losses": list(row.train_losses)}, _ROW)
     return row
+
+
+def _measures_in(cells: Mapping[str, str]) -> list[Measure]:
+    """The measures whose columns there are; those of a classification are known."""
+    known = {measure.short: measure for measure in ACCURACIES}
+    names = [name.removeprefix("test_") for name in cells if name and name.startswith("test_")]
+    shorts = dict.fromkeys(re.sub(r"_\d+$", "", name) for name in names)
+    return [known.get(short, Measure(short, short)) for short in shorts]
+
+
+def _score(cells: Mapping[str, str], column: str, measure: Measure) -> float | None:
+    value = float(cells[column]) if cells[column] else None
+    check({column: value}, {column: (PERCENT if measure.percent else LOSS, NULL)})
+    return value
 
 
 def _require_order(before: EpochRow, row: EpochRow) -> None:

@@ -1,6 +1,5 @@
 """What is shown when a run is over."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from localprop.registry import MODELS
-from localprop.report.formats import format_accuracy, format_bytes, format_duration, format_loss, format_speed
+from localprop.report.formats import format_bytes, format_duration, format_loss, format_speed
 from localprop.report.results import EpochRow
 from localprop.system.commands import command, plugin_words
 
 
 def final_table(rows: Sequence[EpochRow], module_names: Sequence[str], evaluated_on: str = "test") -> RenderableType:
-    """What came out: a line per module, then the network's accuracy, speed, memory and time.
+    """What came out: a line per module, then the network's scores, speed, memory and time.
 
     Args:
         rows: one or more epochs.
@@ -25,23 +24,25 @@ def final_table(rows: Sequence[EpochRow], module_names: Sequence[str], evaluated
         evaluated_on: "test" or "validation" images.
     """
     last = rows[-1]
-    best = max(rows, key=lambda row: -1 if math.isnan(row.accuracy) else row.accuracy)
+    headline, *others = last.measures
+    best = max(rows, key=lambda row: headline.rank(row.headline))
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("module", justify="right")
     table.add_column("units", overflow="fold")
     table.add_column("loss", justify="right", no_wrap=True)
-    table.add_column(f"{evaluated_on} %", justify="right", no_wrap=True)
-    modules = zip(module_names, last.train_losses, last.test_accuracies, strict=True)
-    for k, (name, loss, accuracy) in enumerate(modules, 1):
+    table.add_column(f"{evaluated_on} {headline.sign or headline.short}", justify="right", no_wrap=True)
+    modules = zip(module_names, last.train_losses, last.heads, strict=True)
+    for k, (name, loss, score) in enumerate(modules, 1):
         style = "bold" if k == len(module_names) else None
-        table.add_row(str(k), Text(name), format_loss(loss), format_accuracy(accuracy), style=style)
-    speed = sum(row.images_per_second for row in rows) / len(rows)
-    accuracies = f"{format_accuracy(last.accuracy)}%, best {format_accuracy(best.accuracy)}% (epoch {best.epoch})"
-    if last.test_top5 is not None:
-        accuracies += f", top-5 {format_accuracy(last.test_top5)}%"
+        table.add_row(str(k), Text(name), format_loss(loss), headline.text(score), style=style)
+    speed = sum(row.examples_per_second for row in rows) / len(rows)
+    ends = [f"{headline.text(row.headline)}{headline.sign}" for row in (last, best)]
+    scores = [f"{ends[0]}, best {ends[1]} (epoch {best.epoch})"]
+    for measure, value in zip(others, last.network[1:], strict=True):
+        scores += [] if value is None else [f"{measure.name} {measure.text(value)}{measure.sign}"]
     facts = Table.grid(padding=(0, 2, 0, 0))
-    facts.add_row(f"{evaluated_on} accuracy", accuracies)
-    facts.add_row("speed", format_speed(speed))
+    facts.add_row(f"{evaluated_on} {headline.name}", ", ".join(scores))
+    facts.add_row("speed", format_speed(speed, last.unit))
     facts.add_row("peak memory", _memory(rows))
     facts.add_row("time", format_duration(last.seconds))
     return Group(table, facts)

@@ -10,7 +10,7 @@ from localprop.errors import ConfigError, counted, printable
 from localprop.network.network import LocalNetwork
 from localprop.report.progress import Progress
 from localprop.report.summary import final_table, next_steps
-from localprop.runs.description import note_resumption, note_tested, tested_before, write_description
+from localprop.runs.description import note_resumption, note_tested, tested_before, tested_line, write_description
 from localprop.runs.experiment import Experiment, prepare
 from localprop.runs.headroom import choose_for_budget
 from localprop.runs.recorded_data import data_of_run
@@ -98,6 +98,7 @@ def train(trainer: Trainer, experiment: Experiment, console: Console, notes: lis
         count,
         trainer.outputs.rows,
         evaluated_on,
+        experiment.data.task.unit,
         trainer.last_step,
     )
     with progress:
@@ -109,8 +110,8 @@ def train(trainer: Trainer, experiment: Experiment, console: Console, notes: lis
     if trainer.tested:
         note_tested(folder, trainer.tested)
     console.print(final_table(rows, [units_of(net, range(k, k + 1)) for k in range(count)], evaluated_on))
-    if tested := tested_before(folder):
-        console.out(f"test accuracy {tested['accuracy']:.2f}%, of {tested['images']} images", highlight=False)
+    if line := tested_line(folder, experiment.data.task):
+        console.out(line, highlight=False)
     backbone = config.backbone
     console.out(
         next_steps(folder, folder / WEIGHTS, backbone.model, experiment.model_kwargs, backbone.plugin), highlight=False

@@ -27,6 +27,7 @@ from localprop.system.reading import (
     parse_json,
     read_text,
 )
+from localprop.tasks.base import Task
 from localprop.training.scores import Scores
 
 RUN = "run.json"
@@ -55,7 +56,7 @@ _DESCRIPTION = {
     "provenance": _PROVENANCE,
     "resumed_with?": [_PROVENANCE],
     "plugin?": {"path": TEXT, "sha256": TEXT},
-    "test?": {"images": POSITIVE, "accuracy": PERCENT},
+    "test?": {"images?": POSITIVE, "accuracy?": PERCENT},
     "job?": TEXT,
 }
 
@@ -72,7 +73,9 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
         "classes": data.classes,
         "modules": [module.units for module in net.local_modules],
         "parameters": sum(p.numel() for p in net.backbone.parameters()),
-        "auxiliary_parameters": [sum(p.numel() for p in module.auxiliary.parameters()) for module in net.local_modules],
+        "auxiliary_parameters": [
+            sum(p.numel() for p in module.local_loss.parameters()) for module in net.local_modules
+        ],
         "data": data.name,
         "data_identity": data.identity,
         "evaluated_on": data.evaluated_on,
@@ -95,14 +98,8 @@ def note_tested(folder: Path, scores: Scores) -> None:
     Raises:
         CheckpointError: run.json is missing or damaged, or the disk fails.
     """
-    found = {
-        "images": scores.images,
-        "accuracy": scores.top1[-1],
-        "module_accuracies": scores.top1,
-        "top5": scores.top5,
-        "loss": scores.loss,
-    }
-    write_text(folder / RUN, json.dumps({**read_description(folder), "test": found}, indent=2) + "\n")
+    description = {**read_description(folder), "test": scores.record()}
+    write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
 
 
 def tested_before(folder: Path) -> dict[str, Any] | None:
@@ -112,6 +109,23 @@ def tested_before(folder: Path) -> dict[str, Any] | None:
         CheckpointError: run.json is missing or damaged.
     """
     return read_description(folder).get("test")
+
+
+def tested_line(folder: Path, task: Task) -> str | None:
+    """What `note_tested` added, in words; None where it added nothing.
+
+    Raises:
+        CheckpointError: run.json is missing or damaged.
+    """
+    tested, measure, examples = tested_before(folder), task.measures[0], f"{task.unit}s"
+    if tested is None:
+        return None
+    try:
+        check(tested, {measure.name: (NUMBER, NULL), examples: POSITIVE})
+    except Malformed as error:
+        raise CheckpointError(f"{folder / RUN} is damaged: test.{error}; restore it, or start a new run") from None
+    score = f"{measure.text(tested[measure.name])}{measure.sign}"
+    return f"test {measure.name} {score}, of {tested[examples]} {examples}"
 
 
 def note_resumption(folder: Path) -> None:

@@ -61,17 +61,19 @@ def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = No
     source = load_weights(folder, experiment.backbone)
     experiment.backbone.eval()
     batches = data.test_batches(config.optim.batch_size // config.optim.micro_batches, device)
-    scores = evaluate(experiment.backbone, batches)
+    scores = evaluate(data.task, experiment.backbone, batches)
     result: dict[str, Any] = {
         "run": str(folder),
         "weights": source,
         "data": data.name,
         "evaluated_on": data.evaluated_on,
     }
-    result["images"] = scores.images
-    accuracies = {"top1": scores.top1[0], "top5": scores.top5}
-    result |= {name: round(value, 3) for name, value in accuracies.items() if value is not None}
-    return {**result, "loss": round(scores.loss, 5)}, data.notes + notes
+    result[f"{data.task.unit}s"] = scores.examples
+    for measure, value in zip(data.task.measures, scores.network, strict=True):
+        # Version 0.1 called the accuracy top1.
+        name = "top1" if measure.name == "accuracy" else measure.name
+        result |= {} if value is None else {name: round(value, 3 if measure.percent else 5)}
+    return result, data.notes + notes
 
 
 def export_run(folder: Path, output: Path | None, plugin: Path | None = None) -> tuple[Path, str, list[str]]:

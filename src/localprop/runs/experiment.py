@@ -1,12 +1,10 @@
 """From settings to things: data, backbone and network."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from localprop.data.base import Data
 from localprop.data.loading import FOLDER, load_data, load_evaluated
@@ -60,11 +58,10 @@ class Experiment:
             self.backbone,
             self.recipe,
             input_size=self.input_size,
-            num_classes=data.num_classes,
             batch_size=optim.batch_size,
             micro_batches=optim.micro_batches,
             amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
-            criterion=partial(_criterion, smoothing=data.config.smoothing),
+            task=data.task,
             mean=data.mean,
             std=data.std,
         )
@@ -96,11 +93,6 @@ class Experiment:
         return f"{self.config.local.method}, {self.config.backbone.model} on {self.data.name}"
 
 
-def _criterion(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
-    # With mixup and cutmix the labels are smoothed already.
-    return F.cross_entropy(logits, labels, label_smoothing=0.0 if labels.is_floating_point() else smoothing)
-
-
 def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None = None) -> Experiment:
     """Loads the data and builds the model; seeds PyTorch, so that the same settings give the same weights.
 
@@ -123,7 +115,7 @@ def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None
     built = model
     if not weights:
         built = replace(model, pretrained=False, model_kwargs=without_starting_weights(model.model_kwargs or {}))
-    backbone, kwargs = create_backbone(built, data.num_classes)
+    backbone, kwargs = create_backbone(built, data.task.outputs)
     kwargs = without_starting_weights(kwargs)
     if model.pretrained:
         # Pretrained weights expect the normalisation that they were trained with.

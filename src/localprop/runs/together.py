@@ -123,7 +123,7 @@ def _build_trainer(
     """What trains in this process, at the place where the run begins or resumes; and lines for the user."""
     config, device = experiment.config, experiment.device
     predicted, notes = _predict(experiment, net, placement, job)
-    if not stage.needs_images:
+    if not stage.needs_inputs:
         experiment.data.release()
     steps = experiment.steps_per_epoch
     state = TrainingState(net, config.optim, steps, device, stage.modules, stage.average, stage.span)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from localprop.errors import ConfigError
-from localprop.registry import DATASETS
+from localprop.registry import DATASETS, TASKS
 from localprop.settings.bounds import require_within_bounds
 from localprop.settings.recipe import Recipe
 from localprop.settings.values import (
@@ -97,6 +97,7 @@ class DataConfig:
     """What the model is trained on and evaluated on, and how images are augmented."""
 
     data: Annotated[str, tyro.conf.arg(help=_DATA_HELP)] = "digits"
+    task: Annotated[str, tyro.conf.arg(help=f"What the network is trained for: {', '.join(TASKS)}.")] = "classification"
     data_dir: Path = Path("data")
     """Where torchvision's datasets are, or are downloaded to."""
     download: bool = False

@@ -21,7 +21,7 @@ def compile_network(net: LocalNetwork) -> None:
     for module in net.local_modules:
         module.recompute = False  # the compiler itself chooses what to compute again
         module.compile(dynamic=False, options=_OPTIONS)
-        module.auxiliary.compile(dynamic=False, options=_OPTIONS)
+        module.local_loss.compile(dynamic=False, options=_OPTIONS)
 
 
 def require_compiler(device: torch.device, flag: str) -> None:

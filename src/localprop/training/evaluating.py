@@ -9,7 +9,7 @@ from torch import nn
 from localprop.data.base import Data
 from localprop.network.carry import Carry
 from localprop.settings.config import TrainConfig
-from localprop.training.scores import Scores, Tally, count_hits
+from localprop.training.scores import Scores, Tally, sums_of
 from localprop.training.signals import StopSignals
 from localprop.training.stage import Stage
 from localprop.training.state import TrainingState, autocast
@@ -40,7 +40,7 @@ def evaluate_network(
     """
     net, optim = state.net, config.optim
     averaged = state.ema.module.eval() if state.ema else None
-    tally = Tally()
+    tally = Tally(net.task)
     net.eval()
     at_once = optim.batch_size // optim.micro_batches // stage.replicas
     batches = stage.test_batches(data, at_once, device, 1 if averaged is None else 2)
@@ -53,8 +53,8 @@ def evaluate_network(
                 stage.send(carry, signals.number)
             if stage.reports:
                 final = carries[-1]
-                hits = [*carries[0].hits[:-1], count_hits(final.features, final.labels)]
-                tally.add(hits, final.features, final.labels)
+                sums = net.task.sums(final.features, final.targets)
+                tally.add([*carries[0].sums[:-1], sums], len(final.targets))
             stop_if_asked(carries[-1].stop)
     net.train()
     return tally.scores() if stage.reports else None
@@ -66,6 +66,7 @@ def _run(state: TrainingState, modules: range, carry: Carry, averaged: nn.Module
         module = state.net.local_modules[k]
         if averaged is None:
             carry.features = module(carry.features, carry.context)
-            carry.hits.append(count_hits(module.auxiliary.classify(carry.features), carry.labels))
+            prediction = module.local_loss.predict(carry.features)
+            carry.sums.append(sums_of(state.net.task, prediction, carry.targets))
         else:
             carry.features = module.run_on(averaged, carry.features, carry.context)

@@ -1,6 +1,7 @@
 """What training writes into the run folder beside checkpoints: results, losses, curves and weights."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from localprop.errors import CheckpointError
 from localprop.report.curves import draw_curves
 from localprop.report.losses import LossCurve
+from localprop.report.measures import Measure
 from localprop.report.results import EpochRow, read_results, write_results
 from localprop.system.lock import FolderLock
 from localprop.training.checkpoints.format import save_weights
@@ -31,6 +33,7 @@ class Outputs:
         steps: steps of the whole run.
         steps_per_epoch: steps of an epoch.
         lock: on the run folder, in the process that writes into it.
+        measures: what the task measures; default: what the file's columns say.
 
     Attributes:
         rows: a row per epoch.
@@ -46,8 +49,9 @@ class Outputs:
         steps: int,
         steps_per_epoch: int,
         lock: FolderLock | None = None,
+        measures: Sequence[Measure] | None = None,
     ) -> None:
-        self.folder, self.lock = folder, lock
+        self.folder, self.lock, self._measures = folder, lock, measures
         self.rows: list[EpochRow] = []
         self.curve = LossCurve(steps, modules)
         self._title, self._evaluated_on, self._steps_per_epoch = title, evaluated_on, steps_per_epoch
@@ -68,7 +72,7 @@ class Outputs:
         results = self.folder / RESULTS
         if not results.exists():
             return
-        rows = read_results(results)
+        rows = read_results(results, self._measures)
         self._weights_step = rows[-1].step if rows else 0
         self.rows = [row for row in rows if row.epoch <= epoch or (ends and row.step == step)]
         if self.rows and len(self.rows[0].train_losses) != self.curve.modules:

@@ -1,11 +1,13 @@
-"""Accuracy and loss over a dataset."""
+"""What an evaluation finds: the scores of every module's head and of the network."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from localprop.tasks.base import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -13,65 +15,64 @@ class Scores:
     """What an evaluation found.
 
     Attributes:
-        top1: accuracy in percent of each set of logits, None where there were none; the last is the network's.
-        top5: of the network, in percent; None below 6 classes, where it has no meaning.
-        loss: mean cross-entropy of the network.
-        images: number of images.
+        task: what was evaluated.
+        heads: the headline of each module's head, None where it has none; the last is the network's.
+        network: the network's score of each of the task's measures.
+        examples: number of examples.
     """
 
-    top1: tuple[float | None, ...]
-    top5: float | None
-    loss: float
-    images: int
+    task: Task
+    heads: tuple[float | None, ...]
+    network: tuple[float | None, ...]
+    examples: int
+
+    def record(self) -> dict[str, Any]:
+        """The same for a JSON file, by the names of the measures."""
+        names = [measure.name for measure in self.task.measures]
+        modules = "module_accuracies" if names[0] == "accuracy" else "module_scores"
+        examples = {f"{self.task.unit}s": self.examples}
+        return {**examples, **dict(zip(names, self.network, strict=True)), modules: list(self.heads)}
 
 
 @dataclass
 class Tally:
-    """Counts what was right, batch by batch."""
+    """Adds up a task's sums, batch by batch."""
 
-    correct: tuple[int | None, ...] = ()
-    top5: int = 0
-    loss: float = 0.0
-    images: int = 0
-    classes: int = 0
+    task: Task
+    sums: list[Tensor | None] = field(default_factory=list)
+    examples: int = 0
 
-    def add(self, hits: Sequence[int | None], logits: Tensor, labels: Tensor) -> None:
-        """Takes in a batch.
-
-        Args:
-            hits: what `count_hits` gave for the logits of every head, the network's last.
-            logits: (B, C) of the network.
-            labels: (B,).
-        """
-        before = self.correct or (0,) * len(hits)
-        self.correct = tuple(None if n is None else (b or 0) + n for b, n in zip(before, hits, strict=True))
-        self.classes = logits.shape[1]
-        self.loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-        self.top5 += int((logits.topk(min(5, self.classes)).indices == labels[:, None]).sum())
-        self.images += len(labels)
+    def add(self, sums: Sequence[Tensor | None], examples: int) -> None:
+        """Takes in a batch: the sums of every module's head, the network's last, and the number of examples."""
+        sums = [None if own is None else own.cpu() for own in sums]
+        before = self.sums or [None if own is None else torch.zeros_like(own) for own in sums]
+        self.sums = [None if a is None or b is None else a + b for a, b in zip(before, sums, strict=True)]
+        self.examples += examples
 
     def scores(self) -> Scores:
         """What was found in all."""
-        top1 = tuple(None if hits is None else 100 * hits / self.images for hits in self.correct)
-        top5 = 100 * self.top5 / self.images if self.classes > 5 else None
-        return Scores(top1, top5, self.loss / self.images, self.images)
+        found = [None if own is None else self.task.scores(own) for own in self.sums]
+        network = found[-1]
+        assert network is not None  # the last module predicts
+        heads = tuple(None if own is None else own[0] for own in found)
+        return Scores(self.task, heads, tuple(network), self.examples)
 
 
-def count_hits(logits: Tensor | None, labels: Tensor) -> int | None:
-    """How many of (B, C) logits are highest at their labels (B,); None without logits."""
-    return None if logits is None else int((logits.argmax(1) == labels).sum())
+def sums_of(task: Task, prediction: Tensor | None, targets: Tensor) -> Tensor | None:
+    """The task's sums of a prediction; None without one."""
+    return None if prediction is None else task.sums(prediction, targets)
 
 
 @torch.no_grad()
-def evaluate(predict: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> Scores:
-    """Evaluates a model on labelled images.
+def evaluate(task: Task, predict: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Scores:
+    """Evaluates a model.
 
     Args:
-        predict: gives for a batch of images the logits (B, C).
-        batches: (images, labels (B,)).
+        task: what it is trained for.
+        predict: gives for a batch of inputs its prediction.
+        batches: [inputs, targets], as the task prepares them.
     """
-    tally = Tally()
-    for images, labels in batches:
-        logits = predict(images)
-        tally.add([count_hits(logits, labels)], logits, labels)
+    tally = Tally(task)
+    for inputs, targets in batches:
+        tally.add([task.sums(predict(inputs), targets)], len(targets))
     return tally.scores()

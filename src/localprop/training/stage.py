@@ -1,6 +1,7 @@
 """The seam between training alone and in several processes: where batches come from and go, and what others know."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from localprop.data.base import Data
 from localprop.network.carry import Carry
+from localprop.tasks.base import Batch, share_of_step
 from localprop.training.checkpoints.folder import begin_checkpoint, publish, write_parts
 from localprop.training.state import TrainingState
 
@@ -33,7 +35,7 @@ class Stage:
 
     Args:
         modules: those that are trained here.
-        own_part: gives of a loaded batch [images, labels] what this process trains on; default: all.
+        own_part: gives of a loaded batch [inputs, targets] what this process trains on; default: all.
 
     Attributes:
         name: of the layout, for messages.
@@ -47,7 +49,7 @@ class Stage:
     replica, replicas = 0, 1
     reporter, reports = 0, True
 
-    def __init__(self, modules: range, own_part: Callable[[list[Tensor]], list[Tensor]] | None = None) -> None:
+    def __init__(self, modules: range, own_part: Callable[[Batch], Batch] | None = None) -> None:
         self.modules = modules
         self._own_part = own_part
         self._batch: list[Tensor] = []  # whose micro-batches are being trained on
@@ -62,14 +64,16 @@ class Stage:
         module here.
         """
         for batch in islice(data.train_batches(epoch, batch_size, device, steps.start), len(steps)):
+            total = data.task.weight(batch[1])
+            share = partial(share_of_step, data.task, total, micro_batches * self.replicas)
             self._batch = self._own_part(batch) if self._own_part else batch
             del batch  # or else the parts of others would stay in memory
-            yield from Carry.micro_batches(self._batch, micro_batches)
+            yield from Carry.micro_batches(self._batch, micro_batches, share)
 
     def test_batches(self, data: Data, batch_size: int, device: torch.device, models: int) -> Iterator[list[Carry]]:
         """The batches to evaluate on, each once for every one of the `models` that are evaluated."""
-        for images, labels in data.test_batches(batch_size, device):
-            yield [Carry(images, labels) for _ in range(models)]
+        for inputs, targets in data.test_batches(batch_size, device):
+            yield [Carry(inputs, targets) for _ in range(models)]
 
     def send(self, carry: Carry, signal: int) -> None:
         """Hands a batch to the next stage; `signal` is the number of one that came to this process, or 0.

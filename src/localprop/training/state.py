@@ -75,9 +75,8 @@ class TrainingState:
         """A step, or one micro-batch of it: forward and backward, module by module, and after the last optimizer steps.
 
         Args:
-            batch: images (B, channels, height, width), and labels: (B,) integers, or (B, C) probabilities. Both are
-                taken out of the list, so that the images are freed when no later module needs them. Or what the
-                module before this process's first one left of a batch.
+            batch: [inputs, targets], (B, ...) each. Both are taken out of the list, so that the inputs are freed when
+                no later module needs them. Or a batch as it comes from the module before this process's first.
             seed: of the dropout and stochastic depth on this batch.
             last: whether this is the last of the step's `OptimConfig.micro_batches`. Gradients of those before wait.
 
@@ -196,7 +195,7 @@ class TrainingState:
         for k, optimizer, scaler in zip(self.modules, self.optimizers, self.scalers, strict=True):
             part = {
                 "backbone": {name: weights[name] for name in shares[k]},
-                "auxiliary": self.net.local_modules[k].auxiliary.state_dict(),
+                "auxiliary": self.net.local_modules[k].local_loss.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
             if self.ema:
@@ -237,7 +236,7 @@ class TrainingState:
             for i, k in enumerate(self.modules):
                 part = parts[part_name(k)]
                 _load_share(self.net.backbone, part["backbone"], shares[k])
-                self.net.local_modules[k].auxiliary.load_state_dict(part["auxiliary"])
+                self.net.local_modules[k].local_loss.load_state_dict(part["auxiliary"])
                 load_optimizer(self.optimizers[i], part["optimizer"])
                 if self.offload:
                     self.offload.release(i)

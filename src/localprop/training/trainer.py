@@ -75,7 +75,8 @@ class Trainer:
         count, steps = len(self.net.local_modules), self.steps_per_epoch * config.optim.epochs
         self.last_step = min(steps, config.run.steps or steps)
         self.position = Position(loss_sums=[0.0] * count, layout=self.stage.name)
-        self.outputs = Outputs(folder, title, data.evaluated_on, count, steps, self.steps_per_epoch, lock)
+        measures = self.net.task.measures
+        self.outputs = Outputs(folder, title, data.evaluated_on, count, steps, self.steps_per_epoch, lock, measures)
         self.tests_at_end = True
         self.tested: Scores | None = None
         self._signals, self._clock = StopSignals(), Clock()
@@ -260,13 +261,14 @@ class Trainer:
             step=self.state.step,
             lr=self.state.lr,
             train_losses=tuple(total / steps for total in position.loss_sums),
-            test_accuracies=scores.top1 if scores else (None,) * len(position.loss_sums),
-            test_top5=scores.top5 if scores else None,
-            test_loss=scores.loss if scores else None,
-            images_per_second=steps * self.config.optim.batch_size / position.epoch_seconds,
+            heads=scores.heads if scores else (None,) * len(position.loss_sums),
+            network=scores.network if scores else (None,) * len(self.net.task.measures),
+            examples_per_second=steps * self.config.optim.batch_size / position.epoch_seconds,
             predicted_memory=self.predicted,
             peak_memory=self.gauge.peak,
             seconds=position.seconds,
+            measures=tuple(self.net.task.measures),
+            unit=self.net.task.unit,
         )
 
     def _save(self) -> Path:

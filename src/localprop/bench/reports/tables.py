@@ -6,7 +6,7 @@ from localprop.bench.record import Record
 from localprop.bench.reports.groups import Comparison, tasks_of
 from localprop.bench.reports.labels import DEFAULTS
 from localprop.bench.series import BASELINE, Series, Spread
-from localprop.report.formats import format_accuracy
+from localprop.report.formats import format_percent
 from localprop.report.texts import markdown
 
 NONE = "-"
@@ -53,7 +53,7 @@ def module_table(task: Comparison) -> str:
     most = max(setting.modules for setting in task.settings)
     rows = []
     for setting in task.settings:
-        *inner, last = (format_accuracy(a) for a in setting.module_accuracies)
+        *inner, last = (format_percent(a) for a in setting.module_accuracies)
         rows.append([markdown(setting.label), *inner, *[""] * (most - 1 - len(inner)), last])
     return table(["setting", *(str(k) for k in range(1, most)), "network"], rows)
 

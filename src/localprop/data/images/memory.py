@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from localprop.data.base import Batch
+from localprop.data.base import Pixels
 from localprop.data.images.augment import random_crop, random_hflip, resize
 from localprop.data.view import WHOLE, View
 from localprop.seeding import derive_seed, generator
@@ -56,7 +56,7 @@ class MemoryStore:
 
     def train(
         self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Pixels]:
         """Cropped, flipped and resized batches; see `localprop.data.base.Store`."""
         self._settle(device)
         for step in steps:
@@ -67,7 +67,7 @@ class MemoryStore:
             images = random_hflip(random_crop(images, self.crop_pad, draws), self.hflip, draws)
             yield resize(images, self.img_size), self.train_labels[chosen].to(device)
 
-    def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Batch]:
+    def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Pixels]:
         """Batches in order; images of another size than the input's are resized by timm, for an export is by no other.
 
         See `localprop.data.base.Store`.

@@ -9,7 +9,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from localprop.data.base import Batch
+from localprop.data.base import Pixels
 from localprop.data.images.folder import Unreadable, refuse_image, skip_image
 from localprop.data.images.reading import read_image
 from localprop.data.images.walk import File
@@ -61,14 +61,14 @@ class StreamStore:
 
     def train(
         self, epoch: int, order: list[int], batch_size: int, steps: range, device: torch.device
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Pixels]:
         """Batches augmented by timm's training transform; see `localprop.data.base.Store`."""
         transform = create_transform(self.img_size, is_training=True, hflip=self.hflip, normalize=False)
         images = _Decoded(self.train_files, order, transform, self.bad_images, (self.seed, epoch))
         batches = [list(range(step * batch_size, (step + 1) * batch_size)) for step in steps]
         return self._batches(images, batches, device, self._skip)
 
-    def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Batch]:
+    def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Pixels]:
         """Batches in order, through timm's evaluation transform; see `localprop.data.base.Store`."""
         order = list(range(self.test_size))
         images = _Decoded(self.test_files, order, view.transform(self.img_size), 0, None)
@@ -88,7 +88,7 @@ class StreamStore:
         batches: list[list[int]],
         device: torch.device,
         on_unreadable: Callable[[Unreadable], None],
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Pixels]:
         loader = DataLoader(
             images,
             batch_sampler=batches,

@@ -1,0 +1,155 @@
+"""A module's local loss, and what it may know of the module that it is built for."""
+
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from localprop.decoders import build_decoder
+from localprop.decoders.common import Decoder
+from localprop.features import Layout
+from localprop.tasks.base import Task
+from localprop.tracing.units import Unit
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """What a local loss may know of the module it is built for.
+
+    Attributes:
+        index: which module, from 0.
+        count: number of modules, K.
+        input: layout of the module's input, that of the network's input for the first.
+        output: layout of the module's output.
+        source: layout of the network's input.
+        task: what the network is trained for.
+        prediction: shape of the network's output, batch axis left out.
+        head: name of the auxiliary head.
+        decoder: name of the decoder.
+        mean, std: per channel, with which images are normalised.
+        following: the units after the module, in order, each with the layout of its output; none after the last module.
+    """
+
+    index: int
+    count: int
+    input: Layout
+    output: Layout
+    source: Layout
+    task: Task
+    prediction: tuple[int, ...]
+    head: str
+    decoder: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    following: tuple[tuple[Unit, Layout], ...] = ()
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the module with the backbone's own prediction."""
+        return self.index == self.count - 1
+
+    def build_head(self) -> nn.Module:
+        """A head that reads the module's output and gives a prediction like the network's."""
+        return self.task.head(self.head, self.output, self.prediction)
+
+    def build_decoder(self, target: Layout) -> Decoder:
+        """A decoder from the module's output to a grid: (B, target.channels, target.height, target.width)."""
+        return build_decoder(self.decoder, self.output, target)
+
+    @property
+    def image(self) -> Layout:
+        """Name of `source` in version 0.1."""
+        return _renamed(self, "image", "source")
+
+    @property
+    def criterion(self) -> Any:
+        """Name of `task.loss` in version 0.1."""
+        return _renamed(self, "criterion", "task").loss
+
+    @property
+    def num_classes(self) -> int:
+        """Name of `prediction[-1]` in version 0.1."""
+        return _renamed(self, "num_classes", "prediction")[-1]
+
+
+class LocalLoss(nn.Module, ABC):
+    """A module's local loss, with the auxiliary nets that it needs and inference does not.
+
+    Attributes:
+        uses_inputs: whether the loss looks at the network's inputs (other than as the input of the first module). Where
+            no later module's does, they are freed.
+    """
+
+    uses_inputs: bool = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Names of version 0.1, in which a plugin's class may be written.
+        for old, new in (("classify", "predict"), ("uses_images", "uses_inputs")):
+            if old in vars(cls):
+                warnings.warn(f"{cls.__name__}.{old} is called {new} now", DeprecationWarning, stacklevel=2)
+                if new not in vars(cls):
+                    setattr(cls, new, vars(cls)[old])
+                delattr(cls, old)
+
+    @abstractmethod
+    def forward(
+        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the local loss. All arguments are given by position.
+
+        Args:
+            output: the module's output; gradients flow back through it.
+            features: the module's input, detached.
+            inputs: the network's inputs; None where `uses_inputs` is False.
+            targets: as the task has them; of classification (B,) integers, or (B, C) probabilities.
+
+        Returns:
+            The loss (a scalar), and the head's prediction if there is one, else None.
+        """
+
+    @abstractmethod
+    def predict(self, output: Tensor) -> Tensor | None:
+        """The head's prediction for a module's output; None without a head that predicts targets."""
+
+    def classify(self, output: Tensor) -> Tensor | None:
+        """Name of `predict` in version 0.1."""
+        return _renamed(self, "classify", "predict")(output)
+
+    @property
+    def uses_images(self) -> bool:
+        """Name of `uses_inputs` in version 0.1."""
+        return _renamed(self, "uses_images", "uses_inputs")
+
+    @uses_images.setter
+    def uses_images(self, value: bool) -> None:
+        self.uses_inputs = value
+
+
+class TaskLoss(LocalLoss):
+    """The last module's loss under every method: the task's loss of the backbone's own prediction."""
+
+    uses_inputs = False
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        super().__init__()
+        self.task = spec.task
+
+    def forward(
+        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `LocalLoss.forward`; the output is the prediction."""
+        return self.task.loss(output, targets), output
+
+    def predict(self, output: Tensor) -> Tensor:
+        """The output itself."""
+        return output
+
+
+def _renamed(owner: Any, old: str, new: str) -> Any:
+    """The attribute that is called `new` now; warns the caller of the one that was called `old`."""
+    name = type(owner).__name__
+    warnings.warn(f"{name}.{old} is called {name}.{new} now", DeprecationWarning, stacklevel=3)
+    return getattr(owner, new)
