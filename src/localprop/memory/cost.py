@@ -85,7 +85,8 @@ def auxiliary_cost(
     half = conditions.amp_dtype
     with mode:
         features = torch.empty(batch, *output, dtype=half)
-        own, inputs = torch.empty(batch, *source, dtype=half), torch.empty(batch, *network_input)
+        own = torch.empty(batch, *source, dtype=half)
+        inputs = torch.empty(batch, *network_input) if auxiliary.uses_inputs else None
         targets = target.batch(batch)
 
     def run(x: Tensor) -> Tensor:

@@ -82,6 +82,12 @@ class Carry:
         _renamed("images", "inputs")
         return self.inputs
 
+    @property
+    def hits(self) -> list[int | None]:
+        """Of a classification in version 0.1: how many examples each module's head got right."""
+        _renamed("hits", "sums")
+        return [None if own is None else int(own[0]) for own in self.sums]
+
 
 def _renamed(old: str, new: str) -> None:
     warnings.warn(f"Carry.{old} is called Carry.{new} now", DeprecationWarning, stacklevel=3)

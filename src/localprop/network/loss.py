@@ -89,7 +89,7 @@ class LocalLoss(nn.Module, ABC):
         # Names of version 0.1, in which a plugin's class may be written.
         for old, new in (("classify", "predict"), ("uses_images", "uses_inputs")):
             if old in vars(cls):
-                warnings.warn(f"{cls.__name__}.{old} is called {new} now", DeprecationWarning, stacklevel=2)
+                warnings.warn(f"{cls.__name__}.{old} is called {new} now", DeprecationWarning, stacklevel=3)
                 if new not in vars(cls):
                     setattr(cls, new, vars(cls)[old])
                 delattr(cls, old)
