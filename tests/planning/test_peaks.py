@@ -7,6 +7,7 @@ from torch import nn
 from localprop import localize
 from localprop.planning.peaks import explain_peak
 from localprop.planning.simulation import simulate_step
+from localprop.planning.tables import percentages
 from localprop.settings.config import OptimConfig
 from tiny import MODELS, SIZE, build, split, traced_once
 
@@ -107,3 +108,17 @@ def test_what_a_unit_computes_outside_its_modules_is_the_units():
     peak = explained(localize(Glue(), method="end-to-end", input_size=SIZE), OptimConfig(opt="sgd"))
     wide = [t for t in peak.tensors if t.shape == (BATCH, 900, 8)]
     assert {t.layer for t in wide if t.use == "activations"} == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rest"),
+    [([1] * 7, [1, 2]), ([333, 333], [334]), ([10**9] * 10, [10**10, 3, 5 * 10**8]), ([], [5]), ([1] * 3, [2000, 1])],
+)
+def test_shares_sum_to_a_hundred_and_are_equal_for_equal_sizes(sizes, rest):
+    shares, others = percentages(sizes, rest)
+    assert sum(round(10 * float(share)) for share in [*shares, *others]) == 1000
+    assert all(shares[i] == shares[j] for i, a in enumerate(sizes) for j, b in enumerate(sizes) if a == b)
+    whole = sum(sizes) + sum(rest)
+    for share, size in zip([*shares, *others], [*sizes, *rest], strict=True):
+        assert float(share) == pytest.approx(100 * size / whole, abs=0.5)
+        assert float(share) >= 0

@@ -148,12 +148,16 @@ def peak_line(peak: Peak) -> str:
 def percentages(sizes: Sequence[int], rest: Sequence[int]) -> tuple[list[str], list[str]]:
     """The shares of sizes and of the rest in their sum, in percent with one digit.
 
-    They sum to 100.0: what rounding leaves over goes to the largest of the rest, so that equal sizes have equal shares.
+    They sum to 100.0: what rounding leaves over is spread over the largest of the rest, a tenth each. So equal sizes
+    have equal shares.
     """
     whole = sum(sizes) + sum(rest)
     rounded = [round(1000 * size / whole) for size in [*sizes, *rest]]
-    largest = len(sizes) + max(range(len(rest)), key=rest.__getitem__)
-    rounded[largest] += 1000 - sum(rounded)
+    left = 1000 - sum(rounded)
+    by_size = sorted(range(len(rest)), key=rest.__getitem__, reverse=True)
+    large = [len(sizes) + i for i in by_size if rest[i] > whole / 100] or [len(sizes) + by_size[0]]
+    for i in range(abs(left)):
+        rounded[large[i % len(large)]] += 1 if left > 0 else -1
     texts = [f"{share / 10:.1f}" for share in rounded]
     return texts[: len(sizes)], texts[len(sizes) :]
 
