@@ -1,6 +1,6 @@
-"""A page of results beside the published ones, and the part of a README that is made of them.
+"""Writes a page of results beside the published ones, and the part of a README that shows them.
 
-What the text says of numbers is computed from them.
+Every sentence about numbers is computed from the numbers.
 """
 
 import os
@@ -33,13 +33,13 @@ def publish(folder: Path, published: Path, page: Path, readme: Path, images: str
             "sources" and "unknown" (lists of sentences).
         page: the Markdown file; the pictures are called PAGE-pareto.png and PAGE-depth.png.
         readme: a Markdown file with the lines `<!-- results -->` and `<!-- /results -->`.
-        images: what a reader has to know of the images and the records do not say, such as "JPEG copy".
+        images: what the records do not say about the images, such as "JPEG copy".
 
     Returns:
         The paths written.
 
     Raises:
-        BenchError: there are no records, or something is none of them; or the README has no markers.
+        BenchError: there are no records, a file is not a record, or the README has no markers.
         ConfigError: the published figures cannot be read.
         CheckpointError: the disk is full, may not be written or fails.
     """
@@ -73,18 +73,18 @@ def _page(
         "## Beside the published figures",
         "",
         f"Published: test accuracy of {figures['model']}, K={modules}. {' '.join(figures['sources'])} Here: "
-        f"{_protocol(records, images)}. So accuracies cannot be compared, and gaps only with "
-        "care: the published ones are of long training, over which gaps open; of short training they say nothing.",
+        f"{_protocol(records, images)}. So the accuracies cannot be compared. Compare the gaps with care: gaps grow "
+        "over long training, and the published gaps say nothing about short training.",
         "",
         paper_comparison(records, accuracy, modules),
         "",
         *_reproduced(orderings(records, accuracy, modules)),
-        "Peak memory of a training step against end-to-end's. It depends on the sizes of network, image and batch, so "
-        "that only the direction can be compared:",
+        "The table compares the peak memory of a training step with that of end-to-end training. The ratio depends on "
+        "the sizes of network, image and batch, so only its direction can be compared:",
         "",
         memory_comparison(records, memory),
         "",
-        "Not known to us of the published figures:",
+        "The published sources leave open:",
         "",
         *(f"- {line}" for line in figures["unknown"]),
         "",
@@ -97,26 +97,26 @@ def _page(
 
 def _reproduced(rows: Sequence[tuple[str, ...]]) -> list[str]:
     if not rows:
-        return ["Of no two published figures have both been run here.", ""]
+        return ["No ordering can be checked: no two of the published settings were run here.", ""]
     counts = Counter(row[-1] for row in rows)
     words = {
         REPRODUCED: "reproduced",
-        OPPOSITE: "the other way round here",
-        OPEN: "open (the seeds do not agree, or the difference is below twice the standard error of so many images)",
+        OPPOSITE: "opposite here",
+        OPEN: "open (the seeds disagree, or the difference is below twice the standard error of so many images)",
     }
     counted = "; ".join(f"{counts[verdict]} {text}" for verdict, text in words.items())
     heads = ["data", "which is more accurate", "published (points)", "here (points)", "seeds", ""]
-    return [f"Of {len(rows)} orderings that can be checked: {counted}.", "", table(heads, rows, words=2), ""]
+    return [f"Orderings that can be checked: {len(rows)}. {counted}.", "", table(heads, rows, words=2), ""]
 
 
 def _readme_part(records: Sequence[Record], pictures: Sequence[str], page: str, images: str) -> str:
     lines = [
-        f"Measured here: {_protocol(records, images)}; ± is the standard deviation over seeds. Gaps open over long "
-        "training: such gaps as others published are further below."
+        f"Measured here: {_protocol(records, images)}; ± is the standard deviation over seeds. Gaps grow over long "
+        "training; the published gaps are below."
     ]
     lines += [line for picture in pictures for line in ("", f"![accuracy and peak memory]({picture})")]
     lines += ["", results_table(records, README_ROWS), ""]
-    lines += [f"All settings, the published figures beside them, and how it was measured: [results]({page})."]
+    lines += [f"[Results]({page}) has all settings, the published figures, and how the numbers were measured."]
     return "\n".join(lines)
 
 

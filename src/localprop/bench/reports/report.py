@@ -79,10 +79,10 @@ def how_measured(records: Sequence[Record]) -> list[str]:
     provenances = [*begun, *(other for first in begun for other in first.get("resumed_with", []))]
     seconds = sum(record.cost.get("seconds") or 0 for record in records)
     return [
-        "Accuracy is that of the network after the last epoch; no epoch is chosen. ± is the sample standard deviation "
-        "over seeds. A gap is the mean of the differences to end-to-end with the same seed. Peak memory is that of one "
-        "training step: weights, optimizer state, gradients and activations. Ratios are to end-to-end's; the time is "
-        "that of a step: processor time on a CPU, else on the clock.",
+        "Accuracy is the network's after the last epoch; no epoch is chosen. ± is the sample standard deviation over "
+        "seeds. A gap is the mean difference from end-to-end training with the same seed. Peak memory is that of one "
+        "training step: weights, optimizer state, gradients and activations. Ratios are relative to end-to-end "
+        "training. Time is that of a step: processor time on a CPU, wall-clock time elsewhere.",
         "",
         f"- in all runs: {code(shlex.join(['localprop', 'train', *flags]))}{''.join(others)}",
         *dict.fromkeys(_data_line(record) for record in records),
