@@ -107,9 +107,9 @@ class Rank:
         del step
         net, optimizer, arrive = self._local_module()
         module = net.local_modules[self.rank]
-        kept = [*module.parameters(), *module.auxiliary.buffers(), *self.model.buffers(), *prime([optimizer])]
+        kept = [*module.parameters(), *module.local_loss.buffers(), *self.model.buffers(), *prime([optimizer])]
         carry = arrive()
-        came = carry.features.nbytes + carry.labels.nbytes if self.rank else 0
+        came = carry.features.nbytes + carry.targets.nbytes if self.rank else 0
         del carry
         sent = []
 

@@ -71,7 +71,7 @@ def local_step(
     for _ in range(parts):
         carry = arrive()
         net.train_module(k, carry, parts=parts)
-        size = carry.features.nbytes + carry.labels.nbytes
+        size = carry.features.nbytes + carry.targets.nbytes
         del carry
     optimizer.step()
     optimizer.zero_grad()

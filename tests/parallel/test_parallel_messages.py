@@ -189,27 +189,28 @@ from localprop.network.carry import Carry
 from localprop.parallel.job import join
 from localprop.parallel.pipeline import PipelineStage
 from localprop.parallel.placement import Placement
+from localprop.tasks.classification import Classification
 
 STEPS = 8
 job = join("cpu")
-module = Toy(auxiliary=Toy(uses_images=False), reads=set())
+module = Toy(local_loss=Toy(uses_inputs=False), reads=set())
 stage = PipelineStage(job, Placement((range(1), range(1, 2))), Toy(local_modules=[module, module]))
 way = stage.way_back()
 images = [torch.full((2, 3), float(step)) for step in range(STEPS)]
 loads = lambda *_: ([image.clone(), torch.zeros(2, dtype=torch.int64)] for image in images)
-data = Toy(steps_per_epoch=lambda size: STEPS, train_batches=loads)
+data = Toy(steps_per_epoch=lambda size: STEPS, train_batches=loads, task=Classification())
 came = []
 for step, carry in enumerate(stage.train_batches(data, 0, 2, 1, job.device, range(STEPS))):
     if job.rank == 0:  # the gradient of a batch is used once the next one is on its way
         weight = carry.features + 1
-        stage.send(Carry(weight, carry.labels, losses=[torch.zeros(())]), 0)
+        stage.send(Carry(weight, carry.targets, losses=[torch.zeros(())]), 0)
         if step:
             came.append(way.receive())
     else:
         features = carry.features.requires_grad_()
         loss = (features ** 2).sum()
         loss.backward()
-        way.send(Carry(features.grad, carry.labels, losses=[loss.detach()]))
+        way.send(Carry(features.grad, carry.targets, losses=[loss.detach()]))
         assert any(tensor.data_ptr() == features.grad.data_ptr() for tensor in stage.waiting().tensors)
 if job.rank == 0:
     came.append(way.receive())

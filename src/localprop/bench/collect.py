@@ -79,7 +79,8 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
         },
         cost=_cost(rows, losses) | {"jobs": jobs, "device": description["device"]},
         network={key: description[key] for key in ("model", "model_kwargs", "modules", "parameters")}
-        | {"auxiliary_parameters": description["auxiliary_parameters"]},
+        | {"auxiliary_parameters": description["auxiliary_parameters"]}
+        | ({"recipe": description["recipe"]} if "recipe" in description else {}),
         data={
             "name": run.config.data.data,
             "source": "folder" if read_config(folder).data.data.startswith("folder:") else "named",

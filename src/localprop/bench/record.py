@@ -8,6 +8,7 @@ from typing import Any
 
 from localprop.errors import BenchError, ConfigError
 from localprop.settings.config import TrainConfig
+from localprop.settings.earlier import settings_as_recorded
 from localprop.settings.flat import free, from_flat, to_flat
 from localprop.system.commands import command
 from localprop.system.files import write_text
@@ -60,7 +61,12 @@ _SHAPE = {
         "jobs?": COUNT,
         "device?": TEXT,
     },
-    "network": {"modules": [[TEXT]], "parameters?": COUNT, "auxiliary_parameters?": [COUNT]},
+    "network": {
+        "modules": [[TEXT]],
+        "recipe?": {"method_kwargs": MAPPING, "recompute": FLAG},
+        "parameters?": COUNT,
+        "auxiliary_parameters?": [COUNT],
+    },
     "data": {
         "name": TEXT,
         "source?": TEXT,
@@ -146,8 +152,7 @@ def read_record(path: Path) -> Record:
         if unknown := sorted(content.keys() - names):
             raise Malformed(f"it has {unknown[0]!r}, which is unknown")
         _check_lengths(content)
-        # Settings that came later have defaults with which everything is as before.
-        content["config"] = settings_of(TrainConfig()) | content["config"]
+        content["config"] = settings_as_recorded(content["config"])
         known = to_flat(TrainConfig())
         from_flat({key: value for key, value in content["config"].items() if key in known}, "config")
         return Record(**content)

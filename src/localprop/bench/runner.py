@@ -18,6 +18,7 @@ from localprop.data.identity import require_same
 from localprop.data.loading import folder_identity
 from localprop.data.sources import named_settings
 from localprop.errors import BenchError, DataError, LocalpropError
+from localprop.runs.recorded_recipe import changed_default
 from localprop.settings.config import DataConfig
 from localprop.settings.flat import free, from_flat, to_flags, to_flat
 from localprop.settings.trust import require_plugins
@@ -126,10 +127,11 @@ class Runner:
         refuse_link(folder)
         if record.exists():
             known = read_record(record)
-            found, place, state = known.config, record, "done"
+            found, place, state, recipe = known.config, record, "done", known.network.get("recipe")
             self._require_same_data(run.config.data, known.data.get("identity"), record)
         elif has_checkpoint(folder / CHECKPOINTS):
             found, place, state = settings_in(folder, run), folder, "waiting"
+            recipe = None  # it is resumed with its own
         elif os.path.lexists(folder) and not attempt.log.is_file():
             # Every run that a bench starts has a log: what has none was put there by somebody else.
             raise BenchError(
@@ -137,7 +139,10 @@ class Runner:
             )
         else:
             return attempt
-        if difference := differing(found, run):
+        difference = differing(found, run)
+        if state == "done" and not difference:
+            difference = changed_default(run.config.local.recipe, recipe)
+        if difference:
             raise BenchError(f"{place} is of other settings ({difference}); delete it or choose another --output")
         attempt.state = state  # type: ignore[assignment]
         return attempt

@@ -14,6 +14,7 @@ from localprop.runs.description import note_resumption, note_tested, tested_befo
 from localprop.runs.experiment import Experiment, prepare
 from localprop.runs.headroom import choose_for_budget
 from localprop.runs.recorded_data import data_of_run
+from localprop.runs.recorded_recipe import recipe_of_run
 from localprop.settings.config import TrainConfig
 from localprop.system.commands import resume_command
 from localprop.training.outputs import WEIGHTS
@@ -39,7 +40,8 @@ def prepare_run(
     notes = experiment.data.notes
     if resumed and not anew:
         data, more = data_of_run(resumed, experiment.data)
-        experiment, notes = replace(experiment, data=data), notes + more
+        recipe = recipe_of_run(resumed, config.local.recipe)
+        experiment, notes = replace(experiment, data=data, recorded=recipe, folder=resumed), notes + more
     if config.run.steps and config.run.steps > experiment.steps:
         raise ConfigError(
             f"--steps is {config.run.steps}, but --epochs {config.optim.epochs} come to {experiment.steps} steps; "

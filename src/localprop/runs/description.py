@@ -15,6 +15,7 @@ from localprop.system.plugins import load_plugin, plugin_record
 from localprop.system.provenance import provenance
 from localprop.system.reading import (
     COUNT,
+    FLAG,
     MAPPING,
     NULL,
     NUMBER,
@@ -44,6 +45,7 @@ _DESCRIPTION = {
     "evaluation?": MAPPING,
     "classes": [TEXT],
     "modules": [[TEXT]],
+    "recipe?": {"method_kwargs": MAPPING, "recompute": FLAG},
     "parameters": COUNT,
     "auxiliary_parameters": [COUNT],
     "data": TEXT,
@@ -87,6 +89,8 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
     }
     if experiment.config.backbone.plugin:
         description["plugin"] = plugin_record(experiment.config.backbone.plugin)
+    if net.recipe:
+        description["recipe"] = net.recipe.record()
     if job:
         description["job"] = job
     write_text(folder / RUN, json.dumps(description, indent=2) + "\n")

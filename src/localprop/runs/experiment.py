@@ -1,6 +1,7 @@
 """From settings to things: data, backbone and network."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from localprop.data.base import Data
 from localprop.data.loading import FOLDER, load_data, load_evaluated
 from localprop.division.divide import divide
-from localprop.errors import ConfigError
+from localprop.errors import ChainError, ConfigError
 from localprop.models.backbone import create_backbone, native_size
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import DEFAULT_MODEL, SMALL_SWIN, TrainConfig
@@ -33,6 +34,7 @@ class Experiment:
         model_kwargs: with which `timm.create_model` gives the same model.
         device: where it is.
         recorded: what the network of a run that is resumed is made of; None for a new run.
+        folder: of that run.
     """
 
     config: TrainConfig
@@ -41,6 +43,7 @@ class Experiment:
     model_kwargs: dict[str, Any]
     device: torch.device
     recorded: Recipe | None = None
+    folder: Path | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -54,17 +57,22 @@ class Experiment:
             ConfigError, ChainError: the settings do not fit the model, or there is no compiler that they need.
         """
         data, optim = self.data, self.config.optim
-        net = divide(
-            self.backbone,
-            self.recipe,
-            input_size=self.input_size,
-            batch_size=optim.batch_size,
-            micro_batches=optim.micro_batches,
-            amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
-            task=data.task,
-            mean=data.mean,
-            std=data.std,
-        )
+        try:
+            net = divide(
+                self.backbone,
+                self.recipe,
+                input_size=self.input_size,
+                batch_size=optim.batch_size,
+                micro_batches=optim.micro_batches,
+                amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
+                task=data.task,
+                mean=data.mean,
+                std=data.std,
+            )
+        except (ChainError, ConfigError) as error:
+            if self.folder is None:
+                raise
+            raise type(error)(f"{self.folder}: {error}") from None
         if self.config.optim.opt in LOW_BIT and self.device.type != "cpu":
             require_compiler(self.device, f"--opt {self.config.optim.opt}")
         if self.config.run.compile:

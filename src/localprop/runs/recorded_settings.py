@@ -7,6 +7,7 @@ import yaml
 
 from localprop.errors import CheckpointError, ConfigError
 from localprop.settings.config import TrainConfig
+from localprop.settings.earlier import settings_as_recorded
 from localprop.settings.flat import free, from_flat, plain_keys, to_flat
 from localprop.settings.values import read_yaml
 
@@ -36,7 +37,7 @@ def read_config(folder: Path, plugin: Path | None = None) -> TrainConfig:
     if misplaced := free("config") & settings.keys():
         raise ConfigError(f"{folder / CONFIG}: {min(misplaced)} is not what a run is, only where it runs; remove that")
     # The data were there when the run began: fetching them again is the user's choice.
-    return from_flat({**settings, "plugin": plugin, "download": False}, str(folder / CONFIG))
+    return from_flat({**settings_as_recorded(settings), "plugin": plugin, "download": False}, str(folder / CONFIG))
 
 
 def recorded_plugin(folder: Path) -> str | None:

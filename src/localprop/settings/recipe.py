@@ -89,6 +89,11 @@ class Recipe:
         """The method's options that are given."""
         return dict(self.method_kwargs or {})
 
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON has them; options of the method that it does not have are left out."""
+        options = {name: value for name, value in self.options.items() if _is_plain(value)}
+        return dataclasses.asdict(dataclasses.replace(self, method_kwargs=options))
+
     def recomputation(self, last: bool) -> Recomputation:
         """What a unit computes again in backward, where all that is open is resolved.
 
@@ -99,3 +104,11 @@ class Recipe:
         if self.grad_checkpointing and not last:
             return "whole"
         return "cheap" if self.recompute else "none"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,58 @@
+"""What a run's network is made of: recorded in run.json with every default filled in, and used when it is resumed.
+
+So a later version's defaults, and a later way to balance modules, change no old run.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from localprop.division.resolve import resolved
+from localprop.errors import CheckpointError
+from localprop.registry import METHODS
+from localprop.runs.description import RUN, read_description
+from localprop.settings.earlier import options_as_recorded
+from localprop.settings.recipe import Recipe
+
+
+def recipe_of_run(folder: Path, recipe: Recipe) -> Recipe:
+    """What the network of a run that is resumed is made of, with every default as it was when the run began.
+
+    Args:
+        folder: the run folder.
+        recipe: the one in its settings.
+
+    Raises:
+        CheckpointError: run.json is missing or damaged.
+    """
+    description = read_description(folder)
+    modules, recorded = description["modules"], description.get("recipe")
+    options = options_as_recorded(recipe.method, recorded) | recipe.options
+    again = recipe.recompute
+    if again is None:
+        again = recorded["recompute"] if recorded else len(modules) > 1
+    if not all(modules):
+        raise CheckpointError(f"{folder / RUN} is damaged: a module has no units; restore it, or start a new run")
+    # Cut where it was cut, however modules are balanced by now.
+    cuts = tuple(units[-1] for units in modules[:-1])
+    return replace(recipe, modules=len(modules), cuts=cuts, recompute=again, method_kwargs=options)
+
+
+def changed_default(recipe: Recipe, recorded: dict[str, Any] | None) -> str | None:
+    """By which default that has changed since a network would be another now, in words; None if by none.
+
+    Args:
+        recipe: the settings.
+        recorded: `Recipe.record()` of a network of these settings; None of one of version 0.1.
+    """
+    if recipe.method not in METHODS:
+        return None  # a plugin's, which is not looked into here
+    now = resolved(recipe).record()
+    then = options_as_recorded(recipe.method, recorded)
+    if recorded and recorded["recompute"] != now["recompute"]:
+        return f"recompute is {now['recompute']} now where it is left open, and was {recorded['recompute']} then"
+    for name, value in now["method_kwargs"].items():
+        own = list(value) if isinstance(value, tuple) else value
+        if name not in recipe.options and then.get(name, own) != own:
+            return f"{name} is {own} now where it is left open, and was {then[name]} then"
+    return None
