@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import nullcontext
+from itertools import accumulate, chain
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import localprop
 from localprop import localize
-from localprop.memory.measure import allocated_changes
+from localprop.memory.measure import allocated_changes, measured
 from localprop.memory.recompute import recomputing
+from localprop.planning.simulation import simulate_step
+from localprop.settings.config import OptimConfig
+from localprop.training.state import TrainingState
 from tiny import SIZE, batch, build, split, traced_once
 
 
@@ -170,3 +175,45 @@ def test_a_network_learns_the_same_with_and_without(options, amp):
             net.backward(images, labels, seed=0)
         results.append({name: p.grad for name, p in net.named_parameters()})
     assert [name for name in results[0] if not torch.equal(results[0][name], results[1][name])] == []
+
+
+PER_UNIT = {"blocks.0": "whole", "blocks.1": "none", "blocks.2": "cheap"}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_unit_has_a_recomputation_of_its_own_and_the_same_gradients(recompute):
+    images, labels = batch()
+    model = build("vit")
+    names = [unit.name for unit in localprop.chain(model, SIZE)]
+    assert {"blocks.0", "blocks.1"} <= set(names)
+    own = {name: value for name, value in PER_UNIT.items() if name in names}
+    found = {}
+    for key, options in (("plain", {"recompute": False}), ("own", {"recompute": recompute, "recompute_units": own})):
+        torch.manual_seed(0)
+        net = localize(model, 1, "end-to-end", input_size=SIZE, **options).train()
+        kept, _ = allocated_changes(lambda net=net: net.backward(images, labels, seed=1))
+        found[key] = {name: p.grad.clone() for name, p in net.named_parameters()}, max(accumulate(kept))
+        net.zero_grad()
+    assert [name for name, grad in found["plain"][0].items() if not torch.equal(grad, found["own"][0][name])] == []
+    assert found["own"][1] < found["plain"][1]
+    expected = [own.get(name, "cheap" if recompute else "none") for name in names]
+    assert list(net.local_modules[0].recomputation) == expected
+
+
+@pytest.mark.parametrize("own", [{"blocks": "none"}, {"blocks.0": "whole", "blocks.1": "cheap"}])
+def test_the_predicted_peak_follows_the_recomputation_of_each_unit(own):
+    net = localize(build("vit"), 2, "greedy", input_size=SIZE, recompute_units=own).train()
+    state = TrainingState(net, OptimConfig(opt="sgd", sched="none"), 10, torch.device("cpu"))
+    for seed in range(2):
+        tensors = [tensor.clone() for tensor in batch(16)]
+        with measured(chain(*state.tensors().values()), torch.device("cpu")) as measurement:
+            given = [tensor.clone() for tensor in tensors]
+            state.train_step(given, seed=seed)
+    assert simulate_step(net, state.config, 16, SIZE).peak == pytest.approx(measurement.peak, rel=0.005)
+
+
+def test_a_recomputation_that_there_is_not_is_told_in_a_line():
+    with pytest.raises(localprop.LocalpropError, match=r"has blocks\.0=all; it must be none, cheap or whole"):
+        localize(build("vit"), 2, input_size=SIZE, recompute_units={"blocks.0": "all"})
+    with pytest.raises(localprop.LocalpropError, match="no unit is called 'blocs'; did you mean 'blocks'"):
+        localize(build("vit"), 2, input_size=SIZE, recompute_units={"blocs": "whole"})

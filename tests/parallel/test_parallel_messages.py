@@ -57,6 +57,13 @@ def test_a_value_that_cannot_be_sent_is_told_in_a_line(value):
     assert "\n" not in str(caught.value)
 
 
+def test_a_value_with_a_graph_stays_in_its_process():
+    carry = Carry(torch.zeros(2), torch.zeros(2), ahead=torch.ones(2, requires_grad=True) * 2)
+    assert carry.clone().ahead is carry.ahead
+    with pytest.raises(ParallelError, match="a value with a graph cannot be sent"):
+        pack(carry, training=True)
+
+
 TENSOR = [[2, 3], [3, 1], "float32", 0]
 
 

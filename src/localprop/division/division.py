@@ -17,7 +17,7 @@ from localprop.methods import build_loss
 from localprop.network.loss import LocalLoss, ModuleSpec
 from localprop.network.module import LocalModule
 from localprop.network.network import LocalNetwork
-from localprop.settings.recipe import Recipe
+from localprop.settings.recipe import Recipe, Recomputation
 
 PARTITIONS = ("balanced", "compute", "stage")
 
@@ -64,6 +64,8 @@ class Division:
             ConfigError: no such partition.
         """
         recipe, units = self.recipe, self.units
+        for name in recipe.recompute_units or {}:
+            units.position(name)  # there is such a unit
         if recipe.cuts is not None:
             ends = [*(units.position(name) for name in recipe.cuts), len(units)]
             if ends != sorted(set(ends)):
@@ -107,7 +109,7 @@ class Division:
 
         def unit(i: int, first: bool, last: bool) -> Cost:
             # The first unit of a module needs no gradient of its input.
-            step = replace(self.step, recomputation=self.recipe.recomputation(last), input_gradient=not first)
+            step = replace(self.step, recomputation=self._recomputation(i, last), input_gradient=not first)
             return self.costs.units(step)[i]
 
         task = self.spec.task.for_costs()
@@ -117,7 +119,7 @@ class Division:
         def auxiliary(index: int, start: int, stop: int) -> Cost:
             with torch.random.fork_rng(devices=[]):
                 loss = self.loss(index, start, stop, task=task)
-            step = replace(self.step, recomputation=self.recipe.recomputation(last=True))
+            step = replace(self.step, recomputation=self.recipe.cheap)
             return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), target, step)
 
         def cost(start: int, stop: int) -> float:
@@ -144,9 +146,13 @@ class Division:
                     self.layouts[stop],
                     bool(self.recipe.recompute),
                     self.recipe.grad_checkpointing,
+                    [self._recomputation(i, i == stop - 1) for i in range(start, stop)],
                 )
             )
         return LocalNetwork(self.model, local_modules, self.units.input_size, self.recipe, self.spec.task)
+
+    def _recomputation(self, unit: int, last: bool) -> Recomputation:
+        return self.recipe.recomputation(self.units[unit].name, last)
 
     def _shape(self, position: int) -> tuple[int, ...]:
         return self.units[position - 1].shape if position else self.units.input_size

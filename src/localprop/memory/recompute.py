@@ -111,16 +111,27 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
         if isinstance(packed[0], _Computation):
             computation, *view = packed
             return computation.compute().as_strided(*view)
-        tensor, version = packed
-        if tensor._version != version:  # hooks on saved tensors switch autograd's own check off
-            raise RuntimeError("a tensor needed for backward was changed in place; keep recompute off")
-        return tensor
+        return _unchanged(packed)
 
     try:
         with memory, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
         memory.computations.clear()
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Inside `recomputing`, autograd keeps everything again, as it does outside."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor._version), _unchanged):
+        yield
+
+
+def _unchanged(packed: tuple[Tensor, int]) -> Tensor:
+    tensor, version = packed
+    if tensor._version != version:  # hooks on saved tensors switch autograd's own check off
+        raise RuntimeError("a tensor needed for backward was changed in place; keep recompute off")
+    return tensor
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

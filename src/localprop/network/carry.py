@@ -23,6 +23,7 @@ class Carry:
         losses: the local loss of each module so far, detached.
         sums: in an evaluation, the task's sums of each module's prediction so far; None where it has no head.
         share: how much more than an equal part of the step its loss counts; None is 1. See `share_of_step`.
+        ahead: a value that still has its graph, for a loss that reads what follows its module; it stays in the process.
         stop: number of the signal that ends the run after this batch; 0 without one.
     """
 
@@ -33,6 +34,7 @@ class Carry:
     losses: list[Tensor] = field(default_factory=list)
     sums: list[Tensor | None] = field(default_factory=list)
     share: Tensor | None = None
+    ahead: Tensor | None = None
     stop: int = 0
 
     @classmethod

@@ -1,12 +1,15 @@
 """Consecutive units of a backbone, trained by one local loss."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from localprop.features import Layout
+from localprop.memory.recompute import keeping, recomputing
 from localprop.network.loss import LocalLoss
+from localprop.settings.recipe import Recomputation
 from localprop.tracing.units import Unit
 
 
@@ -20,6 +23,7 @@ class LocalModule(nn.Module):
         recompute: whether cheap results are computed again in backward; see `localprop.memory.recompute`.
         grad_checkpointing: whether every unit but the last keeps no activations and runs again in backward. (What
             the last one keeps is needed at once, so nothing is gained by computing it twice.)
+        recomputation: what each unit computes again in backward: "none", "cheap" or "whole".
     """
 
     auxiliary: LocalLoss
@@ -32,6 +36,7 @@ class LocalModule(nn.Module):
         output: Layout,
         recompute: bool = False,
         grad_checkpointing: bool = False,
+        recomputation: Sequence[Recomputation] | None = None,
     ) -> None:
         super().__init__()
         # In tuples, so that the backbone is not registered a second time: its state_dict keys stay its own.
@@ -41,6 +46,9 @@ class LocalModule(nn.Module):
         self.output = output
         self.recompute = recompute
         self.grad_checkpointing = grad_checkpointing
+        cheap: Recomputation = "cheap" if recompute else "none"
+        inner: Recomputation = "whole" if grad_checkpointing else cheap
+        self.recomputation = tuple(recomputation or [*[inner] * (len(self._units) - 1), cheap])
 
     @property
     def local_loss(self) -> LocalLoss:
@@ -90,10 +98,16 @@ class LocalModule(nn.Module):
 
     def run_on(self, backbone: nn.Module, features: Tensor, context: dict[str, Any]) -> Tensor:
         """Runs the units on another backbone of the same make, such as a moving average of this one."""
-        *others, last = self._units
-        for unit in others:
-            features = unit(backbone, features, context, self.grad_checkpointing)
-        return last(backbone, features, context)
+        for unit, recomputation in zip(self._units, self.recomputation, strict=True):
+            with self._remembering(recomputation):
+                features = unit(backbone, features, context, recomputation == "whole")
+        return features
+
+    def _remembering(self, recomputation: Recomputation) -> AbstractContextManager[None]:
+        """What autograd keeps of a unit; all units and the local loss run inside `recomputing(self.recompute)`."""
+        if recomputation == "none" and self.recompute:
+            return keeping()
+        return recomputing() if recomputation == "cheap" and not self.recompute else nullcontext()
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that the backbone exempts from weight decay; timm's optimizers ask for them."""

@@ -148,8 +148,10 @@ def pack(carry: Carry, training: bool) -> tuple[Form, list[Tensor]]:
     """The form of a batch, and the flat tensors to send: the numbers come last, on the CPU.
 
     Raises:
-        ParallelError: the context holds something that cannot be sent.
+        ParallelError: the batch holds something that cannot be sent.
     """
+    if carry.ahead is not None:
+        raise ParallelError("a value with a graph cannot be sent to another process; train in one process")
     beside: dict[str, Tensor] = {}
     try:
         context = split(carry.context, "context", beside)

@@ -9,6 +9,7 @@ from typing import Any
 NEWER: dict[str, Any] = {
     "task": "classification",
     "steps": None,
+    "recompute_units": None,
 }
 """Settings that version 0.1 did not have, and what they were then."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -42,11 +42,16 @@ class Recipe:
     """Run activation functions and layer norms again in backward to save memory (default: in local modules only)."""
     grad_checkpointing: bool = False
     """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
+    recompute_units: Pairs = None
+    """What single units, or blocks of units, compute again: layers.0=whole, layers.1=none. None, cheap or whole."""
     method_kwargs: Pairs = None
     """For the method, such as weight=0.5."""
 
     def __post_init__(self) -> None:
         require_within_bounds(self)
+        for unit, value in (self.recompute_units or {}).items():
+            if value not in get_args(Recomputation):
+                raise ConfigError(f"--recompute-units has {unit}={value}; it must be none, cheap or whole")
 
     @classmethod
     def of(cls, **settings: Any) -> "Recipe":
@@ -94,15 +99,23 @@ class Recipe:
         options = {name: value for name, value in self.options.items() if _is_plain(value)}
         return dataclasses.asdict(dataclasses.replace(self, method_kwargs=options))
 
-    def recomputation(self, last: bool) -> Recomputation:
+    def recomputation(self, unit: str, last: bool) -> Recomputation:
         """What a unit computes again in backward, where all that is open is resolved.
 
         Args:
+            unit: its name. The longest name in `recompute_units` that is its own, or that of a block with it, decides.
             last: whether it is the last unit of its module. What that keeps is needed at once, so nothing is gained by
                 computing it twice.
         """
-        if self.grad_checkpointing and not last:
-            return "whole"
+        own = self.recompute_units or {}
+        names = [name for name in own if unit == name or unit.startswith(f"{name}.")]
+        default = "whole" if self.grad_checkpointing else self.cheap
+        value: Recomputation = own[max(names, key=len)] if names else default
+        return self.cheap if value == "whole" and last else value
+
+    @property
+    def cheap(self) -> Recomputation:
+        """What a local loss computes again, and a unit that does not run again as a whole: "cheap" or "none"."""
         return "cheap" if self.recompute else "none"
 
 

@@ -20,6 +20,7 @@ def compile_network(net: LocalNetwork) -> None:
     config.recompile_limit = max(config.recompile_limit, 4 * len(net.local_modules))
     for module in net.local_modules:
         module.recompute = False  # the compiler itself chooses what to compute again
+        module.recomputation = tuple("none" if own == "cheap" else own for own in module.recomputation)
         module.compile(dynamic=False, options=_OPTIONS)
         module.local_loss.compile(dynamic=False, options=_OPTIONS)
 
