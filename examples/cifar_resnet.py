@@ -1,7 +1,7 @@
-"""ResNet-32 and ResNet-110 for CIFAR as timm models, with which InfoPro, DGL and AugLocal report their results.
+"""Adds ResNet-32 and ResNet-110 for CIFAR to timm. InfoPro, DGL and AugLocal report their results with them.
 
 localprop train --plugin examples/cifar_resnet.py --model cifar_resnet32 --data cifar10 --modules 8 --method infopro
-python examples/cifar_resnet.py     their parameters and where they can be cut
+python examples/cifar_resnet.py     prints their parameters and where they can be cut
 
 Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016, section 4.2: a 3 x 3 convolution and three
 stages of n basic blocks with 16, 32 and 64 channels, 6n + 2 layers. Shortcuts that change the shape are 1 x 1

@@ -1,7 +1,7 @@
-"""Trains on a folder of images, and uses the result in timm, without localprop.
+"""Trains on a folder of images, and loads the result into timm without localprop.
 
-python examples/own_folder.py                          on small pictures of shapes that it draws itself
-python examples/own_folder.py PATH --epochs 100 ...    on PATH/train/<class>/* and PATH/test/<class>/*, with any
+python examples/own_folder.py                          trains on small pictures of shapes that it draws itself
+python examples/own_folder.py PATH --epochs 100 ...    trains on PATH/train/<class>/* and PATH/test/<class>/*, with any
                                                        flags of `localprop train`
 """
 

@@ -1,4 +1,4 @@
-"""Local learning in a training loop of one's own: a small ViT on scikit-learn's digits.
+"""Trains a small ViT on scikit-learn's digits by local learning, in a training loop of your own.
 
 python examples/own_loop.py [EPOCHS]     4 epochs by default
 """
@@ -24,7 +24,7 @@ optimizers = [torch.optim.AdamW(module.parameters(), lr=3e-3) for module in net.
 
 
 def step_module(k: int, loss: torch.Tensor) -> None:
-    """Steps module k as soon as its gradients are there; they are gone before those of module k+1 come."""
+    """Steps module k and frees its gradients, before module k+1 runs."""
     optimizers[k].step()
     optimizers[k].zero_grad()
 

@@ -1,12 +1,12 @@
-"""A method of one's own in one file: PredSim, an auxiliary head and the matching of similarities.
+"""Adds a method of your own in one file: PredSim, which trains an auxiliary head and matches similarities.
 
 localprop train --plugin examples/own_method.py --method predsim
-localprop bench examples/own_suite.yaml --plugin examples/own_method.py  # beside the others, under one protocol
-python examples/own_method.py [EPOCHS]     in a loop of one's own, 4 epochs on scikit-learn's digits by default
+localprop bench examples/own_suite.yaml --plugin examples/own_method.py   compares it with the other methods
+python examples/own_method.py [EPOCHS]     trains in a loop of your own, 4 epochs on scikit-learn's digits by default
 
-Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019. Two images of one class
-should look alike to a module, and two of different classes not: the cosine similarities of a batch's features are
-fitted to those of its labels.
+Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019. A module's features of two
+images should be alike if the images are of one class, and differ otherwise. So the loss fits the cosine similarities of
+a batch's features to those of its labels.
 """
 
 import sys
@@ -22,28 +22,32 @@ import localprop
 
 @localprop.METHODS.register("predsim")
 class PredSim(localprop.LocalLoss):
-    """(1 - `beta`) x criterion of a linear head + `beta` x mean squared difference of the similarities.
+    """(1 - `beta`) x the task's loss of a linear head + `beta` x mean squared difference of the similarities.
 
     Args:
-        spec: the module it is built for: layouts of its input and output, number of classes, criterion.
-        beta: weight of the similarities; every argument after `spec` is an option, `--method-kwargs beta=0.9`.
+        spec: describes the module that the loss is built for: layouts of its input and output, the task, the shape of
+            a prediction.
+        beta: weight of the similarities. Every argument after `spec` is an option: `--method-kwargs beta=0.9`.
     """
+
+    uses_inputs = False  # the loss does not look at the images, so they are freed early
 
     def __init__(self, spec: localprop.ModuleSpec, beta: float = 0.99) -> None:
         super().__init__()
-        self.beta, self.criterion, self.layout, self.classes = beta, spec.criterion, spec.output, spec.num_classes
-        self.head = nn.Linear(spec.output.channels, spec.num_classes)
+        self.beta, self.task, self.layout, self.classes = beta, spec.task, spec.output, spec.prediction[-1]
+        self.head = nn.Linear(spec.output.channels, self.classes)
         self.project = nn.Linear(spec.output.channels, spec.output.channels)
 
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, output: Tensor, features: Tensor, inputs: None, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `localprop.LocalLoss.forward`."""
-        logits = self.classify(output)
-        seen = similarities(self.project(self.layout.tokens(output)).std(1))
-        wanted = similarities(labels if labels.is_floating_point() else F.one_hot(labels, self.classes).float())
-        return (1 - self.beta) * self.criterion(logits, labels) + self.beta * F.mse_loss(seen, wanted), logits
+        logits = self.predict(output)
+        classes = targets if targets.is_floating_point() else F.one_hot(targets, self.classes).float()
+        similar = similarities(self.project(self.layout.tokens(output)).std(1))
+        difference = F.mse_loss(similar, similarities(classes))
+        return (1 - self.beta) * self.task.loss(logits, targets) + self.beta * difference, logits
 
-    def classify(self, output: Tensor) -> Tensor:
-        """The head's logits, from features in whatever layout the backbone keeps them."""
+    def predict(self, output: Tensor) -> Tensor:
+        """The head's logits; `pooled` reads features in any layout of a backbone."""
         return self.head(self.layout.pooled(output))
 
 
@@ -71,5 +75,5 @@ if __name__ == "__main__":
             optimizer.zero_grad()
         net.eval()
         with torch.no_grad():
-            heads = [float((x.argmax(1) == labels[test]).float().mean()) for x in net.module_logits(images[test])]
+            heads = [float((x.argmax(1) == labels[test]).float().mean()) for x in net.module_predictions(images[test])]
         print(f"epoch {epoch + 1}  test accuracy of each module: {'  '.join(f'{x:.1%}' for x in heads)}")

@@ -1,4 +1,4 @@
-"""Variants that were tried while defaults were chosen; what came of them is in docs/lab-notes.md.
+"""Variants that were tried when the defaults were chosen. docs/lab-notes.md has the results.
 
 localprop bench benchmarks/lab/swin.yaml --plugin benchmarks/lab/variants.py --data cifar10=PATH
 """
@@ -18,13 +18,15 @@ class WarmUp(METHODS["feature-reconstruction"]):
     def __init__(self, spec, weight: float = 1.0, normalize: bool = True, steps: float = 0.0) -> None:
         super().__init__(spec, weight, normalize)
         self.full, self.steps = weight, steps
-        self.register_buffer("step", torch.zeros(()))  # so that a resumed run goes on with it
+        self.register_buffer("step", torch.zeros(()))  # so that a resumed run continues with it
 
-    def forward(self, output: Tensor, inputs: Tensor, images: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See `LocalLoss.forward`."""
         self.step += 1
         self.weight = self.full * (self.step / self.steps).clamp(max=1)
-        return super().forward(output, inputs, images, labels)
+        return super().forward(output, features, inputs, targets)
 
 
 class WideHead(nn.Module):
@@ -45,7 +47,7 @@ class WideHead(nn.Module):
 class BlockHead(nn.Module):
     """A transformer block on the grid, pooled to at most 8 x 8, before norm, pool and a linear layer.
 
-    A head that resembles what follows in the network is what AugLocal (ICLR 2024) and MAN (ECCV 2024) find best.
+    AugLocal (ICLR 2024) and MAN (ECCV 2024) find that a head should resemble the layers that follow in the network.
     """
 
     def __init__(self, layout, num_outputs: int) -> None:
