@@ -81,8 +81,8 @@ def chosen(config: TrainConfig, row: PlanRow) -> TrainConfig:
     """The settings of a run, with a plan's choice in them."""
     choice = row.setting.recipe
     if row.setting.modules == 1:  # the rest of the recipe is as the user had it
-        choice = replace(config.local.recipe, method=choice.method, modules=None, cuts=None, split_blocks=False)
-        choice = replace(choice, grad_checkpointing=row.setting.grad_checkpointing)
+        own: dict[str, Any] = {"method": choice.method, "grad_checkpointing": choice.grad_checkpointing}
+        choice = replace(config.local.recipe, modules=None, cuts=None, split_blocks=False, recompute_units=None, **own)
     local = replace(config.local, **{f.name: getattr(choice, f.name) for f in fields(Recipe)})
     optim = replace(config.optim, batch_size=row.batch_size, micro_batches=row.micro_batches)
     return replace(config, local=local, optim=optim)
