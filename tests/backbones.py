@@ -58,9 +58,14 @@ OTHERS = {
 
 
 @functools.cache
-def cut(name) -> tuple[nn.Module, Chain]:
+def built(name) -> nn.Module:
     torch.manual_seed(0)
-    model = OTHERS[name][1]() if name in OTHERS else timm.create_model(name, **TIMM[name][1], **RATES)
+    return OTHERS[name][1]() if name in OTHERS else timm.create_model(name, **TIMM[name][1], **RATES)
+
+
+@functools.cache
+def cut(name) -> tuple[nn.Module, Chain]:
+    model = built(name)
     return model, chain(model, IMAGE)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from backbones import IMAGE, OTHERS, RATES, TIMM, assert_equal, cut, through_units, trained
+from backbones import IMAGE, OTHERS, RATES, TIMM, assert_equal, built, cut, through_units, trained
 from localprop.tracing.chains import chain
 
 # name: units with split blocks, where there are more than without
@@ -42,7 +42,7 @@ SIZE = (3, 16, 16)
 
 @functools.cache
 def split(name):
-    model, _ = cut(name)
+    model = built(name)
     return model, chain(model, IMAGE, split_blocks=True)
 
 
