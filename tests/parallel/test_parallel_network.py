@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from ipaddress import ip_address
 from pathlib import Path
@@ -198,17 +199,18 @@ leave(0)
 
 @pytest.mark.processes
 def test_processes_that_decode_images_leave_no_folders_behind(forker, tmp_path):
-    images, temporary = tmp_path / "images", tmp_path / "temporary"
-    temporary.mkdir()
+    images = tmp_path / "images"
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (images / split / name).mkdir(parents=True)
             for number in range(2):
                 Image.new("RGB", (300, 300)).save(images / split / name / f"{number}.png")
-    code = STREAMS.replace("TEMPORARY", str(temporary)).replace("IMAGES", str(images))
-    ranks = forker.start(tmp_path / "log", 1, code=code)
-    assert ranks.wait() == [0], ranks.log.read_text()
-    assert list(temporary.iterdir()) == []
+    # Workers make sockets in it, and the path of a socket has at most 107 characters.
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
+        code = STREAMS.replace("TEMPORARY", temporary).replace("IMAGES", str(images))
+        ranks = forker.start(tmp_path / "log", 1, code=code)
+        assert ranks.wait() == [0], ranks.log.read_text()
+        assert list(Path(temporary).iterdir()) == []
 
 
 CHOOSES = """
