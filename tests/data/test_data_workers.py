@@ -187,3 +187,10 @@ def test_ctrl_c_waits_for_no_more_than_the_images_being_decoded(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         load(root)
     assert len(seen) < 100
+
+
+def test_a_temporary_folder_with_too_long_a_name_is_told_instead_of_waiting_for_ever(large, monkeypatch):
+    monkeypatch.setattr("localprop.data.images.workers.get_temp_dir", lambda: "/tmp/" + 90 * "x")
+    with pytest.raises(DataError, match="set TMPDIR to a folder with a shorter name, or pass --workers 0"):
+        next(load(large).test_batches(2, "cpu"))
+    assert len(next(load(large, workers=0).test_batches(2, "cpu"))[1]) == 2

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from localprop.errors import DataError
+from localprop.errors import DataError, shown
 from localprop.system.processes import end_with_parent
 
 _TO_A_GROUP = (signal.SIGTERM, signal.SIGINT)
+# A socket's path has at most 107 bytes on Linux, 103 on macOS; multiprocessing calls it "/listener-" and 8 characters.
+_LONGEST_FOLDER = 103 - 18
 _running: dict[BaseProcess, int] = {}  # and the process that started them: one that it forks inherits the table
 
 
@@ -32,7 +34,8 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
     """What a loader gives. However that ends, its workers do not run on, not even one that hangs.
 
     Raises:
-        DataError: a worker was killed. That is noticed within five seconds of waiting for its batch.
+        DataError: the temporary folder cannot hold their sockets; or a worker was killed. That is noticed within five
+            seconds of waiting for its batch.
     """
     workers: set[BaseProcess] = set()
     try:
@@ -51,7 +54,13 @@ def batches_of(loader: DataLoader) -> Iterator[Any]:
 
 def _started(loader: DataLoader, workers: set[BaseProcess]) -> Iterator[Any]:
     """Starts a loader; `workers` gets those that it has started, also when that fails, before a signal can come."""
-    get_temp_dir()  # for the workers' sockets: each would make one that stays behind when it is killed
+    # For the workers' sockets, made here: each worker would make one that stays when the worker is killed.
+    folder = get_temp_dir()
+    if loader.num_workers and len(os.fsencode(folder)) > _LONGEST_FOLDER:
+        raise DataError(
+            f"the temporary folder {shown(folder)} has too long a name for the sockets of processes that decode "
+            "images; set TMPDIR to a folder with a shorter name, or pass --workers 0"
+        )
     before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
     # Workers inherit this, until they ignore these signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_A_GROUP)
