@@ -120,6 +120,8 @@ def test_interpreters_of_workers_run_no_code_of_the_current_folder(tmp_path, mon
     environment = dict(os.environ)
 
     class Loader:
+        num_workers = 1
+
         def __iter__(self):
             subprocess.run([sys.executable, "-c", "from multiprocessing import spawn"], check=True)
             return iter([])
