@@ -1,10 +1,10 @@
-"""What a user would use instead of local learning: memory and time per step of each, from one run.
+"""Compares local learning with its alternatives in one run: memory and time per step of each.
 
 python benchmarks/alternatives.py     Swin-Tiny, 224 px, batch 16, fp32, one thread: about 8 minutes
 
-Memory is the allocator's (see measuring.py); time the median CPU time of interleaved steps, as a ratio to end-to-end's
-in the same round. Needs torchao for 8-bit AdamW. Writes benchmarks/results/alternatives.json, on CUDA with _cuda,
-where time is the wall clock's.
+Memory is the allocator's (see measuring.py). Time is the median CPU time of interleaved steps, relative to end-to-end
+training in the same round; on CUDA it is wall-clock time. 8-bit AdamW needs torchao. Writes
+benchmarks/results/alternatives.json, on CUDA alternatives_cuda.json.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def checkpointed() -> nn.Module:
 
 
 def steps(batch_size: int, device: str) -> dict[str, Callable[[], Step]]:
-    """By name, what builds each step."""
+    """Functions that build each step, by its name."""
 
     def local(modules: int, method: str = "feature-reconstruction", **options) -> Callable[[], Step]:
         return lambda: local_step(

@@ -1,4 +1,4 @@
-"""What `localprop bench` costs beside the `localprop train` commands that it runs.
+"""Measures the overhead of `localprop bench` over the `localprop train` commands that it runs.
 
 python benchmarks/bench_overhead.py     about 5 minutes
 
@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 def run(words: list[str]) -> dict[str, float]:
-    """Runs a command of localprop; gives its wall clock and the processor time of it and all that it started."""
+    """Runs a command of localprop; returns its wall-clock time, and its processor time with that of its processes."""
     before, started = os.times(), time.perf_counter()
     subprocess.run([sys.executable, "-m", "localprop", *words], check=True, stdout=subprocess.DEVNULL)
     after = os.times()

@@ -1,4 +1,4 @@
-"""What benchmarks share: writing a raw result with what it was measured on, and a port for processes to meet at."""
+"""Functions that benchmarks share: one writes a raw result with its machine and versions, one finds a free port."""
 
 import json
 import socket

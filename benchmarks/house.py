@@ -1,4 +1,4 @@
-"""Numbers of the house: folders and modules, the longest file, function and class, and what `localprop --help` takes.
+"""Measures the source: folders and modules, the longest file, function and class, and the time of `localprop --help`.
 
 python benchmarks/house.py [--json FILE]
 """

@@ -1,11 +1,11 @@
-"""Kills training at random moments and resumes it, until it comes to its end: the result must be the same, bit for bit.
+"""Kills training at random moments and resumes it until it ends: the result must be the same, bit for bit.
 
 python benchmarks/kills.py     100 kills, half an hour on two cores that do nothing else
 
-Three ways to train take turns: one process with images in memory, one with images decoded by worker processes, and
-two processes with a module each. SIGKILL hits the command or, as often, one of the processes that it has started. Ten
-seconds after the command has ended, all of these must be gone. Weights, losses and accuracies, and the newest
-checkpoint, are compared with those of a run that nobody disturbed. Writes benchmarks/results/kills.json.
+Three layouts take turns: one process with images in memory, one process with images that workers decode, and two
+processes with one module each. SIGKILL hits the command or, as often, one of the processes that it has started. Ten
+seconds after the command has ended, all of these must be gone. The script compares weights, losses, accuracies and the
+newest checkpoint with those of an undisturbed run. Writes benchmarks/results/kills.json.
 """
 
 import argparse
@@ -33,7 +33,7 @@ IMAGES_PER_CLASS, SIDE = 64, 112
 
 
 def layouts(images: Path) -> dict[str, list[str]]:
-    """The flags of each way to train."""
+    """The flags of each layout."""
     return {
         "one process": ["--epochs", "16", "--batch-size", "64"],
         "workers": ["--data", f"folder:{images}", "--img-size", "32", "--epochs", "24", "--batch-size", "32"],
@@ -42,7 +42,7 @@ def layouts(images: Path) -> dict[str, list[str]]:
 
 
 def draw(folder: Path) -> None:
-    """Draws random pictures, larger than those that are held in memory."""
+    """Draws random pictures that are too large to be held in memory."""
     numbers = np.random.default_rng(0)
     for part, count in (("train", IMAGES_PER_CLASS), ("test", 8)):
         for shade, name in ((60, "dark"), (190, "light")):
@@ -54,7 +54,7 @@ def draw(folder: Path) -> None:
 
 
 def start(flags: list[str], output: Path) -> subprocess.Popen[bytes]:
-    """Starts or, where there is one already, resumes the run."""
+    """Starts the run, or resumes it if it exists."""
     run = output / "run"
     words = ["--resume", str(run)] if (run / "config.yaml").exists() else [*COMMON, *flags]
     if words[0] == "--resume" and "--parallel" in flags:
@@ -68,7 +68,7 @@ def start(flags: list[str], output: Path) -> subprocess.Popen[bytes]:
 
 
 def descendants(process: int) -> list[int]:
-    """All processes that this one and its children have started."""
+    """All processes that this process and its children have started."""
     try:
         tasks = list(Path(f"/proc/{process}/task").iterdir())
         own = [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -78,7 +78,7 @@ def descendants(process: int) -> list[int]:
 
 
 def alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -90,7 +90,7 @@ def newest(run: Path) -> Path | None:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that must be the same."""
+    """All results that must be the same."""
     checkpoint = newest(run)
     assert checkpoint is not None
     files = [run / "model.safetensors", *sorted(checkpoint.glob("*.safetensors"))]
@@ -100,13 +100,13 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def disturb(flags: list[str], output: Path, dice: random.Random, limit: int) -> dict[str, int]:
-    """Trains to the end in spite of up to `limit` kills; gives what was killed, and what outlived it by too much."""
+    """Trains to the end with up to `limit` kills; counts the killed processes, and those that survive too long."""
     counts = {"kills": 0, "of others": 0, "before a checkpoint": 0, "leftovers": 0}
     while True:
         before = newest(output / "run")
         process = start(flags, output)
         if counts["kills"] < limit:
-            # Most kills are to hit training, some its start.
+            # Most kills should hit training, and some its start.
             early = dice.random() < 0.15
             while process.poll() is None and not early and newest(output / "run") == before:
                 time.sleep(0.005)
@@ -120,7 +120,7 @@ def disturb(flags: list[str], output: Path, dice: random.Random, limit: int) -> 
         victim = dice.choice([process.pid, dice.choice([process.pid, *others])])
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-        # A process that decodes images may have done its part already: then the run goes on, and is killed itself.
+        # A process that decodes images may have ended its work already: then the run continues, and is killed itself.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
         process.kill()

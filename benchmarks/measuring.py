@@ -1,4 +1,4 @@
-"""Peak memory of a training step by the allocator's own account, and steps to measure; public names only."""
+"""Measures the peak memory of a training step by the allocator's own account, and builds steps to measure."""
 
 import gc
 import os
@@ -37,7 +37,7 @@ def peak_of(step: Callable[[], None], held: list[torch.Tensor], device: str) -> 
 
 
 def plain(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors that wrappers (quantized moments) are made of, and the others."""
+    """All tensors; a wrapper (a quantized moment) is replaced by the tensors that it consists of."""
     result = []
     for tensor in tensors:
         names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else None
@@ -51,7 +51,7 @@ def batch_of(size: int, device: str) -> list[torch.Tensor]:
 
 
 def prime(optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
-    """Gives optimizers the state that they have after a first step; returns its tensors."""
+    """Gives optimizers the state that they have after a first step, and returns its tensors."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:

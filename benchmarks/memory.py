@@ -1,7 +1,7 @@
-"""Measured peak memory of real training steps, against end-to-end and against what `localprop.plan` predicts.
+"""Measures peak memory of real training steps, and compares it with end-to-end training and with `localprop.plan`.
 
-python benchmarks/memory.py micro     the same at batch 128, in four micro-batches: about 5 minutes
 python benchmarks/memory.py table     Swin-Tiny, 224 px, AdamW, fp32, batch 32 and 128: about 25 minutes on two cores
+python benchmarks/memory.py micro     the same at batch 128, in four micro-batches: about 5 minutes
 python benchmarks/memory.py grid      five models, fp32 and bf16, K = 1, 2, 4, max, with and without checkpointing:
                                       about 15 minutes
 --device cuda measures `torch.cuda.max_memory_allocated` instead of the CPU allocator's events.
@@ -30,7 +30,7 @@ def backbone(name: str) -> torch.nn.Module:
 
 
 def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, **options) -> dict:
-    """Trains one real step of a plan's row; gives predicted and measured bytes."""
+    """Trains one real step of a plan's row; returns predicted and measured bytes."""
     setting, local = row.setting, row.setting.modules > 1
     net = localprop.localize(
         backbone(name),
@@ -43,7 +43,7 @@ def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, *
         amp_dtype=torch.bfloat16 if amp else None,
         **(options if local else {}),
     )
-    assert [module.units for module in net.local_modules] == row.module_units  # the plan is of this very network
+    assert [module.units for module in net.local_modules] == row.module_units  # the plan describes this very network
     step, held = local_step(net, row.batch_size, device, amp, row.micro_batches)
     started = time.perf_counter()
     peak = peak_of(step, held, device)
@@ -96,14 +96,14 @@ def table(device: str) -> None:
 
 
 def micro(device: str) -> None:
-    """The same in micro-batches; ratios are against undivided batches, which `table` measures."""
+    """The same in micro-batches; ratios are relative to undivided batches, which `table` measures."""
     plan = localprop.plan(backbone(SWIN), 128, modules=[4, 8], micro_batches=4, device=device)
     rows = [measure(SWIN, row, device) for row in plan.rows]
     write_result(_name("memory_micro", device), {"device": device, "rows": rows})
 
 
 def grid(device: str) -> None:
-    """How near predictions are."""
+    """The errors of predictions."""
     rows = []
     for name in GRID:
         for amp in (False, True):

@@ -1,9 +1,9 @@
 """Cuts one small model of each family in timm, and some of torchvision, and checks the units against the model.
 
-python benchmarks/models.py                                     all: about 20 minutes on one core
-python benchmarks/models.py vit_tiny_patch16_224 torchvision/swin_t      some; prints, and writes nothing
+python benchmarks/models.py                                           all models: about 20 minutes on one core
+python benchmarks/models.py vit_tiny_patch16_224 torchvision/swin_t   the named models; prints, and writes nothing
 
-For a batch of three, the units run in order must give what the model gives, bit for bit: in eval mode the output; in
+For a batch of three, the units, run in order, must give the same as the model, bit for bit: in eval mode the output; in
 train mode, with dropout and stochastic depth where the model has them, also the buffers and the gradients. Writes
 benchmarks/results/models.json and the table in docs/models.md.
 """
@@ -64,7 +64,7 @@ def build(name: str) -> torch.nn.Module:
 
 
 def run(model: torch.nn.Module, function, images: torch.Tensor, before: dict) -> list[torch.Tensor]:
-    """Output, buffers and, in train mode, gradients of one pass from the state `before` with the same seed."""
+    """Output, buffers and, in train mode, gradients of one pass that starts from the state `before` with one seed."""
     model.load_state_dict(before)
     model.zero_grad()
     torch.manual_seed(1)
@@ -109,7 +109,7 @@ def check(name: str) -> dict:
 
 
 def write_table(results: dict[str, dict]) -> None:
-    """Replaces the table in docs/models.md: models by their number of units."""
+    """Writes the table in docs/models.md: models by their number of units."""
     page = ROOT / "docs" / "models.md"
     head = page.read_text().partition("\n| units |")[0] + "\n"
     rows = ["| units | models (and how many units each) |", "|---|---|"]

@@ -1,14 +1,16 @@
-"""Local modules in two processes against one process, and against 1F1B of torch.distributed.pipelining.
+"""Compares local modules in two processes with one process, and with 1F1B of torch.distributed.pipelining.
 
 python benchmarks/parallel.py     a small Swin, 32 px, batch 128, K=2, gloo, one thread per process: about 6 minutes
 
-Needs two cores that do nothing else. Rounds are interleaved: each trains (a) `localprop train` in one process, (b) the
-same with `--parallel modules` in two, and (c) the same backbone end-to-end by 1F1B, its two stages cut where measured
-times are most even. All of them divide a batch into as many micro-batches, and none computes activations twice (unless
-told --recompute, which local modules do by default). Taken are steps in the steady state; the data are random images. A
-process waits when its main thread neither computes nor wants to, by the kernel's account. Beside that:
-memory, from the allocator's events, and what a simulation makes of times that were measured apart, both processes
-computing but not talking. Writes benchmarks/results/parallel.json.
+Needs two cores that do nothing else. Rounds are interleaved. Each round trains (a) `localprop train` in one process,
+(b) the same with `--parallel modules` in two, and (c) the same backbone end-to-end by 1F1B, with its two stages cut
+where measured times are most even. All three divide a batch into the same number of micro-batches. None computes
+activations twice, unless you pass --recompute, which is the default of local modules. Only steps in the steady state
+count; the data are random images. By the kernel's account, a process waits when its main thread neither computes nor is
+ready to.
+
+The script also measures memory, from the allocator's events. It compares the measured times with a simulation, whose
+times are measured while both processes compute and do not communicate. Writes benchmarks/results/parallel.json.
 """
 
 import argparse
@@ -34,12 +36,12 @@ from small_swin import CLASSES, MODEL, SIDE, add_flags, backbone, cut_evenly, mo
 from localprop.parallel.placement import IN_FLIGHT
 from localprop.planning.schedules import Link, StageTime, local_modules, one_f_one_b
 
-WARM = 6  # steps: one of them is slow, since its memory is measured, and batches are in flight before it is steady
+WARM = 6  # steps: memory is measured in one of them, and the pipeline has to fill
 PATIENCE = 300  # seconds
 
 
 def write_images(folder: Path, count: int) -> None:
-    """A folder of random images, a few of them under many names."""
+    """Writes a folder of random images: a few images under many names."""
     generator = torch.Generator().manual_seed(0)
     for split, number in (("train", count), ("test", CLASSES)):
         for label in range(CLASSES):
@@ -52,7 +54,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def environment(rank: int, job: str | None) -> dict[str, str]:
-    """Of a process: one thread, and the folder in which it meets the other where there is one."""
+    """Environment of a process: one thread, and the folder in which it meets the other process, if there is one."""
     own = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", TORCH_CPP_LOG_LEVEL="ERROR")
     if job:
         own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCALPROP_JOB": job}
@@ -60,7 +62,7 @@ def environment(rank: int, job: str | None) -> dict[str, str]:
 
 
 def start(command: list[str], ranks: int, log: Path) -> list[subprocess.Popen]:
-    """Starts a command, once or as two ranks, as `--nproc` does."""
+    """Starts a command once, or as two ranks as `--nproc` does."""
     job = tempfile.mkdtemp(dir=log.parent) if ranks > 1 else None
     with log.open("a") as file:
         return [
@@ -70,7 +72,7 @@ def start(command: list[str], ranks: int, log: Path) -> list[subprocess.Popen]:
 
 
 def end(processes: list[subprocess.Popen], log: Path, codes: tuple[int, ...] = (0,)) -> None:
-    """Waits for processes; ends with their output if they fail."""
+    """Waits for processes; exits with their output if they fail."""
     try:
         ended = [process.wait(PATIENCE) for process in processes]
     finally:
@@ -81,7 +83,7 @@ def end(processes: list[subprocess.Popen], log: Path, codes: tuple[int, ...] = (
 
 
 def train(options: argparse.Namespace, folder: Path, ranks: int) -> dict[str, Any]:
-    """Seconds per step of `localprop train` with two modules, and each rank's share of waiting."""
+    """Seconds per step of `localprop train` with two modules, and the share of time that each rank waits."""
     run, log = folder / "runs" / "one", folder / "log"
     shutil.rmtree(folder / "runs", ignore_errors=True)
     flags = [f"{key}={value}" for key, value in model_kwargs(options.embed_dim, options.depths).items()]
@@ -110,7 +112,7 @@ def train(options: argparse.Namespace, folder: Path, ranks: int) -> dict[str, An
 
 
 def _when(processes: list[subprocess.Popen], losses: Path, step: int, log: Path) -> tuple[float, list[float]]:
-    """The moment at which a run has come to a step, and how long each process has computed by then; in seconds."""
+    """When a run reaches a step, and how long each process has computed until then; both in seconds."""
     limit = time.monotonic() + PATIENCE
     while time.monotonic() < limit and all(process.poll() is None for process in processes):
         if losses.exists() and _last_step(losses) >= step:
@@ -127,7 +129,7 @@ def _last_step(losses: Path) -> int:
 
 
 def ranks_do(task: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
-    """What the two ranks found; see parallel_ranks.py."""
+    """The results of the two ranks; see parallel_ranks.py."""
     arguments = json.dumps(options | {"output": str(folder)})
     script = str(ROOT / "benchmarks" / "parallel_ranks.py")
     end(start([script, task, arguments], 2, folder / "log"), folder / "log")
@@ -135,7 +137,7 @@ def ranks_do(task: str, folder: Path, **options: Any) -> list[dict[str, Any]]:
 
 
 def predict(probe: list[dict[str, Any]], measured: dict[str, float], micro_batches: int) -> dict[str, Any]:
-    """Seconds per step by simulation, beside those measured."""
+    """Simulated seconds per step, beside the measured ones."""
     link = Link(**probe[0]["link"])
     timings = {
         "local": local_modules([StageTime(**own["local"]) for own in probe], link, IN_FLIGHT),
@@ -148,7 +150,7 @@ def predict(probe: list[dict[str, Any]], measured: dict[str, float], micro_batch
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the rounds, and ratios within them."""
+    """Medians over the rounds, and medians of the ratios within rounds."""
     seconds = {name: statistics.median(own[name]["seconds"] for own in rounds) for name in rounds[0]}
     ratio = {
         f"local against {other}": statistics.median(own[other]["seconds"] / own["local"]["seconds"] for own in rounds)

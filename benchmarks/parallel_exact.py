@@ -1,10 +1,11 @@
-"""The same training in one process, in two and by torchrun, on real images: the weights must be the same, bit for bit.
+"""Trains alike in one process, in two and by torchrun, on real images: the weights must be the same, bit for bit.
 
 python benchmarks/parallel_exact.py --data folder:PATH     a small Swin at 32 px, K=2, one epoch of CIFAR-10: 10 minutes
 
 PATH holds CIFAR-10 as train/ and test/ with a folder per class. The fourth run has two agents of torchrun that find
-each other by a rendezvous, as two machines would; they share this machine's address. One thread per process, gloo.
-While torchrun runs, its store listens on all interfaces. Writes benchmarks/results/parallel_exact.json.
+each other by a rendezvous, as two machines would; they share this machine's address. Each process has one thread and
+communicates by gloo. While torchrun runs, its store listens on all interfaces. Writes
+benchmarks/results/parallel_exact.json.
 """
 
 import argparse
@@ -29,7 +30,7 @@ FLAGS = [
 
 
 def layouts() -> dict[str, list[list[str]]]:
-    """The commands to start at the same time for each way to train, without the flags that all have."""
+    """The commands of each layout, which start at the same time, without the flags that all share."""
     meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "exact"]
     meet += ["--rdzv-endpoint", f"localhost:{free_port()}", "--local-addr", "localhost"]
     modules = ["--parallel", "modules"]
@@ -42,7 +43,7 @@ def layouts() -> dict[str, list[list[str]]]:
 
 
 def train(commands: list[list[str]], flags: list[str], output: Path) -> dict[str, Any]:
-    """Trains, and tells what came of it; ends with the output of a run that fails."""
+    """Trains, and returns the result; exits with the output of a run that fails."""
     more = [*FLAGS, *flags, "--output", str(output), "--experiment", "run"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     logs = [output / f"{i}.log" for i in range(len(commands))]

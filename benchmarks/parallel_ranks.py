@@ -1,4 +1,4 @@
-"""What one of two processes does for benchmarks/parallel.py, which starts it: `parallel_ranks.py TASK JSON`."""
+"""Runs as one of two processes that benchmarks/parallel.py starts: `parallel_ranks.py TASK JSON`."""
 
 import json
 import os
@@ -27,7 +27,7 @@ WARM = 3
 
 
 class Units(nn.Module):
-    """Consecutive units of a backbone as a module, with their weights alone."""
+    """Consecutive units of a backbone as a module that holds their weights only."""
 
     def __init__(self, model: nn.Module, units: list[localprop.Unit]) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Units(nn.Module):
 
 
 class Rank:
-    """What a process is: its number, and its stage of the backbone."""
+    """One process: its number, and its stage of the backbone."""
 
     def __init__(
         self, batch_size: int, embed_dim: int, depths: list[int], cut: int, micro_batches: int, local: dict, **_
@@ -58,12 +58,12 @@ class Rank:
         self.model = backbone(embed_dim, depths)
         units = list(localprop.chain(self.model, (3, 32, 32)))
         self.stage = Units(self.model, units[:cut] if self.rank == 0 else units[cut:])
-        # What the other process has is not held here.
+        # The other process's part is not kept here.
         own = set(self.stage._names)
         self.others = [name for name, _ in self.model.named_parameters() if name not in own]
 
     def pipeline(self) -> tuple[Callable[[], None], list[torch.Tensor]]:
-        """A step by 1F1B of torch.distributed.pipelining, and the weights and buffers of this stage."""
+        """A step by 1F1B of torch.distributed.pipelining, with the weights and buffers of this stage."""
         stage = PipelineStage(self.stage, self.rank, dist.get_world_size(), torch.device("cpu"))
         schedule = Schedule1F1B(stage, self.micro_batches, loss_fn=F.cross_entropy)
         optimizer = optimizer_of(self.stage)
@@ -82,7 +82,7 @@ class Rank:
         return step, [*self.stage.parameters(), *self.model.buffers()]
 
     def time_pipeline(self, steps: int, **_) -> dict:
-        """Seconds per step by 1F1B, and the share of it in which this process waited."""
+        """Seconds per step by 1F1B, and the share of time in which this process waited."""
         step, _ = self.pipeline()
         for _ in range(WARM):
             step()
@@ -93,7 +93,7 @@ class Rank:
         return {"seconds": seconds / steps, "waiting": 1 - busy / seconds, "resident": resident(os.getpid())}
 
     def memory(self, **_) -> dict:
-        """Peaks of a step of 1F1B, and of a step of the local module with the batches in flight."""
+        """Peak memory of a step of 1F1B, and of a step of the local module with the batches in flight."""
         gone = [self.model.get_parameter(name) for name in self.others]
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step, held = self.pipeline()
@@ -101,7 +101,7 @@ class Rank:
                 step()
         assert not {id(p) for p in gone} & {id(p) for p in held}
         events = profiler.profiler.kineto_results.events()
-        # Buffers that torch makes once and keeps are in it, and the optimizer's state.
+        # It includes buffers that torch makes once and keeps, and the optimizer's state.
         highest = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
         result = {"pipeline": sum(t.nbytes for t in held) + highest}
         del step
@@ -124,13 +124,13 @@ class Rank:
         return result | {"local": result["local step"] + result["local in flight"]}
 
     def _local_module(self) -> tuple[localprop.LocalNetwork, torch.optim.Optimizer, Callable[[], Carry]]:
-        """The local network, the optimizer of this rank's module, and what makes micro-batches as they come to it."""
+        """The local network, the optimizer of this rank's module, and a function that makes its micro-batches."""
         micro = self.batch_size // self.micro_batches
         net = localized(self.model, 2, micro, **self.local)
         return net, optimizer_of(net.local_modules[self.rank]), arriving(net, self.rank, micro)
 
     def probe(self, seconds: float, **_) -> dict:
-        """What a simulation needs: times of this rank's parts while the other computes too, and the link's speed."""
+        """What a simulation needs: times of this rank's parts while the other computes, and the link's speed."""
         net, optimizer, arrive = self._local_module()
         size = 0
 
@@ -179,7 +179,7 @@ class Rank:
 
 
 def medians(measure: Callable[[], dict[str, float]], seconds: float) -> dict[str, float]:
-    """Repeats a measurement, while the other process does, and gives the medians."""
+    """Repeats a measurement while the other process does the same, and returns the medians."""
     measure()
     dist.barrier()
     began, found = time.perf_counter(), []
@@ -191,7 +191,7 @@ def medians(measure: Callable[[], dict[str, float]], seconds: float) -> dict[str
 
 
 def link_speed(rank: int, size: int, rounds: int = 20) -> dict[str, float]:
-    """Bytes per second and seconds of latency between the two processes, for messages of about `size` bytes."""
+    """Bandwidth (bytes per second) and latency (seconds) between the processes, for messages of about `size` bytes."""
     there = torch.tensor([8, max(size, 1 << 20)])
     dist.broadcast(there, 0)
     times = []
@@ -208,13 +208,13 @@ def link_speed(rank: int, size: int, rounds: int = 20) -> dict[str, float]:
 
 
 def cpu_seconds(process: int) -> float:
-    """Seconds that the main thread of a process was computing, or was ready to and had no core: not waiting."""
+    """Seconds in which the main thread of a process did not wait: it computed, or was ready to and had no core."""
     computing, queued, _ = Path(f"/proc/{process}/task/{process}/schedstat").read_text().split()
     return (int(computing) + int(queued)) / 1e9
 
 
 def resident(process: int) -> int:
-    """Bytes of the largest resident set of a process so far, libraries and all."""
+    """Bytes of the largest resident set of a process so far, with libraries."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -1,11 +1,11 @@
-"""More processes than there are here, on paper: local modules, 1F1B, zero-bubble and data parallel, by simulation.
+"""Simulates more processes than this machine has: local modules, 1F1B, zero-bubble and data parallel.
 
 python benchmarks/parallel_table.py     the network of parallel.py on 4 and 8 ranks, four speeds of the links: 2 minutes
 
-Times of modules and units are measured one after the other in one process with one thread; how far such a simulation is
-off is in parallel.json, for two ranks. Local modules wait for nobody but the slowest; all others have a batch's
-micro-batches in between. 1F1B sends as torch.distributed.pipelining does, zero-bubble (ZB-H1) while it computes, data
-parallel while backward goes on. Writes benchmarks/results/parallel_table.json.
+Times of modules and units are measured one after the other, in one process with one thread. parallel.json has the error
+of such a simulation for two ranks. Local modules wait for the slowest module only; the pipelines also wait for
+micro-batches. 1F1B sends as torch.distributed.pipelining does, zero-bubble (ZB-H1) while it computes, and data parallel
+during backward. Writes benchmarks/results/parallel_table.json.
 """
 
 import argparse
@@ -26,12 +26,12 @@ LINKS = {
     "free": Link(),
 }
 RANKS = (4, 8)
-# Cut where time is even, if need be inside a block; like the others they compute nothing twice.
+# The cuts make times even, inside a block if need be. Like the others, these modules compute nothing twice.
 LOCAL = {"split_blocks": True, "recompute": False}
 
 
 def stages_of(units: list[StageTime], ranks: int, micro_batches: int) -> list[StageTime]:
-    """A pipeline's stages, from the times of its units for one micro-batch."""
+    """The stages of a pipeline, from the times of its units for one micro-batch."""
     ends = cut_evenly(units, ranks)
     return [joined(units[i:j], micro_batches) for i, j in pairwise([0, *ends])]
 
@@ -52,7 +52,7 @@ def main() -> None:
         ranks: time_modules(localized(backbone(*network), ranks, batch // ranks, **LOCAL), batch, ranks, options.rounds)
         for ranks in RANKS
     }  # in as many micro-batches as there are ranks
-    # A micro-batch for each rank, and four: what a rank has of a batch in data parallel is the first of them.
+    # One micro-batch for each rank, and four. In data parallel a rank's part of a batch is as large as the former.
     sizes = sorted({batch, *(batch // (n * m) for n in RANKS for m in (1, 4))})
     units = {size: time_units(backbone(*network), size, options.rounds) for size in sizes}
     alone = sum(unit.seconds for unit in units[batch])

@@ -1,9 +1,9 @@
-"""Puts the results of the suite cifar10-small beside the published ones.
+"""Writes the results of the suite cifar10-small beside the published ones.
 
 python benchmarks/publish.py
 
 Reads benchmarks/results/cifar10-small/ (records of `localprop bench`) and benchmarks/published.yaml; writes
-docs/results.md with its pictures, and in README.md what is between `<!-- results -->` and `<!-- /results -->`.
+docs/results.md with its pictures, and the part of README.md between `<!-- results -->` and `<!-- /results -->`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The network that parallel training is measured with, and how long its parts take by themselves; public names only."""
+"""Builds the network for the measurements of parallel training, and measures the times of its parts."""
 
 import argparse
 import statistics
@@ -20,14 +20,14 @@ MODEL, CLASSES, SIDE = "swin_tiny_patch4_window7_224", 10, 32
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how large the network and the batch are."""
+    """Adds the flags for the sizes of network and batch."""
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--embed-dim", type=int, default=48)
     parser.add_argument("--depths", type=int, nargs=4, default=[2, 2, 2, 2])
 
 
 def model_kwargs(embed_dim: int, depths: Sequence[int]) -> dict[str, Any]:
-    """For timm.create_model, beside the size of the images and the number of classes."""
+    """Arguments of timm.create_model, without the size of the images and the number of classes."""
     sizes = {"patch_size": 2, "window_size": 4, "embed_dim": embed_dim}
     return sizes | {"depths": tuple(depths), "num_heads": (3, 6, 12, 24)}
 
@@ -44,7 +44,7 @@ def localized(model: nn.Module, modules: int, batch_size: int, **options: Any) -
 
 
 def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
-    """As `localprop train` makes it."""
+    """The optimizer that `localprop train` makes."""
     return timm.optim.create_optimizer_v2(module, opt="adamw", lr=3e-3, weight_decay=0.05, fused=True)
 
 
@@ -54,7 +54,7 @@ def batch_of(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def arriving(net: localprop.LocalNetwork, k: int, batch_size: int) -> Callable[[], Carry]:
-    """What makes a batch as it comes to module k, in memory of its own."""
+    """A function that makes a batch as module k receives it, in memory of its own."""
     images, labels = batch_of(batch_size)
     features, context = images, {}
     with torch.no_grad():
@@ -66,7 +66,7 @@ def arriving(net: localprop.LocalNetwork, k: int, batch_size: int) -> Callable[[
 def local_step(
     net: localprop.LocalNetwork, k: int, optimizer: torch.optim.Optimizer, arrive: Callable[[], Carry], parts: int
 ) -> int:
-    """Trains module k alone, on a batch that comes in so many parts; gives the bytes that each of them leaves with."""
+    """Trains module k alone on a batch in so many parts; returns the bytes that each part sends on."""
     size = 0
     for _ in range(parts):
         carry = arrive()
@@ -79,7 +79,7 @@ def local_step(
 
 
 def time_modules(net: localprop.LocalNetwork, batch_size: int, parts: int, rounds: int) -> list[StageTime]:
-    """How long each module's step takes, and what it sends: medians, module by module in one process."""
+    """Time of each module's step, and the bytes that it sends: medians, module by module in one process."""
     optimizers = [optimizer_of(module) for module in net.local_modules]
     arrivals = [arriving(net, k, batch_size // parts) for k in range(len(optimizers))]
     seconds: list[list[float]] = [[] for _ in optimizers]
@@ -93,10 +93,10 @@ def time_modules(net: localprop.LocalNetwork, batch_size: int, parts: int, round
 
 
 def time_units(model: nn.Module, batch_size: int, rounds: int) -> list[StageTime]:
-    """How long each unit of end-to-end training takes: forward, the two parts of backward, the optimizer's step.
+    """Times of each unit in end-to-end training: forward, the two parts of backward, the optimizer's step.
 
-    The part of backward that only weights need is what backward takes more than without their gradients. The
-    optimizer's step is measured as one, and shared out by weights.
+    The part of backward for weights alone is the additional time of backward with their gradients. The optimizer's step
+    is measured as a whole, and divided in proportion to the weights.
     """
     units = localprop.chain(model, (3, SIDE, SIDE))
     images, labels = batch_of(batch_size)
@@ -149,14 +149,14 @@ def _time_inner(output: torch.Tensor, x: torch.Tensor) -> float:
 
 
 def joined(units: Sequence[StageTime], batches: int = 1) -> StageTime:
-    """Consecutive units as one stage, for as many (micro-)batches as given; the optimizer steps once."""
+    """Times of consecutive units as one stage, for so many (micro-)batches; the optimizer steps once."""
     sums = [batches * sum(getattr(unit, name) for unit in units) for name in ("forward", "backward", "weights")]
     gradients = sum(unit.gradients for unit in units)
     return StageTime(*sums, sum(unit.update for unit in units), batches * units[-1].output, gradients)
 
 
 def cut_evenly(units: Sequence[StageTime], stages: int) -> list[int]:
-    """The ends of consecutive runs of units of which the slowest is as fast as can be."""
+    """The ends of consecutive runs of units, such that the slowest run is as fast as possible."""
 
     def slowest(ends: Sequence[int]) -> float:
         return max(joined(units[i:j]).seconds for i, j in pairwise([0, *ends]))

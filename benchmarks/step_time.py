@@ -1,11 +1,11 @@
-"""Time of a training step by local learning against end-to-end, from interleaved runs.
+"""Measures the time of a training step by local learning, relative to end-to-end training, in interleaved runs.
 
 python benchmarks/step_time.py             Swin-Tiny at 32 px (patch 2, window 4), CPU, one thread, K=4: about 6 minutes
-python benchmarks/step_time.py --small     the network of the suite cifar10-small, in bfloat16, as that trains it
+python benchmarks/step_time.py --small     the network of the suite cifar10-small, in bfloat16 like the suite
 
 Prints the ratio for each method and writes benchmarks/results/step_time.json, or step_time_small.json. Both sides use
-the same fused AdamW; a local step includes its K optimizer steps. Time is the CPU time of the process, which other load
-disturbs less than the wall clock; the wall clock's median is kept beside it.
+the same fused AdamW; a local step includes its K optimizer steps. Time is the CPU time of the process, because other
+load disturbs it less than wall-clock time. The result has the median wall-clock time, too.
 """
 
 import argparse

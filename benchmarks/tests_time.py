@@ -1,4 +1,4 @@
-"""How long the README's two test commands take, by the clock and in processor time of all their processes.
+"""Measures the README's two test commands: wall-clock time, and processor time of all their processes.
 
 python benchmarks/tests_time.py [--json FILE]
 """
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def timed(words: tuple[str, ...]) -> dict[str, Any]:
-    """Runs a command in the root of the checkout; gives its seconds, processor seconds and last line."""
+    """Runs a command in the root of the checkout; returns its seconds, processor seconds and last line."""
     started, before = time.monotonic(), processor_seconds()
     with subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         line = ""

@@ -1,10 +1,10 @@
-"""When two processes compute, wait and send: the picture of docs/parallel.md, from a real run.
+"""Draws when two processes compute, wait and send in a real run: the picture of docs/parallel.md.
 
 python benchmarks/timeline.py     the small Swin of the suite cifar10-small at 32 px, K=2, two processes: a minute
 
-Needs two cores that do nothing else. Writes docs/timeline.png and, from the run's trace, the part of its time that each
-process waited, and the time of a step, into benchmarks/results/timeline.json; what a step sends into
-timeline_bytes.json.
+Needs two cores that do nothing else. Writes docs/timeline.png. benchmarks/results/timeline.json gets, from the run's
+trace, the share of time that each process waited and the time of a step; timeline_bytes.json the bytes that a step
+sends.
 """
 
 import json
@@ -32,7 +32,7 @@ FLAGS = [
 
 
 def traffic() -> dict[str, int]:
-    """Bytes of a step: features handed on at the cut, and the weights whose gradients data parallel averages."""
+    """Bytes of a step: the features at the cut, and the weights whose gradients data parallel averages."""
     sizes = {"embed_dim": 48, "depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24), "patch_size": 2, "window_size": 4}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, img_size=32, **sizes)
     net = localprop.localize(model, modules=2, partition="compute", input_size=(3, 32, 32))
