@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from localprop.network.loss import LocalLoss, ModuleSpec
     from localprop.network.module import LocalModule
     from localprop.network.network import LocalNetwork, LocalOutput
-    from localprop.planning.plans import Plan, PlanRow, plan
+    from localprop.planning.plans import Plan, plan
+    from localprop.planning.rows import PlanRow
     from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS, TASKS
     from localprop.report.measures import Measure
     from localprop.settings.recipe import Recipe
@@ -74,7 +75,8 @@ _PLACES = {
     "localprop.settings.recipe": ("Recipe",),
     "localprop.tasks.base": ("Task",),
     "localprop.tasks.classification": ("Classification",),
-    "localprop.planning.plans": ("Plan", "PlanRow", "plan"),
+    "localprop.planning.plans": ("Plan", "plan"),
+    "localprop.planning.rows": ("PlanRow",),
     "localprop.registry": ("DATASETS", "DECODERS", "HEADS", "METHODS", "MODELS", "TASKS"),
     "localprop.system.provenance": ("provenance",),
     "localprop.tracing.chains": ("chain",),

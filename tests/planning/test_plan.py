@@ -325,7 +325,7 @@ def test_a_setting_is_explained_under_its_name(name):
 
 
 def test_nothing_is_explained_unasked(monkeypatch):
-    monkeypatch.setattr("localprop.planning.plans.explain_peak", lambda *_: pytest.fail("which takes time"))
+    monkeypatch.setattr("localprop.planning.planner.explain_peak", lambda *_: pytest.fail("which takes time"))
     assert small_plan((2,), model=build("mlp")).explained is None
 
 

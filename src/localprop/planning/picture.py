@@ -8,7 +8,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from localprop.planning.plans import Plan, PlanRow
+from localprop.planning.plans import Plan
+from localprop.planning.rows import PlanRow
 from localprop.report.formats import format_bytes
 from localprop.report.texts import drawn
 from localprop.system.files import written_aside

@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from localprop.planning.plans import Plan, PlanRow
+from localprop.planning.plans import Plan
 from localprop.planning.processes import Processes
+from localprop.planning.rows import PlanRow
 from localprop.planning.settings import chosen_for_plan, train_command
 from localprop.report.formats import format_bytes
 from localprop.settings.config import PlanConfig

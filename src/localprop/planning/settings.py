@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from localprop.models.backbone import create_backbone
-from localprop.planning.plans import MODULES, Plan, PlanRow, Setting, plan
+from localprop.planning.plans import MODULES, Plan, plan
+from localprop.planning.rows import PlanRow, Setting
 from localprop.settings.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig
 from localprop.settings.flat import to_flags
 from localprop.settings.recipe import Recipe
@@ -25,7 +26,7 @@ def plan_for(
     budget: int | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan of a run's own settings; `options` are further arguments of `localprop.plan.plan`."""
+    """The plan of a run's own settings; `options` are further arguments of `localprop.plan`."""
     recipe = {f.name: getattr(local, f.name) for f in fields(Recipe)}
     del recipe["modules"]
     return plan(

@@ -1,0 +1,236 @@
+"""Plans one setting after the other: which there are, what each needs, and which one fits a budget."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from localprop.division.divide import divide
+from localprop.division.partition import most_modules
+from localprop.errors import ChainError, ConfigError, ParallelError, PlanError
+from localprop.memory.cost import Costs
+from localprop.methods import only_modules
+from localprop.network.network import LocalNetwork
+from localprop.planning.peaks import Peak, explain_peak
+from localprop.planning.processes import Processes, pipeline, share_out
+from localprop.planning.rows import PlanRow, Setting
+from localprop.planning.schedules import Link
+from localprop.planning.simulation import simulate_step
+from localprop.settings.config import OptimConfig
+from localprop.settings.recipe import Recipe
+from localprop.tracing.chains import chain
+
+_CLEARLY = 0.97
+
+
+@dataclass
+class Planner:
+    """Plans settings of one model, with the same optimizer, batch and machine for all of them.
+
+    Attributes:
+        model: the model.
+        costs: its chain and what is known of the chain's costs, by whether blocks are split.
+        recipe: the settings that all numbers of modules have in common.
+        arguments: further arguments of `localize`, which are no part of a recipe.
+        optim: settings of the optimizer.
+        amp_dtype: type of automatic mixed precision, if any.
+        batch_size: images per step.
+        device: whose kernels and speed to assume.
+        nproc: number of processes that modules are shared out to, if any.
+        link: between two processes.
+        on_setting: called before each setting is looked at.
+        must_fit: whether an error is raised for a setting that the model does not allow.
+        left_out: why the model does not allow a setting, by the setting's name.
+    """
+
+    model: nn.Module
+    costs: dict[bool, Costs]
+    recipe: Recipe
+    arguments: dict[str, Any]
+    optim: OptimConfig
+    amp_dtype: torch.dtype | None
+    batch_size: int
+    device: str
+    nproc: int | None
+    link: Link
+    on_setting: Callable[[Setting], None] = lambda setting: None
+    must_fit: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the method takes more than one module."""
+        return only_modules(self.recipe.method) != 1
+
+    def rows(self, modules: Sequence[int | Literal["max"]]) -> list[PlanRow]:
+        """End-to-end training, then the recipe with each number of modules."""
+        return self.baselines() + (self.divided(modules) if self.is_local else [])
+
+    def baselines(self) -> list[PlanRow]:
+        """End-to-end training, plain and with activation checkpointing."""
+        plain = Setting(Recipe(modules=1, method="end-to-end"))
+        again = Setting(replace(plain.recipe, grad_checkpointing=True))
+        rows = [self.row(setting) for setting in (plain, again)]
+        return [row for row in rows if row]
+
+    def divided(self, modules: Sequence[int | Literal["max"]]) -> list[PlanRow]:
+        """The recipe with each number of modules.
+
+        Where more modules of whole blocks save nothing any more, the largest block is what is left: from there on
+        blocks are split.
+        """
+        rows: list[PlanRow] = []
+        self.must_fit = len(modules) == 1 or self.recipe.cuts is not None
+        split = self.recipe.split_blocks
+        for count in modules:
+            while True:
+                setting = self.setting(count, split)
+                known = any(row.setting == setting for row in rows)
+                row = self.row(setting) if setting.modules > 1 and not known else None
+                least = min((row.step.peak for row in rows), default=None)
+                rows += [row] if row else []
+                if split or not row or least is None or row.step.peak < _CLEARLY * least:
+                    break
+                if len(self.known(True).chain) == len(self.known(False).chain):
+                    break
+                split = True
+        return rows
+
+    def setting(self, count: int | Literal["max"], split: bool) -> Setting:
+        """The recipe with a number of modules, of whole blocks or of their parts."""
+        units = self.known(split).chain
+        most = most_modules(units, range(1, len(units) + 1), self.recipe.min_depth)
+        number = most if count == "max" else count
+        return Setting(replace(self.recipe, modules=number, split_blocks=split), number == most)
+
+    def known(self, split: bool) -> Costs:
+        """The model's chain, of whole blocks or of their parts, and its costs so far."""
+        if split not in self.costs:
+            size = self.costs[not split].chain.input_size
+            self.costs[split] = Costs(self.model, chain(self.model, size, split_blocks=split))
+        return self.costs[split]
+
+    def row(self, setting: Setting, micro_batches: int | None = None) -> PlanRow | None:
+        """What a setting takes; None where the model does not have so many modules.
+
+        Args:
+            setting: the setting.
+            micro_batches: into which the batch is divided; default: as planned for.
+        """
+        self.on_setting(setting)
+        local = setting.modules > 1
+        try:
+            net, given = self.network(setting, micro_batches)
+        except ChainError as error:
+            if not local or self.must_fit:
+                raise
+            self.left_out[setting.name] = str(error)
+            return None
+        step, parallel, not_parallel = simulate_step(net, *given), None, None
+        if local and self.nproc:
+            try:
+                parallel = share_out(net, step, *given, self.nproc, self.link)
+            except (ParallelError, ConfigError) as error:
+                if self.must_fit:
+                    raise
+                not_parallel = str(error)
+        units = [module.units for module in net.local_modules]
+        return PlanRow(setting, self.batch_size, given[0].micro_batches, step, units, parallel, not_parallel)
+
+    def network(
+        self, setting: Setting, micro_batches: int | None = None
+    ) -> tuple[LocalNetwork, tuple[OptimConfig, int, tuple[int, int, int], str]]:
+        """The network of a setting, and what else `simulate_step` is given; arguments as of `row`."""
+        optim = replace(self.optim, micro_batches=micro_batches or self.optim.micro_batches)
+        costs = self.known(setting.split_blocks)
+        with torch.random.fork_rng(devices=[]):  # weights of auxiliary nets are drawn
+            net = divide(
+                self.model,
+                setting.recipe,
+                costs,
+                batch_size=self.batch_size,
+                micro_batches=optim.micro_batches,
+                amp_dtype=self.amp_dtype,
+                device=self.device,
+                **self.arguments,
+            )
+        return net, (optim, self.batch_size, costs.chain.input_size, self.device)
+
+    def explained(self, rows: list[PlanRow], name: str | None) -> Peak | None:
+        """Why the peak of the row with this name is where it is; None where no name is given.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        if name is None:
+            return None
+        found = [row for row in rows if key(row.setting.name) == key(name)]
+        found += [row for row in rows if key(row.setting.name.replace(", max", "")) == key(name)]
+        if not found:
+            known = ", ".join(row.setting.name for row in rows)
+            raise ConfigError(f"this plan has no setting {name!r} to explain; it has {known}; --modules plans others")
+        setting = found[0].setting
+        self.on_setting(setting)
+        net, given = self.network(setting, found[0].micro_batches)
+        return explain_peak(setting.name, net, *given)
+
+    def pipeline(self, rows: list[PlanRow]) -> Processes | None:
+        """End-to-end training by 1F1B on as many processes as the rows' modules are shared out to.
+
+        Raises:
+            ParallelError: no row's modules can be shared out.
+        """
+        assert self.nproc
+        if self.is_local and not any(row.parallel for row in rows):
+            most = max(row.setting.modules for row in rows)
+            raise ParallelError(
+                f"{self.nproc} processes cannot share the {most} modules that there are at most; fewer --nproc"
+            )
+        known = self.known(False)
+        return pipeline(known, self.optim, self.batch_size, self.device, self.amp_dtype, self.nproc, self.link)
+
+    def choose(self, rows: list[PlanRow], budget: int, among: Sequence[int | Literal["max"]]) -> PlanRow:
+        """The row that fits: the fastest, and of equally fast ones that with the fewest modules.
+
+        Where none fits, the one that does with the fewest micro-batches.
+
+        Args:
+            rows: all of a plan; end-to-end training is left out where the user names one number of modules, or cuts.
+            budget: bytes.
+            among: the numbers of modules that were asked for.
+
+        Raises:
+            PlanError: nothing fits, even with one image at a time.
+        """
+        usual = rows[0].step.seconds
+        if self.is_local and (len(among) == 1 or self.recipe.cuts is not None):
+            rows = [row for row in rows if row.setting.modules > 1]
+        fitting = [row for row in rows if row.step.peak <= budget]
+        if fitting:
+            # Expected times that differ by less than a tenth are equal, as far as can be told.
+            return min(fitting, key=lambda row: (round(row.step.seconds / usual, 1), row.setting.modules))
+        return self.fit(rows, budget)
+
+    def fit(self, rows: list[PlanRow], budget: int) -> PlanRow:
+        """The row that fits with the fewest micro-batches; arguments and errors as of `choose`."""
+        # With few images at once weights, their gradients and optimizer state decide, of which local modules have more.
+        smallest = min(rows, key=lambda row: row.step.peak)
+        leanest = min(rows, key=lambda row: (row.step.parts["parameters"], row.step.peak))
+        found, first = smallest, self.optim.micro_batches + 1
+        candidates = [smallest] if smallest is leanest else [smallest, leanest]
+        for count in (n for n in range(first, self.batch_size + 1) if self.batch_size % n == 0):
+            tried = [self.row(row.setting, count) for row in candidates]
+            found = min((row for row in tried if row), key=lambda row: row.step.peak)
+            if found.step.peak <= budget:
+                return found
+        raise PlanError(
+            f"nothing fits {budget / 2**20:.0f} MiB: {found.setting.name} with 1 image at a time takes "
+            f"{found.step.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
+        )
+
+
+def key(name: str) -> str:
+    """What names of settings are compared by: "K=4+ckpt" is "K=4 + ckpt"."""
+    return "".join(name.split()).lower()
