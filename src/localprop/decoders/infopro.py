@@ -12,8 +12,8 @@ _WIDTH = 12
 class InfoProDecoder(Decoder):
     """Interpolates bilinearly, then convolves 3 x 3 twice, as InfoPro (ICLR 2021) does; for comparison with it.
 
-    It upsamples before it reduces channels, which is what the rule of this room forbids: on wide features it keeps
-    a map many times the target's size for backward. `conv` is the same idea in the cheaper order.
+    It upsamples before it reduces channels, against the rule of the other decoders: on wide features it keeps a map
+    for backward that is many times as large as the target. `conv` does the same in the cheaper order.
     """
 
     def __init__(self, source: Layout, target: Layout) -> None:
