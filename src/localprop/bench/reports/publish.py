@@ -112,12 +112,10 @@ def _reproduced(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _readme_part(records: Sequence[Record], pictures: Sequence[str], page: str, images: str) -> str:
     lines = [
         f"Measured here: {_protocol(records, images)}; ± is the standard deviation over seeds. Gaps grow over long "
-        "training; the published gaps are below."
+        f"training. [Results]({page}) has all settings, the published figures, and how the numbers were measured."
     ]
     lines += [line for picture in pictures for line in ("", f"![accuracy and peak memory]({picture})")]
-    lines += ["", results_table(records, README_ROWS), ""]
-    lines += [f"[Results]({page}) has all settings, the published figures, and how the numbers were measured."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", results_table(records, README_ROWS)])
 
 
 def _protocol(records: Sequence[Record], images: str) -> str:
