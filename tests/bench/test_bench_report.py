@@ -97,7 +97,7 @@ def test_mean_and_deviation_over_seeds():
     records = suite()
     (task,) = tasks_of(records)
     own = [r.result["accuracy"] for r in records if (r.config["method"], r.config["modules"]) == ("greedy", 4)]
-    spread = setting(task, "greedy, K=4").accuracy
+    spread = setting(task, "greedy, K=4").score
     assert spread.count == 3
     assert spread.mean == pytest.approx(statistics.mean(own))
     assert spread.std == pytest.approx(statistics.stdev(own))
@@ -280,7 +280,7 @@ def test_a_picture_has_a_panel_for_each_of_four_tasks_and_a_point_and_a_name_for
             known = [s for s in task.settings if figure is not figures[1] or s.method != "infopro"]
             assert sorted(note.get_text() for note in axes.texts) == sorted(s.short for s in known)
     points = {tuple(np.ravel(bars.lines[0].get_data())) for bars in figures[0].axes[0].containers}
-    assert points == {(tasks[0].memory_ratio(s), s.accuracy.mean) for s in tasks[0].settings}
+    assert points == {(tasks[0].memory_ratio(s), s.score.mean) for s in tasks[0].settings}
 
 
 def test_the_report_says_how_it_was_measured():

@@ -9,8 +9,9 @@ from localprop.bench.record import Record, settings_of
 from localprop.bench.suite import SuiteRun
 from localprop.errors import BenchError
 from localprop.report.losses import read_losses
+from localprop.report.measures import ACCURACY, Measure
 from localprop.report.results import EpochRow, read_results
-from localprop.runs.description import read_description
+from localprop.runs.description import measures_of, read_description
 from localprop.runs.recorded_settings import read_config, recorded_plugin
 from localprop.settings.flat import free, to_flat
 from localprop.training.outputs import LOSSES, RESULTS
@@ -53,7 +54,9 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
         CheckpointError: a file of the run folder is missing or damaged.
         BenchError: the run has not come to its end.
     """
-    description, rows, losses = read_description(folder), read_results(folder / RESULTS), read_losses(folder / LOSSES)
+    description, losses = read_description(folder), read_losses(folder / LOSSES)
+    measures = measures_of(description)
+    rows = read_results(folder / RESULTS, measures)
     if not rows or not losses:
         raise BenchError(f"{folder} has no results; delete it to run it again")
     last = rows[-1]
@@ -68,8 +71,7 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
         axes=run.axes,
         result={
             "evaluated_on": description["evaluated_on"],
-            "accuracy": None if meaningless else last.score("accuracy"),
-            "module_accuracies": [None if meaningless else value for value in last.heads],
+            **_headline(measures[0], [None if meaningless else value for value in last.heads]),
             "top5": None if meaningless else last.score("top5"),
             "loss": _finite(last.score("loss")),
             "epochs": last.epoch,
@@ -93,6 +95,15 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
         config=settings_in(folder, run),
         provenance=description["provenance"] | {"resumed_with": description.get("resumed_with", [])},
     )
+
+
+def _headline(measure: Measure, heads: list[float | None]) -> dict[str, Any]:
+    """The entries of `Record.result` for the headline of each module's head, the network's last."""
+    if measure == ACCURACY:
+        return {"accuracy": heads[-1], "module_accuracies": heads}
+    scores = [_finite(value) for value in heads]
+    none = {"accuracy": None, "module_accuracies": [None for _ in heads]}
+    return {**none, "measure": measure.record(), "score": scores[-1], "module_scores": scores}
 
 
 def _finite(loss: float | None) -> float | None:

@@ -14,10 +14,10 @@ from rich.text import Text
 from localprop.bench.record import read_record
 from localprop.bench.runner import Attempt
 from localprop.errors import LocalpropError, printable
-from localprop.report.formats import format_bytes, format_duration, format_percent
+from localprop.report.formats import format_bytes, format_duration
 from localprop.report.losses import read_losses
 from localprop.report.results import read_results
-from localprop.runs.description import read_description
+from localprop.runs.description import measures_of, read_description
 from localprop.training.outputs import LOSSES, RESULTS
 
 _REDRAW_SECONDS = 1.0
@@ -67,7 +67,7 @@ class SuiteView:
             for attempt in changed:
                 cells = _cells(attempt)
                 words = [f"{self._done()}/{len(attempts)}", attempt.state, attempt.run.name]
-                words += [f"{cells['accuracy']}%", cells["memory"], cells["time"]] if attempt.state == "done" else []
+                words += [cells["score"], cells["memory"], cells["time"]] if attempt.state == "done" else []
                 self._console.out(
                     printable("  ".join([*words, *([attempt.problem] if attempt.problem else [])])), highlight=False
                 )
@@ -87,12 +87,12 @@ class SuiteView:
     def _display(self) -> RenderableType:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("run", no_wrap=True, overflow="ellipsis")
-        for name in ("progress", "accuracy", "peak", "time"):
+        for name in ("progress", "score", "peak", "time"):
             table.add_column(name, justify="right", no_wrap=True)
         shown = self._window(self._console.height - 7)
         for attempt in shown:
             cells = _cells(attempt)
-            columns = [cells[name] for name in ("progress", "accuracy", "memory", "time")]
+            columns = [cells[name] for name in ("progress", "score", "memory", "time")]
             table.add_row(Text(printable(attempt.run.name)), *columns, style=_STYLES[attempt.state])
         hidden = len(self._attempts) - len(shown)
         failed = [
@@ -116,22 +116,23 @@ class SuiteView:
 
 def _cells(attempt: Attempt) -> dict[str, str]:
     """The cells of an attempt's line; of a running one from the files that its trainer writes."""
-    cells = {"progress": attempt.state if attempt.state != "waiting" else "", "accuracy": "", "memory": "", "time": ""}
+    cells = {"progress": attempt.state if attempt.state != "waiting" else "", "score": "", "memory": "", "time": ""}
     if attempt.state == "done":
         record = read_record(attempt.record)
         cost: dict[str, Any] = record.cost
         memory = cost["peak_memory"] or cost["predicted_memory"]
-        cells["accuracy"] = format_percent(record.result["accuracy"])
+        cells["score"] = record.measure.text(record.score) + record.measure.sign
         cells["memory"] = format_bytes(memory) if memory else ""
         cells["time"] = format_duration(cost["seconds"])
     elif attempt.state == "running" and attempt.started is not None:
         cells["time"] = format_duration(time.monotonic() - attempt.started)
         try:
             step = read_losses(attempt.folder / LOSSES)[-1][0]
-            steps = attempt.run.config.run.steps or read_description(attempt.folder)["steps"]
+            description = read_description(attempt.folder)
+            steps = attempt.run.config.run.steps or description["steps"]
             cells["progress"] = f"{100 * step / steps:.0f}%"
-            row = read_results(Path(attempt.folder, RESULTS))[-1]
-            cells["accuracy"] = row.measures[0].text(row.headline)
+            row = read_results(Path(attempt.folder, RESULTS), measures_of(description))[-1]
+            cells["score"] = row.measures[0].text(row.headline) + row.measures[0].sign
         except (LocalpropError, IndexError, KeyError):
             pass  # it has just begun
     return cells

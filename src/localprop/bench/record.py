@@ -1,12 +1,14 @@
 """What is known of one finished run of a suite: one JSON file, and the only thing that reports are made from."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from localprop.errors import BenchError, ConfigError
+from localprop.report.measures import ACCURACY, MEASURE, Measure
 from localprop.settings.config import TrainConfig
 from localprop.settings.earlier import settings_as_recorded
 from localprop.settings.flat import free, from_flat, to_flat
@@ -45,6 +47,9 @@ _SHAPE = {
         "evaluated_on": TEXT,
         "accuracy": (PERCENT, NULL),
         "module_accuracies": [(PERCENT, NULL)],
+        "measure?": MEASURE,
+        "score?": (NUMBER, NULL),
+        "module_scores?": [(NUMBER, NULL)],
         "top5": (PERCENT, NULL),
         "loss": (NUMBER, NULL),
         "epochs": POSITIVE,
@@ -91,8 +96,9 @@ class Record:
             names with underscores.
         result: the same for the same settings and versions, whenever and however often it was interrupted:
             "evaluated_on" ("test" or "validation"), "accuracy" (percent, of the network after the last epoch),
-            "module_accuracies" (percent, of each module's head, the network's last; None where it has none), "top5"
-            (percent or None), "loss" (mean cross-entropy), "epochs", "steps", and "curve": {"step": [...], "loss":
+            "module_accuracies" (percent, of each module's head, the network's last; None where it has none); of a task
+            with another headline "measure" (what it is), "score" and "module_scores" in their place; "top5" (percent or
+            None), "loss" (mean cross-entropy), "epochs", "steps", and "curve": {"step": [...], "loss":
             [[one per module], ...]}, mean training losses since the step before; "test" with the accuracies and the
             loss of test images that are evaluated once, after training, where the others are for choosing settings.
         cost: "predicted_memory" and "peak_memory" (bytes of a training step, or None), "seconds_per_step" and
@@ -116,6 +122,27 @@ class Record:
     data: dict[str, Any]
     config: dict[str, Any]
     provenance: dict[str, Any]
+
+    @property
+    def measure(self) -> Measure:
+        """What the headline of its task measures."""
+        recorded = self.result.get("measure")
+        return Measure.of(recorded) if recorded else ACCURACY
+
+    @property
+    def score(self) -> float | None:
+        """The network's headline score after the last epoch; None where it has none."""
+        return _number(self.result.get("score" if "measure" in self.result else "accuracy"))
+
+    @property
+    def module_scores(self) -> list[float | None]:
+        """The headline score of each module's head, the network's last; None where it has none."""
+        found = self.result.get("module_scores" if "measure" in self.result else "module_accuracies")
+        return [_number(value) for value in found or []]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -167,6 +194,8 @@ def _check_lengths(content: dict[str, Any]) -> None:
     curve = result["curve"] or {"step": [], "loss": []}
     if len(result["module_accuracies"]) != modules:
         raise Malformed(f"result.module_accuracies has {len(result['module_accuracies'])} entries of {modules} modules")
+    if len(result.get("module_scores", result["module_accuracies"])) != modules:
+        raise Malformed(f"result.module_scores has {len(result['module_scores'])} entries of {modules} modules")
     if len(curve["step"]) != len(curve["loss"]) or any(len(losses) != modules for losses in curve["loss"]):
         raise Malformed("result.curve has not a loss of each module for each step")
 

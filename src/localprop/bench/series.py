@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from localprop.bench.record import Record
+from localprop.report.measures import Measure
 
 BASELINE = "end-to-end"
 """The method whose training with one module is what others are compared with."""
@@ -22,9 +23,15 @@ class Spread:
     std: float | None
     count: int
 
-    def text(self, sign: str = "") -> str:
-        """Two digits after the point, "80.12 ± 0.34"; with `sign` "+" the mean always has a sign."""
-        return f"{self.mean:{sign}.2f}" + ("" if self.std is None else f" ± {self.std:.2f}")
+    def text(self, sign: str = "", percent: bool = True) -> str:
+        """Mean and deviation, "80.12 ± 0.34"; with `sign` "+" the mean always has a sign.
+
+        Args:
+            sign: "" or "+".
+            percent: whether they are percentages, of two digits after the point; others have four digits in all.
+        """
+        form = ".2f" if percent else ".4g"
+        return f"{self.mean:{sign}{form}}" + ("" if self.std is None else f" ± {self.std:{form}}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,11 @@ class Series:
     records: dict[Any, Record]
 
     @property
+    def measure(self) -> Measure:
+        """What the headline of its task measures."""
+        return next(iter(self.records.values())).measure
+
+    @property
     def method(self) -> str:
         """The method's name."""
         return str(self.config["method"])
@@ -59,15 +71,20 @@ class Series:
         return int(self.config["modules"])
 
     @cached_property
-    def accuracies(self) -> dict[Any, float]:
-        """Seed to percent, of the runs that have an accuracy."""
-        found = {seed: _number(record.result.get("accuracy")) for seed, record in self.records.items()}
+    def scores(self) -> dict[Any, float]:
+        """Seed to the network's headline score, of the runs that have one."""
+        found = {seed: record.score for seed, record in self.records.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
     @cached_property
-    def accuracy(self) -> Spread | None:
-        """Over seeds, in percent; None if no run has one."""
-        return spread(self.accuracies.values())
+    def score(self) -> Spread | None:
+        """The same over seeds; None if no run has one."""
+        return spread(self.scores.values())
+
+    @property
+    def rank(self) -> float:
+        """A number that is larger for better mean scores."""
+        return self.measure.rank(self.score.mean if self.score else None)
 
     def cost(self, name: str) -> float | None:
         """Mean over seeds of one entry of the records' cost; None where no run has it."""
@@ -85,12 +102,11 @@ class Series:
         return self.cost("peak_memory") is not None
 
     @cached_property
-    def module_accuracies(self) -> list[float | None]:
-        """Percent of each module's head (K), mean over seeds; None where a module has none."""
-        runs = [record.result.get("module_accuracies") or [] for record in self.records.values()]
+    def module_scores(self) -> list[float | None]:
+        """The headline score of each module's head (K), mean over seeds; None where a module has none."""
+        runs = [record.module_scores for record in self.records.values()]
         return [
-            _mean(value for run in runs if k < len(run) and (value := _number(run[k])) is not None)
-            for k in range(self.modules)
+            _mean(value for run in runs if k < len(run) and (value := run[k]) is not None) for k in range(self.modules)
         ]
 
     @cached_property
@@ -114,19 +130,19 @@ def spread(values: Iterable[float]) -> Spread | None:
 
 
 def difference(one: Series, other: Series) -> Spread | None:
-    """Accuracy of `one` less that of `other`, in points.
+    """The score of `one` less that of `other`, of percentages in points.
 
     Of the seeds that both have, the mean and spread of the differences, so that what a seed does to both falls out.
-    Without a seed in common the difference of the means, and a count of 0. None where one has no accuracy.
+    Without a seed in common the difference of the means, and a count of 0. None where one has no score.
     """
-    if one.accuracy is None or other.accuracy is None:
+    if one.score is None or other.score is None:
         return None
-    return spread(paired(one, other)) or Spread(one.accuracy.mean - other.accuracy.mean, None, 0)
+    return spread(paired(one, other)) or Spread(one.score.mean - other.score.mean, None, 0)
 
 
 def paired(one: Series, other: Series) -> list[float]:
-    """Accuracy of `one` less that of `other`, in points, for each seed that both have."""
-    return [value - other.accuracies[seed] for seed, value in one.accuracies.items() if seed in other.accuracies]
+    """The score of `one` less that of `other`, for each seed that both have."""
+    return [value - other.scores[seed] for seed, value in one.scores.items() if seed in other.scores]
 
 
 def _number(value: Any) -> float | None:

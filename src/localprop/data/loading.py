@@ -26,9 +26,9 @@ from localprop.data.sources import read_named
 from localprop.data.split import hold_out
 from localprop.data.view import SQUASHED, WHOLE
 from localprop.errors import ConfigError
-from localprop.registry import DATASETS, TASKS
+from localprop.registry import DATASETS
 from localprop.settings.config import DataConfig
-from localprop.tasks.base import Task
+from localprop.tasks.base import task_of
 
 FOLDER = "folder:"
 _USUAL_SIDE = 224
@@ -76,20 +76,8 @@ def _load_named(config: DataConfig, img_size: int | None, seed: int) -> Data:
     )
     identity = identity_of(config.data, arrays.classes, store.train_size, store.test_size)
     mean, std = dataset.mean, dataset.std
-    task = _task(config, arrays.classes)
+    task = task_of(config, arrays.classes)
     return Data(config.data, arrays.classes, img_size, mean, std, store, task, config, seed, identity, store.view)
-
-
-def _task(config: DataConfig, classes: list[str]) -> Task:
-    """What a network is trained for on data with these classes.
-
-    Raises:
-        ConfigError: there is no such task, or what a plugin has registered is none.
-    """
-    kind = TASKS.lookup(config.task)
-    if not (isinstance(kind, type) and issubclass(kind, Task)):
-        raise ConfigError(f"task {config.task!r} is a {type(kind).__name__}; register a subclass of localprop.Task")
-    return kind.of(config, classes)
 
 
 def folder_identity(config: DataConfig) -> dict[str, Any]:
@@ -138,7 +126,7 @@ def _opened(root: Path, found: Listing, config: DataConfig, img_size: int | None
     view, img_size, notes = store.view, store.img_size, found.notes
     if found.train and view == SQUASHED:
         notes = [*notes, f"images in {root} are of several sizes, or not square; they are squeezed to be square"]
-    task = _task(config, found.classes)
+    task = task_of(config, found.classes)
     return Data(name, found.classes, img_size, mean, std, store, task, config, seed, identity, view, notes, final)
 
 

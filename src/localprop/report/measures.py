@@ -1,9 +1,12 @@
 """What an evaluation measures: how a number is called, shown and stored."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from localprop.report.formats import format_loss, format_percent
+from localprop.system.reading import FLAG, TEXT
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,24 @@ class Measure:
     percent: bool = False
     more_is_better: bool = True
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Measure":
+        """The measure that `record` describes."""
+        return cls(**{name: record[name] for name in MEASURE})
+
+    def record(self) -> dict[str, Any]:
+        """The same for a JSON file."""
+        return asdict(self)
+
     @property
     def sign(self) -> str:
         """The sign of its unit."""
         return "%" if self.percent else ""
+
+    @property
+    def heading(self) -> str:
+        """Its name, with the sign of its unit where it has one: "accuracy (%)"."""
+        return f"{self.name} ({self.sign})" if self.sign else self.name
 
     def text(self, value: float | None) -> str:
         """A value without its sign; a dash where there is none (None, NaN)."""
@@ -46,3 +63,7 @@ ACCURACIES = (
     Measure("loss", "loss", more_is_better=False),
 )
 """What a classification measures; and all that results.csv had in version 0.1."""
+ACCURACY = ACCURACIES[0]
+
+MEASURE = {"name": TEXT, "short": TEXT, "percent": FLAG, "more_is_better": FLAG}
+"""What `Measure.record` gives in a JSON file."""

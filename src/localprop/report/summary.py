@@ -56,7 +56,12 @@ def _memory(rows: Sequence[EpochRow]) -> str:
 
 
 def next_steps(
-    run_folder: Path, weights: Path, model_name: str, model_kwargs: Mapping[str, Any], plugin: Path | None = None
+    run_folder: Path,
+    weights: Path,
+    model_name: str,
+    model_kwargs: Mapping[str, Any],
+    plugin: Path | None = None,
+    task: str | None = None,
 ) -> str:
     """What to do with a finished run, as lines to copy; print them unwrapped with `console.out`.
 
@@ -66,6 +71,7 @@ def next_steps(
         model_name: name of the model.
         model_kwargs: everything else that is needed to build the same network, such as num_classes.
         plugin: the file that the run's settings name, if they name one.
+        task: what the network is trained for, where that is not the default.
     """
     arguments = [f"{key}={value!r}" for key, value in model_kwargs.items()]
     if model_name in MODELS:
@@ -76,6 +82,7 @@ def next_steps(
     call = f"model = {build}({', '.join(arguments)})"
     if len(call) > 80:
         call = "\n".join([f"model = {build}(", *(f"    {argument}," for argument in arguments), ")"])
+    task_words = ["--task", task] if task else []
     return f"""
 Evaluate it:
 
@@ -91,5 +98,5 @@ model.load_state_dict(load_file({str(weights)!r}))
 
 Train on your own images (PATH has train/ and test/, with a folder per class):
 
-{command("train", "--data", "folder:PATH", "--model", model_name, *plugin_words(plugin))}
+{command("train", "--data", "folder:PATH", "--model", model_name, *task_words, *plugin_words(plugin))}
 """

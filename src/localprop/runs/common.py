@@ -15,7 +15,7 @@ from localprop.runs.experiment import Experiment, prepare
 from localprop.runs.headroom import choose_for_budget
 from localprop.runs.recorded_data import data_of_run
 from localprop.runs.recorded_recipe import recipe_of_run
-from localprop.settings.config import TrainConfig
+from localprop.settings.config import DataConfig, TrainConfig
 from localprop.system.commands import resume_command
 from localprop.training.outputs import WEIGHTS
 from localprop.training.signals import Interrupted
@@ -115,9 +115,9 @@ def train(trainer: Trainer, experiment: Experiment, console: Console, notes: lis
     if line := tested_line(folder, experiment.data.task):
         console.out(line, highlight=False)
     backbone = config.backbone
-    console.out(
-        next_steps(folder, folder / WEIGHTS, backbone.model, experiment.model_kwargs, backbone.plugin), highlight=False
-    )
+    weights, kwargs = folder / WEIGHTS, experiment.model_kwargs
+    task = None if config.data.task == DataConfig.task else config.data.task
+    console.out(next_steps(folder, weights, backbone.model, kwargs, backbone.plugin, task), highlight=False)
     if trainer.last_step < experiment.steps:
         stopped = f"Stopped after step {trainer.last_step} of {experiment.steps}. Train on:"
         console.out(f"{stopped}\n\n{resume_command(folder, backbone.plugin)}\n", highlight=False)

@@ -1,12 +1,13 @@
 """run.json of a run folder: what was made of the settings of a run, and with what."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from localprop.errors import CheckpointError, ConfigError
 from localprop.network.network import LocalNetwork
+from localprop.report.measures import ACCURACIES, MEASURE, Measure
 from localprop.runs.experiment import Experiment
 from localprop.runs.recorded_settings import CONFIG, recorded_plugin, settings_text
 from localprop.system.commands import command
@@ -58,6 +59,8 @@ _DESCRIPTION = {
     "provenance": _PROVENANCE,
     "resumed_with?": [_PROVENANCE],
     "plugin?": {"path": TEXT, "sha256": TEXT},
+    "unit?": TEXT,
+    "measures?": [MEASURE],
     "test?": {"images?": POSITIVE, "accuracy?": PERCENT},
     "job?": TEXT,
 }
@@ -83,6 +86,8 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
         "evaluated_on": data.evaluated_on,
         "train_images": data.train_size,
         "evaluated_images": data.test_size,
+        "unit": data.task.unit,
+        "measures": [measure.record() for measure in data.task.measures],
         "steps": experiment.steps,
         "device": experiment.device.type,
         "provenance": provenance(),
@@ -94,6 +99,12 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
     if job:
         description["job"] = job
     write_text(folder / RUN, json.dumps(description, indent=2) + "\n")
+
+
+def measures_of(description: Mapping[str, Any]) -> tuple[Measure, ...]:
+    """What the task of a run measures, as `read_description` gives it; version 0.1 measured accuracies alone."""
+    recorded = description.get("measures")
+    return tuple(map(Measure.of, recorded)) if recorded else ACCURACIES
 
 
 def note_tested(folder: Path, scores: Scores) -> None:

@@ -1,5 +1,6 @@
 """What is done with a finished run: evaluating its weights, and handing them to timm."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from localprop.settings.trust import DESCRIPTIONS, without_starting_weights
 from localprop.system.commands import resume_command
 from localprop.system.files import folder_aside
 from localprop.system.reading import Malformed, require_regular
+from localprop.tasks.base import task_of
 from localprop.training.checkpoints.folder import newest_checkpoint
 from localprop.training.checkpoints.restoring import check_part
 from localprop.training.finite import non_finite
@@ -72,7 +74,8 @@ def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = No
     for measure, value in zip(data.task.measures, scores.network, strict=True):
         # Version 0.1 called the accuracy top1.
         name = "top1" if measure.name == "accuracy" else measure.name
-        result |= {} if value is None else {name: round(value, 3 if measure.percent else 5)}
+        if value is not None and math.isfinite(value):  # JSON has no other numbers
+            result[name] = round(value, 3 if measure.percent else 5)
     return result, data.notes + notes
 
 
@@ -94,7 +97,8 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     if place.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
         raise ConfigError(f"{output} exists already; choose another --output, or delete it")
     description = read_description(folder)
-    own = read_config(folder, plugin).backbone
+    config = read_config(folder, plugin)
+    own = config.backbone
     own_kwargs = without_starting_weights(description["model_kwargs"])
     try:
         model, kwargs = create_backbone(replace(own, pretrained=False, model_kwargs=own_kwargs), None)
@@ -103,7 +107,8 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     load_weights(folder, model)
     # Else it is a plugin's, not built by what loads weights in timm.
     loads = hasattr(model, "pretrained_cfg") and own.model not in MODELS
-    settings = _described(model, own.model, len(description["classes"]))
+    task = task_of(config.data, description["classes"])
+    settings = _described(model, own.model, task.outputs or 0)
     if not own.pretrained:
         # The weights are new: timm's tag and licence are those of weights that have no part in them.
         for key in ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes", "description"):
@@ -115,7 +120,7 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     # timm takes the description of the weights from pretrained_cfg, which the export has.
     arguments = {key: value for key, value in kwargs.items() if key not in ("num_classes", *DESCRIPTIONS)}
     with folder_aside(place) as aside:
-        labels = {"label_names": description["classes"]}
+        labels = {"label_names": description["classes"]} if task.names_outputs else {}
         try:
             save_for_hf(model, str(aside), model_config=labels, model_args=arguments, safe_serialization=True)
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -139,11 +144,11 @@ def _code(output: Path, name: str, kwargs: dict[str, Any], loads: bool) -> str:
     )
 
 
-def _described(model: nn.Module, name: str, classes: int) -> dict[str, Any]:
+def _described(model: nn.Module, name: str, outputs: int) -> dict[str, Any]:
     """A copy of a model's pretrained_cfg. One that is not timm's own gets what `save_for_hf` asks of it."""
     settings: dict[str, Any] = dict(getattr(model, "pretrained_cfg", None) or {})
     widths = [module.in_features for module in model.modules() if isinstance(module, nn.Linear)]
-    for attribute, value in (("num_classes", classes), ("num_features", widths[-1] if widths else 0)):
+    for attribute, value in (("num_classes", outputs), ("num_features", widths[-1] if widths else 0)):
         if not hasattr(model, attribute):
             setattr(model, attribute, value)
     return {"architecture": name, **settings}

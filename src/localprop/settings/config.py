@@ -68,7 +68,7 @@ class ModelConfig:
     drop_path: float = 0.0
     """Stochastic depth rate, for models that have it."""
     plugin: OptionalPath = None
-    """A Python file to run first, which may register methods, heads, decoders, datasets and models."""
+    """A Python file to run first, which may register methods, heads, decoders, tasks, datasets and models."""
 
     def __post_init__(self) -> None:
         require_within_bounds(self)

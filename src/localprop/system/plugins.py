@@ -1,4 +1,4 @@
-"""Plugins: Python files of the user that register methods, heads, decoders, datasets and models."""
+"""Plugins: Python files of the user that register methods, heads, decoders, tasks, datasets and models."""
 
 import hashlib
 import importlib.util

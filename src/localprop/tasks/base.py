@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from localprop.errors import ConfigError
 from localprop.features import Example, Layout
+from localprop.registry import TASKS
 from localprop.report.measures import Measure
 from localprop.settings.config import DataConfig
 
@@ -22,14 +24,16 @@ class Task(nn.Module, ABC):
     It is an `nn.Module`, so that tensors of a loss, such as weights of classes, are on the network's device.
 
     Attributes:
-        unit: what one example is called, such as "image".
+        unit: what one example is called, such as "image"; a noun whose plural ends in s.
         measures: what `scores` gives; the first is the headline, which is shown for every module.
         outputs: size of the model's last layer, where the task decides it; None leaves it to the model.
+        names_outputs: whether each output stands for a class of the data, in their order: exports name them then.
     """
 
     unit: str = "image"
     measures: Sequence[Measure]
     outputs: int | None = None
+    names_outputs: bool = False
 
     @classmethod
     def of(cls, settings: DataConfig, classes: list[str]) -> "Task":
@@ -38,7 +42,12 @@ class Task(nn.Module, ABC):
         Args:
             settings: the run's data settings.
             classes: names of the data's classes, in the order of their labels.
+
+        Raises:
+            ConfigError: the settings ask for what the task does not do, such as mixing images.
         """
+        if settings.mixup or settings.cutmix:
+            raise ConfigError(f"the task {settings.task!r} mixes no images; leave out --mixup and --cutmix")
         return cls()
 
     def check_prediction(self, prediction: tuple[int, ...], outputs: int | None) -> None:
@@ -103,6 +112,18 @@ class Task(nn.Module, ABC):
     def for_costs(self) -> "Task":
         """The task whose loss takes the targets that `target` describes: memory and time are predicted with it."""
         return self
+
+
+def task_of(settings: DataConfig, classes: list[str]) -> Task:
+    """What a network is trained for on data with these classes.
+
+    Raises:
+        ConfigError: there is no such task, what a plugin has registered is none, or it does not do what is asked for.
+    """
+    kind = TASKS.lookup(settings.task)
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise ConfigError(f"task {settings.task!r} is a {type(kind).__name__}; register a subclass of localprop.Task")
+    return kind.of(settings, classes)
 
 
 def share_of_step(task: Task, total: Tensor | None, parts: int, targets: Tensor) -> Tensor | None:

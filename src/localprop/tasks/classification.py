@@ -32,6 +32,7 @@ class Classification(Task):
     """
 
     measures = ACCURACIES
+    names_outputs = True
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """What an evaluation finds: the scores of every module's head and of the network."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,11 +52,16 @@ class Tally:
 
     def scores(self) -> Scores:
         """What was found in all."""
-        found = [None if own is None else self.task.scores(own) for own in self.sums]
+        found = [None if own is None else list(map(_known, self.task.scores(own))) for own in self.sums]
         network = found[-1]
         assert network is not None  # the last module predicts
         heads = tuple(None if own is None else own[0] for own in found)
         return Scores(self.task, heads, tuple(network), self.examples)
+
+
+def _known(score: float | None) -> float | None:
+    """A score; None for NaN, which says the same, and which JSON has no number for."""
+    return None if score is None or math.isnan(score) else score
 
 
 def sums_of(task: Task, prediction: Tensor | None, targets: Tensor) -> Tensor | None:

@@ -1,7 +1,6 @@
 """Runs of a suite put together: seeds into settings, settings into tasks within which they are compared."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,12 @@ from localprop.bench.record import Record
 from localprop.bench.reports.labels import setting_labels
 from localprop.bench.series import BASELINE, Series, Spread, difference
 from localprop.errors import shortened
+from localprop.report.measures import Measure
 from localprop.settings.flat import free
 
-# What has to be the same before two accuracies, peaks or times say anything about each other.
-TASK = ("data", "model", "model_kwargs", "img_size", "amp", "amp_dtype", "epochs", "batch_size")
-_QUIET = ("model_kwargs", "amp_dtype", "batch_size", "source", "epochs", "img_size", "amp")
+# What has to be the same before two scores, peaks or times say anything about each other.
+TASK = ("task", "data", "model", "model_kwargs", "img_size", "amp", "amp_dtype", "epochs", "batch_size")
+_QUIET = ("measure", "model_kwargs", "amp_dtype", "batch_size", "source", "epochs", "img_size", "amp")
 # What the result of a run does not depend on. Results of version 0.1 may have those that are left out today.
 _FREE = free("record") | {"plugin", "hold_on_device"}
 # What end-to-end training has no use for, and with one module: runs of it that differ in these are the same run.
@@ -29,7 +29,7 @@ class Comparison:
     Attributes:
         name: what tells the task from the others; data and model where it is the only one.
         settings: one or more: end-to-end first, then by K, then by method.
-        baseline: plain end-to-end training with one module, the most accurate where there are several; None without.
+        baseline: plain end-to-end training with one module, the best where there are several; None without.
     """
 
     name: str
@@ -42,12 +42,17 @@ class Comparison:
         return str(self.settings[0].config.get("data"))
 
     @property
+    def measure(self) -> Measure:
+        """What its scores measure."""
+        return self.settings[0].measure
+
+    @property
     def methods(self) -> list[str]:
         """Names of the methods, in the order of the settings."""
         return list(dict.fromkeys(setting.method for setting in self.settings))
 
     def gap(self, setting: Series) -> Spread | None:
-        """Accuracy less the baseline's, in points; see `difference`."""
+        """A setting's score less the baseline's; see `difference`."""
         return difference(setting, self.baseline) if self.baseline else None
 
     def memory_ratio(self, setting: Series) -> float | None:
@@ -67,9 +72,9 @@ class Comparison:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of the points (memory, accuracy) no other beats, from the least memory to the most.
+    """Which of the points (memory, rank) no other beats, from the least memory to the most.
 
-    A point is beaten by one that takes no more memory and is at least as accurate; of equal points the first stays.
+    A point is beaten by one that takes no more memory and ranks at least as high; of equal points the first stays.
     """
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
@@ -91,13 +96,14 @@ def tasks_of(records: Sequence[Record]) -> list[Comparison]:
 
 
 def _conditions(record: Record) -> dict[str, Any]:
-    """What has to be the same before two runs are compared; accuracies on validation and test images never are."""
+    """What has to be the same before two runs are compared; scores on validation and test images never are."""
     found = {key: record.config.get(key) for key in TASK}
     # None means the dataset's own size.
     return {
         **found,
         "img_size": record.data.get("img_size"),
         "evaluated_on": record.result.get("evaluated_on"),
+        "measure": record.measure.name,
         "source": record.data.get("source"),
     }
 
@@ -113,7 +119,7 @@ def _task(records: list[Record], name: str) -> Comparison:
         settings.append(Series(label, short, config, seeds))
     plain = [s for s in settings if s.undivided and not s.config.get("grad_checkpointing")]
     plain = [s for s in plain if s.config.get("recompute") is not True]
-    baseline = max(plain, key=lambda s: s.accuracy.mean if s.accuracy else -math.inf, default=None)
+    baseline = max(plain, key=lambda s: s.rank, default=None)
     settings.sort(key=lambda s: (s is not baseline, not s.undivided, s.modules, s.method))
     return Comparison(name, settings, baseline)
 

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from localprop.bench.reports.groups import Comparison, pareto_front
 from localprop.bench.reports.placing import label_ends, label_points, text_size
 from localprop.bench.series import BASELINE, Series
+from localprop.report.measures import ACCURACY, Measure
 from localprop.report.texts import drawn as drawn_text
 from localprop.system.files import written_aside
 
@@ -25,13 +26,13 @@ _DPI = 140
 
 
 def draw_pareto(path: Path, tasks: Sequence[Comparison], title: str) -> bool:
-    """Draws accuracy against peak memory: a panel per task, a point per setting, and the front that none beats.
+    """Draws score against peak memory: a panel per task, a point per setting, and the front that none beats.
 
-    Without a single accuracy, memory alone as bars.
+    Without a single score, memory alone as bars.
 
     Args:
         path: the PNG, 1400 pixels wide, replaced if it is there.
-        tasks: the first four are drawn; where some have accuracies, of these.
+        tasks: the first four are drawn; where some have scores, of these.
         title: above the picture.
 
     Returns:
@@ -40,11 +41,13 @@ def draw_pareto(path: Path, tasks: Sequence[Comparison], title: str) -> bool:
     shown = [task for task in tasks if any(s.memory for s in task.settings)]
     if not shown:
         return False
-    accurate = [task for task in shown if any(s.accuracy and s.memory for s in task.settings)]
-    if accurate:
-        shown = accurate[:MOST_PANELS]
-        figure, panels = _panels(shown, f"{title}: accuracy and peak memory", side=0.25)
-        what = "bars: ± standard deviation over seeds; line: best accuracy at that memory or less"
+    scored = [task for task in shown if any(s.score and s.memory for s in task.settings)]
+    if scored:
+        shown = scored[:MOST_PANELS]
+        names = ", ".join(dict.fromkeys(task.measure.name for task in shown))
+        figure, panels = _panels(shown, f"{title}: {names} and peak memory", side=0.25)
+        best = "accuracy" if names == ACCURACY.name else "score"
+        what = f"bars: ± standard deviation over seeds; line: best {best} at that memory or less"
         figure.text(0.985, 1 - 0.16 / figure.get_figheight(), what, ha="right", va="top", fontsize=8, color="0.4")
         for axes, task in zip(panels, shown, strict=True):
             _pareto_panel(axes, task)
@@ -58,33 +61,33 @@ def draw_pareto(path: Path, tasks: Sequence[Comparison], title: str) -> bool:
 
 
 def draw_depth(path: Path, tasks: Sequence[Comparison], title: str) -> bool:
-    """Draws the accuracy of each module's head over its depth; a line per setting, end-to-end as a level.
+    """Draws the score of each module's head over its depth; a line per setting, end-to-end as a level.
 
-    Args and return value as those of `draw_pareto`; nothing is drawn where no module inside a network has an accuracy.
+    Args and return value as those of `draw_pareto`; nothing is drawn where no module inside a network has a score.
     """
 
     def inside(setting: Series) -> bool:
-        return any(accuracy is not None for accuracy in setting.module_accuracies[:-1])
+        return any(score is not None for score in setting.module_scores[:-1])
 
     shown = [task for task in tasks if any(inside(s) for s in task.settings)][:MOST_PANELS]
     if not shown:
         return False
     figure, panels = _panels(shown, f"{title}: what each module's head knows", side=_side(shown))
     for axes, task in zip(panels, shown, strict=True):
-        drawn = [s for s in task.settings if inside(s) or (s.modules == 1 and s.accuracy)]
+        drawn = [s for s in task.settings if inside(s) or (s.modules == 1 and s.score)]
         ends = []
         for setting, color in zip(drawn, _shades(drawn), strict=True):
-            values = np.array([np.nan if a is None else a for a in setting.module_accuracies])
-            if setting.modules == 1 and setting.accuracy:
-                axes.axhline(setting.accuracy.mean, color=color, linewidth=1.4, linestyle="--", zorder=1)
-                ends.append((1.0, setting.accuracy.mean))
+            values = np.array([np.nan if score is None else score for score in setting.module_scores])
+            if setting.modules == 1 and setting.score:
+                axes.axhline(setting.score.mean, color=color, linewidth=1.4, linestyle="--", zorder=1)
+                ends.append((1.0, setting.score.mean))
                 continue
             known = np.flatnonzero(np.isfinite(values))
             depths = (known + 1) / setting.modules
             axes.plot(depths, values[known], color=color, linewidth=1.5, marker="o", markersize=3.5, clip_on=False)
             ends.append((float(depths[-1]), float(values[known[-1]])))
         axes.set_xlim(0, 1)
-        _finish(axes, "depth (module / K)", "accuracy of its head (%)")
+        _finish(axes, "depth (module / K)", _head_of(task.measure))
         label_ends(axes, ends, [drawn_text(s.short) for s in drawn], _shades(drawn))
     _save(figure, path)
     return True
@@ -123,11 +126,13 @@ def _pareto_panel(axes: Axes, task: Comparison) -> None:
     known: list[tuple[Series, float, float, float]] = []
     for setting in task.settings:
         memory = task.memory_ratio(setting) if relative else setting.memory
-        if memory and setting.accuracy:
+        if memory and setting.score:
             scaled = memory if relative else memory / 2**20
-            known.append((setting, scaled, setting.accuracy.mean, setting.accuracy.std or 0.0))
+            known.append((setting, scaled, setting.score.mean, setting.score.std or 0.0))
     if not known:
-        axes.text(0.5, 0.5, "no accuracy is known", transform=axes.transAxes, ha="center", color="0.4")
+        axes.text(
+            0.5, 0.5, f"no {drawn_text(task.measure.name)} is known", transform=axes.transAxes, ha="center", color="0.4"
+        )
         return
     points = np.array([[x, y] for _, x, y, _ in known])
     spreads = np.array([std for *_, std in known])
@@ -136,17 +141,22 @@ def _pareto_panel(axes: Axes, task: Comparison) -> None:
         axes.errorbar(x, y, yerr=std or None, fmt="o", color=color, markersize=6, linewidth=1.1, capsize=2.5, zorder=3)
     low, high = points.min(axis=0), points.max(axis=0)
     low[1], high[1] = (points[:, 1] - spreads).min(), (points[:, 1] + spreads).max()
-    room = np.maximum(0.13 * (high - low), [0.04 * high[0], 0.5])
+    room = np.maximum(0.13 * (high - low), [0.04 * high[0], 0.5 if task.measure.percent else 0.04 * np.abs(high[1])])
     axes.set_xlim(max(0.0, low[0] - room[0]), high[0] + room[0])
     axes.set_ylim(low[1] - room[1], high[1] + room[1])
-    front = points[pareto_front([(x, y) for x, y in points])]
+    front = points[pareto_front([(x, task.measure.rank(y)) for x, y in points])]
     ends = np.append(front[1:, 0], axes.get_xlim()[1])
-    # Each point's accuracy is to be had from its memory on, until the next takes over.
+    # Each point's score is to be had from its memory on, until the next takes over.
     line = np.column_stack([np.ravel([front[:, 0], ends], order="F"), np.repeat(front[:, 1], 2)])
     axes.plot(*line.T, color="0.72", linewidth=1.6, zorder=1)
     unit = "end-to-end = 1" if relative else "MiB"
-    _finish(axes, f"peak memory of a training step ({unit})", "accuracy (%)")
+    _finish(axes, f"peak memory of a training step ({unit})", drawn_text(task.measure.heading))
     label_points(axes, points, spreads, line, [drawn_text(setting.short) for setting, *_ in known], colors)
+
+
+def _head_of(measure: Measure) -> str:
+    sign = f" ({measure.sign})" if measure.sign else ""
+    return f"{drawn_text(measure.name)} of its head{sign}"
 
 
 def _memory_panel(axes: Axes, task: Comparison) -> None:

@@ -8,6 +8,7 @@ from localprop.bench.record import Record
 from localprop.bench.reports.groups import Comparison, tasks_of
 from localprop.bench.reports.tables import NONE, gap_text, ratio_text, table, typical
 from localprop.bench.series import BASELINE, Series, difference, paired
+from localprop.report.measures import ACCURACY
 from localprop.report.texts import markdown
 
 # Dataset to method to test accuracy in percent; None where none was published.
@@ -88,7 +89,7 @@ def memory_comparison(records: Sequence[Record], published: Mapping[int, Mapping
 def _verdict(high: Series, low: Series, gap: float) -> str:
     signs = {math.copysign(1, points) for points in paired(high, low)}
     images = min(r.data.get("evaluated_images") or 1 for s in (high, low) for r in s.records.values())
-    means = [s.accuracy.mean for s in (high, low) if s.accuracy]
+    means = [s.score.mean for s in (high, low) if s.score]
     error = math.sqrt(sum(mean * (100 - mean) for mean in means) / images)
     if len(signs) != 1 or abs(gap) <= 2 * error:
         return OPEN
@@ -97,7 +98,7 @@ def _verdict(high: Series, low: Series, gap: float) -> str:
 
 def _task_of(tasks: Sequence[Comparison], data: str) -> Comparison | None:
     """The task of a dataset; of several one with a baseline, then that with the most settings."""
-    alike = [task for task in tasks if task.data == data]
+    alike = [task for task in tasks if task.data == data and task.measure == ACCURACY]
     return max(alike, key=lambda task: (task.baseline is not None, len(task.settings)), default=None)
 
 
@@ -109,11 +110,11 @@ def _setting(task: Comparison | None, method: str, modules: int) -> Series | Non
 
 def _ours(task: Comparison | None, method: str, modules: int) -> list[str]:
     setting = _setting(task, method, modules)
-    if task is None or setting is None or setting.accuracy is None:
+    if task is None or setting is None or setting.score is None:
         return ["not run", NONE, NONE]
     seeds = len(setting.records)
     gap = "0" if setting is task.baseline else gap_text(task.gap(setting), seeds)
-    return [setting.accuracy.text(), gap, str(seeds)]
+    return [setting.score.text(), gap, str(seeds)]
 
 
 def _published_gap(figures: Mapping[str, float | None], method: str) -> str:

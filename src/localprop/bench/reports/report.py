@@ -11,6 +11,7 @@ from localprop.bench.reports.pictures import MOST_PANELS, PICTURES
 from localprop.bench.reports.tables import module_table, setting_table
 from localprop.errors import shortened
 from localprop.report.formats import format_duration
+from localprop.report.measures import ACCURACY
 from localprop.report.texts import code, markdown
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, to_flags, to_flat
@@ -65,8 +66,10 @@ def task_sections(tasks: Sequence[Comparison]) -> list[str]:
             lines += [f"In all of these runs: {code(shlex.join(_flags(own)))}", ""]
         if notes := _notes(task):
             lines += [" ".join(notes), ""]
-        if any(a is not None for setting in task.settings for a in setting.module_accuracies):
-            lines += ["Accuracy of each module's head (%):", "", module_table(task), ""]
+        if any(score is not None for setting in task.settings for score in setting.module_scores):
+            sign = f" ({task.measure.sign})" if task.measure.sign else ""
+            name = _capital(markdown(task.measure.name))
+            lines += [f"{name} of each module's head{sign}:", "", module_table(task), ""]
     return lines
 
 
@@ -77,11 +80,12 @@ def how_measured(records: Sequence[Record]) -> list[str]:
     others = [f", {code(f'{key}={value}')}" for key, value in common.items() if key not in known]
     begun = [record.provenance for record in records]
     provenances = [*begun, *(other for first in begun for other in first.get("resumed_with", []))]
+    measured = _capital(" or ".join(dict.fromkeys(markdown(record.measure.name) for record in records)))
     seconds = sum(record.cost.get("seconds") or 0 for record in records)
     return [
-        "Accuracy is the network's after the last epoch; no epoch is chosen. ± is the sample standard deviation over "
-        "seeds. A gap is the mean difference from end-to-end training with the same seed. Peak memory is that of one "
-        "training step: weights, optimizer state, gradients and activations. Ratios are relative to end-to-end "
+        f"{measured} is the network's after the last epoch; no epoch is chosen. ± is the sample standard deviation "
+        "over seeds. A gap is the mean difference from end-to-end training with the same seed. Peak memory is that of "
+        "one training step: weights, optimizer state, gradients and activations. Ratios are relative to end-to-end "
         "training. Time is that of a step: processor time on a CPU, wall-clock time elsewhere.",
         "",
         f"- in all runs: {code(shlex.join(['localprop', 'train', *flags]))}{''.join(others)}",
@@ -92,6 +96,10 @@ def how_measured(records: Sequence[Record]) -> list[str]:
         f"- versions: {_joined(_words(provenance.get('versions')) for provenance in provenances)}",
         f"- machine: {_joined(_machine(provenance) for provenance in provenances)}",
     ]
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _flags(settings: dict[str, Any]) -> list[str]:
@@ -110,8 +118,9 @@ def _notes(task: Comparison) -> list[str]:
     for what, where in (("cpu", "provenance"), ("gpu", "provenance"), ("jobs", "cost")):
         if len({getattr(record, where).get(what) for record in records}) > 1:
             notes.append(f"Not all runs have the same {what}: times, and memory of another device, do not compare.")
-    if any(s.accuracy and len(s.accuracies) < len(s.records) for s in task.settings):
-        notes.append("Runs without an accuracy count among the seeds, but not in the means.")
+    if any(s.score and len(s.scores) < len(s.records) for s in task.settings):
+        what = "an accuracy" if task.measure == ACCURACY else "a score"
+        notes.append(f"Runs without {what} count among the seeds, but not in the means.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Tables of a task in Markdown: accuracy, memory and time against end-to-end, and accuracy by module."""
+"""Tables of a task in Markdown: score, memory and time against end-to-end, and score by module."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,6 @@ from localprop.bench.record import Record
 from localprop.bench.reports.groups import Comparison, tasks_of
 from localprop.bench.reports.labels import DEFAULTS
 from localprop.bench.series import BASELINE, Series, Spread
-from localprop.report.formats import format_percent
 from localprop.report.texts import markdown
 
 NONE = "-"
@@ -22,38 +21,39 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -
 
 
 def setting_table(task: Comparison, settings: Sequence[Series] | None = None) -> str:
-    """A Markdown table of some settings of a task (default: all); the most accurate of the local ones is bold."""
-    settings = task.settings if settings is None else settings
-    local = [s.accuracy.mean for s in settings if s.method != BASELINE and s.accuracy]
+    """A Markdown table of some settings of a task (default: all); the best of the local ones is bold."""
+    settings, percent = task.settings if settings is None else settings, task.measure.percent
+    local = [s.rank for s in settings if s.method != BASELINE and s.score]
     best = max(local) if len(local) > 1 else None
     kinds = {s.measured for s in settings if s.memory}
     kind = f"{'measured' if kinds == {True} else 'predicted'}, " if len(kinds) == 1 else ""
     rows = []
     for s in settings:
-        accuracy = s.accuracy.text() if s.accuracy else NONE
-        bold = s.method != BASELINE and s.accuracy is not None and s.accuracy.mean == best
+        score = s.score.text(percent=percent) if s.score else NONE
+        bold = s.method != BASELINE and s.score is not None and s.rank == best
         rows.append(
             [
                 markdown(s.label),
                 str(s.modules),
-                f"**{accuracy}**" if bold else accuracy,
+                f"**{score}**" if bold else score,
                 str(len(s.records)),
-                "0" if s is task.baseline else gap_text(task.gap(s), len(s.records)),
+                "0" if s is task.baseline else gap_text(task.gap(s), len(s.records), percent),
                 _memory(s, mark=len(kinds) > 1),
                 ratio_text(task.memory_ratio(s)),
                 ratio_text(task.time_ratio(s)),
             ]
         )
-    heads = ["setting", "K", "accuracy (%)", "seeds", "gap (points)", f"peak memory ({kind}MiB)"]
+    gap = "gap (points)" if percent else "gap"
+    heads = ["setting", "K", markdown(task.measure.heading), "seeds", gap, f"peak memory ({kind}MiB)"]
     return table([*heads, "memory ratio", "time ratio"], rows)
 
 
 def module_table(task: Comparison) -> str:
-    """A Markdown table of the accuracy of each module's head, the network's own last; a cell is empty of no module."""
+    """A Markdown table of the score of each module's head, the network's own last; a cell is empty of no module."""
     most = max(setting.modules for setting in task.settings)
     rows = []
     for setting in task.settings:
-        *inner, last = (format_percent(a) for a in setting.module_accuracies)
+        *inner, last = map(task.measure.text, setting.module_scores)
         rows.append([markdown(setting.label), *inner, *[""] * (most - 1 - len(inner)), last])
     return table(["setting", *(str(k) for k in range(1, most)), "network"], rows)
 
@@ -84,12 +84,12 @@ def typical(task: Comparison, method: str, modules: int) -> Series | None:
     return min(alike, key=lambda s: (s is not task.baseline, distance(s)), default=None)
 
 
-def gap_text(gap: Spread | None, seeds: int) -> str:
-    """A difference of accuracies in points, and of how many seeds where that is not all of them."""
+def gap_text(gap: Spread | None, seeds: int, percent: bool = True) -> str:
+    """A difference of scores, and of how many seeds where that is not all of them; arguments as of `Spread.text`."""
     if gap is None:
         return NONE
     pairs = "" if gap.count == seeds else f" ({gap.count} of {seeds} seeds)" if gap.count else " (unpaired)"
-    return gap.text("+") + pairs
+    return gap.text("+", percent) + pairs
 
 
 def ratio_text(value: float | None) -> str:
