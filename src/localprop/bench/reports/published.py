@@ -1,4 +1,4 @@
-"""Published figures beside a suite's own, point by point."""
+"""Compares published figures with a suite's own."""
 
 import itertools
 import math
@@ -17,12 +17,12 @@ REPRODUCED, OPPOSITE, OPEN = "reproduced", "opposite", "open"
 
 
 def paper_comparison(records: Sequence[Record], published: Figures, modules: int = 4) -> str:
-    """A Markdown table of published accuracies and gaps to end-to-end, and ours beside them.
+    """A Markdown table of accuracies and gaps to end-to-end training: as published, and here.
 
     Args:
-        records: one or more; of several settings with one method the one nearest to the defaults counts.
+        records: one or more. Of several settings with one method, the one nearest to the defaults counts.
         published: the figures of local methods with `modules` modules, and of "end-to-end".
-        modules: K of the published figures, and of ours beside them.
+        modules: K of the published figures, and of those here.
     """
     tasks, rows = tasks_of(records), []
     for data, figures in published.items():
@@ -42,9 +42,8 @@ def orderings(records: Sequence[Record], published: Figures, modules: int = 4) -
     Args as those of `paper_comparison`.
 
     Returns:
-        Of each pair the data, the two methods (the better as published first), the difference in points as published
-        and here, seeds, and
-        `REPRODUCED`, `OPPOSITE` or `OPEN` (it does not count).
+        For each pair the data, the two methods (the one with the better published figure first), the published
+        difference and the one here in points, seeds, and `REPRODUCED`, `OPPOSITE` or `OPEN` (it does not count).
     """
     tasks = tasks_of(records)
     rows: list[tuple[str, ...]] = []
@@ -97,7 +96,7 @@ def _verdict(high: Series, low: Series, gap: float) -> str:
 
 
 def _task_of(tasks: Sequence[Comparison], data: str) -> Comparison | None:
-    """The task of a dataset; of several one with a baseline, then that with the most settings."""
+    """The task of a dataset. Of several it prefers one with a baseline, then the one with the most settings."""
     alike = [task for task in tasks if task.data == data and task.measure == ACCURACY]
     return max(alike, key=lambda task: (task.baseline is not None, len(task.settings)), default=None)
 

@@ -117,7 +117,7 @@ def _notes(task: Comparison) -> list[str]:
     records = [record for s in task.settings for record in s.records.values()]
     for what, where in (("cpu", "provenance"), ("gpu", "provenance"), ("jobs", "cost")):
         if len({getattr(record, where).get(what) for record in records}) > 1:
-            notes.append(f"Not all runs have the same {what}: times, and memory of another device, do not compare.")
+            notes.append(f"Not all runs have the same {what}: do not compare times, nor memory on different devices.")
     if any(s.score and len(s.scores) < len(s.records) for s in task.settings):
         what = "an accuracy" if task.measure == ACCURACY else "a score"
         notes.append(f"Runs without {what} count among the seeds, but not in the means.")

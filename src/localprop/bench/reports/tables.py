@@ -12,9 +12,9 @@ NONE = "-"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A Markdown table, its first columns, of `words`, to the left and the others, of numbers, to the right.
+    """A Markdown table. The first `words` columns hold words, aligned left; the others hold numbers, aligned right.
 
-    Cells are Markdown; words that come from elsewhere have been through `markdown`.
+    Cells are Markdown: pass texts from files through `markdown` first.
     """
     lines = [list(heads), [*["---"] * words, *["---:"] * (len(heads) - words)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -61,8 +61,8 @@ def module_table(task: Comparison) -> str:
 def results_table(records: Sequence[Record], most: int) -> str:
     """A short Markdown table of the first task that has a baseline (else of the first), at most `most` rows.
 
-    Of several settings with one method and K it shows the one nearest to the defaults, not the one that came out best:
-    first the baseline, then all methods at the K that most of them share, then the rest by K.
+    Of several settings with one method and K it shows the one nearest to the defaults, not the best one. The order is:
+    the baseline, then all methods at the K that most of them share, then the rest by K.
     """
     tasks = tasks_of(records)
     task = next((task for task in tasks if task.baseline), tasks[0])
@@ -75,7 +75,7 @@ def results_table(records: Sequence[Record], most: int) -> str:
 
 
 def typical(task: Comparison, method: str, modules: int) -> Series | None:
-    """Of the settings with a method and K the baseline, or else the one with most defaults; None if there is none."""
+    """The baseline, or else the setting with most defaults, among those with a method and K; None if there is none."""
 
     def distance(setting: Series) -> int:
         return sum(v is not None and v != DEFAULTS[k] for k, v in setting.config.items() if k in DEFAULTS)
@@ -93,7 +93,7 @@ def gap_text(gap: Spread | None, seeds: int, percent: bool = True) -> str:
 
 
 def ratio_text(value: float | None) -> str:
-    """A ratio with two digits after the point; a dash where there is none."""
+    """A ratio with two digits after the point; a dash for None."""
     return NONE if value is None else f"{value:.2f}"
 
 
