@@ -63,6 +63,12 @@ class Kept(localprop.LocalLoss):
         return self.head(output)
 
 
+@pytest.fixture(autouse=True)
+def warns_anew(monkeypatch):
+    """A name warns once in a process; here once in a test."""
+    monkeypatch.setattr("localprop.errors._WARNED", set())
+
+
 @pytest.fixture(scope="module")
 def objects():
     """One of each kind, by the name that it had in version 0.1."""
@@ -146,7 +152,7 @@ def test_a_module_that_has_moved_warns(module, names):
 
 
 def test_a_method_written_for_version_0_1_trains():
-    with pytest.warns(DeprecationWarning, match="classify is called predict"):
+    with pytest.warns(DeprecationWarning, match="Old.classify is called Old.predict"):
 
         class Old(localprop.LocalLoss):
             uses_images = False
@@ -176,3 +182,13 @@ def test_a_method_written_for_version_0_1_trains():
     assert output.losses.isfinite().all()
     assert all(p.grad is not None for p in net.parameters())
     assert net.eval().module_predictions(images)[0].shape == (4, 5)
+
+
+def test_an_old_name_warns_once_whatever_libraries_do_to_the_filters(objects):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            objects["Carry"].labels  # noqa: B018
+            with warnings.catch_warnings():  # as torch does in training: Python forgets what it has warned of
+                warnings.simplefilter("ignore")
+    assert [str(w.message) for w in caught] == ["Carry.labels is called Carry.targets now"]

@@ -5,6 +5,7 @@ and exits with code 2. An error of any other type is a defect of localprop and k
 """
 
 import difflib
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -128,3 +129,22 @@ def _is_long(value: object) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says; the name of its class where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_WARNED: set[str] = set()
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
+    """Warns the first time that a program uses a name of version 0.1: it is gone in the next version.
+
+    Python's own filter warns once for each line, but forgets that whenever a library changes the filters, as torch does
+    in training: a method of version 0.1 would warn at many steps.
+
+    Args:
+        old: the name, such as "Carry.labels".
+        new: what it is called now.
+        stacklevel: frames from here to the code that uses it, as `warnings.warn` counts them.
+    """
+    if old not in _WARNED:
+        warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=stacklevel + 1)
+        _WARNED.add(old)

@@ -1,12 +1,12 @@
 """A batch, or a part of one, on its way through the modules."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
+from localprop.errors import warn_renamed
 from localprop.tasks.base import Batch
 
 
@@ -75,21 +75,17 @@ class Carry:
     @property
     def labels(self) -> Tensor:
         """Name of `targets` in version 0.1."""
-        _renamed("labels", "targets")
+        warn_renamed("Carry.labels", "Carry.targets")
         return self.targets
 
     @property
     def images(self) -> Tensor | None:
         """Name of `inputs` in version 0.1."""
-        _renamed("images", "inputs")
+        warn_renamed("Carry.images", "Carry.inputs")
         return self.inputs
 
     @property
     def hits(self) -> list[int | None]:
         """Of a classification in version 0.1: how many examples each module's head got right."""
-        _renamed("hits", "sums")
+        warn_renamed("Carry.hits", "Carry.sums")
         return [None if own is None else int(own[0]) for own in self.sums]
-
-
-def _renamed(old: str, new: str) -> None:
-    warnings.warn(f"Carry.{old} is called Carry.{new} now", DeprecationWarning, stacklevel=3)

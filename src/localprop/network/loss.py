@@ -1,6 +1,5 @@
 """A module's local loss, and what it may know of the module that it is built for."""
 
-import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from localprop.decoders import build_decoder
 from localprop.decoders.common import Decoder
+from localprop.errors import warn_renamed
 from localprop.features import Layout
 from localprop.tasks.base import Task
 from localprop.tracing.units import Unit
@@ -61,17 +61,20 @@ class ModuleSpec:
     @property
     def image(self) -> Layout:
         """Name of `source` in version 0.1."""
-        return _renamed(self, "image", "source")
+        warn_renamed("ModuleSpec.image", "ModuleSpec.source")
+        return self.source
 
     @property
     def criterion(self) -> Any:
         """Name of `task.loss` in version 0.1."""
-        return _renamed(self, "criterion", "task").loss
+        warn_renamed("ModuleSpec.criterion", "ModuleSpec.task.loss")
+        return self.task.loss
 
     @property
     def num_classes(self) -> int:
         """Name of `prediction[-1]` in version 0.1."""
-        return _renamed(self, "num_classes", "prediction")[-1]
+        warn_renamed("ModuleSpec.num_classes", "ModuleSpec.prediction[-1]")
+        return self.prediction[-1]
 
 
 class LocalLoss(nn.Module, ABC):
@@ -89,7 +92,7 @@ class LocalLoss(nn.Module, ABC):
         # Names of version 0.1, in which a plugin's class may be written.
         for old, new in (("classify", "predict"), ("uses_images", "uses_inputs")):
             if old in vars(cls):
-                warnings.warn(f"{cls.__name__}.{old} is called {new} now", DeprecationWarning, stacklevel=3)
+                warn_renamed(f"{cls.__name__}.{old}", f"{cls.__name__}.{new}", stacklevel=3)
                 if new not in vars(cls):
                     setattr(cls, new, vars(cls)[old])
                 delattr(cls, old)
@@ -116,12 +119,14 @@ class LocalLoss(nn.Module, ABC):
 
     def classify(self, output: Tensor) -> Tensor | None:
         """Name of `predict` in version 0.1."""
-        return _renamed(self, "classify", "predict")(output)
+        warn_renamed(f"{type(self).__name__}.classify", f"{type(self).__name__}.predict")
+        return self.predict(output)
 
     @property
     def uses_images(self) -> bool:
         """Name of `uses_inputs` in version 0.1."""
-        return _renamed(self, "uses_images", "uses_inputs")
+        warn_renamed(f"{type(self).__name__}.uses_images", f"{type(self).__name__}.uses_inputs")
+        return self.uses_inputs
 
     @uses_images.setter
     def uses_images(self, value: bool) -> None:
@@ -146,10 +151,3 @@ class TaskLoss(LocalLoss):
     def predict(self, output: Tensor) -> Tensor:
         """The output itself."""
         return output
-
-
-def _renamed(owner: Any, old: str, new: str) -> Any:
-    """The attribute that is called `new` now; warns the caller of the one that was called `old`."""
-    name = type(owner).__name__
-    warnings.warn(f"{name}.{old} is called {name}.{new} now", DeprecationWarning, stacklevel=3)
-    return getattr(owner, new)

@@ -1,6 +1,5 @@
 """A backbone divided into gradient-isolated local modules, and the one place where gradients are cut."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localprop.errors import ChainError, batch_norm_told
+from localprop.errors import ChainError, batch_norm_told, warn_renamed
 from localprop.memory.recompute import recomputing
 from localprop.network.carry import Carry
 from localprop.network.module import LocalModule
@@ -46,7 +45,7 @@ class LocalOutput:
     @property
     def module_logits(self) -> list[Tensor | None]:
         """Name of `predictions` in version 0.1."""
-        warnings.warn("LocalOutput.module_logits is called predictions now", DeprecationWarning, stacklevel=2)
+        warn_renamed("LocalOutput.module_logits", "LocalOutput.predictions")
         return self.predictions
 
 
@@ -105,7 +104,7 @@ class LocalNetwork(nn.Module):
 
     def module_logits(self, images: Tensor) -> list[Tensor | None]:
         """Name of `module_predictions` in version 0.1."""
-        warnings.warn("LocalNetwork.module_logits is called module_predictions now", DeprecationWarning, stacklevel=2)
+        warn_renamed("LocalNetwork.module_logits", "LocalNetwork.module_predictions")
         return self.module_predictions(images)
 
     def backward(

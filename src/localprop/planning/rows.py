@@ -1,9 +1,9 @@
 """The rows of a plan: one way to train a model, and what that needs."""
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from localprop.errors import warn_renamed
 from localprop.planning.processes import Processes
 from localprop.planning.steps import PredictedStep
 from localprop.settings.recipe import Recipe
@@ -80,5 +80,5 @@ class PlanRow:
     @property
     def trace(self) -> PredictedStep:
         """The old name of `step`; it stays for one version."""
-        warnings.warn("PlanRow.trace has a new name: PlanRow.step", DeprecationWarning, stacklevel=2)
+        warn_renamed("PlanRow.trace", "PlanRow.step")
         return self.step
