@@ -106,7 +106,8 @@ def _reproduced(rows: Sequence[tuple[str, ...]]) -> list[str]:
     }
     counted = "; ".join(f"{counts[verdict]} {text}" for verdict, text in words.items())
     heads = ["data", "which is more accurate", "published (points)", "here (points)", "seeds", ""]
-    return [f"Orderings that can be checked: {len(rows)}. {counted}.", "", table(heads, rows, words=2), ""]
+    intro = "An ordering says which of two methods is more accurate. Of the published orderings"
+    return [f"{intro} {len(rows)} can be checked: {counted}.", "", table(heads, rows, words=2), ""]
 
 
 def _readme_part(records: Sequence[Record], pictures: Sequence[str], page: str, images: str) -> str:
