@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 
-from localprop.training.checkpoints.folder import (
-    save_checkpoint,
-)
+from localprop.training.checkpoints.saving import save_checkpoint
 
 
 def bits(value):

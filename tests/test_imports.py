@@ -98,6 +98,23 @@ def test_a_folder_is_small_enough_to_keep_in_mind():
         assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 13, folder
 
 
+LONGEST = {"file": 310, "function": 75, "class": 260}  # lines; most are much shorter
+
+
+def test_files_functions_and_classes_stay_short_enough_to_read():
+    found = {kind: [] for kind in LONGEST}
+    for path, tree in FILES.items():
+        place = path.relative_to(PACKAGE)
+        found["file"].append((len(path.read_text().splitlines()), str(place)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                kind = "class" if isinstance(node, ast.ClassDef) else "function"
+                found[kind].append((node.end_lineno - node.lineno + 1, f"{node.name} in {place}"))
+    for kind, sizes in found.items():
+        lines, name = max(sizes)
+        assert lines <= LONGEST[kind], f"the {kind} {name} has {lines} lines; the most is {LONGEST[kind]}"
+
+
 def test_no_folder_has_the_name_of_a_public_function():
     assert not {path.parent.name for path in FILES} - {"localprop"} & set(localprop.__all__)
 

@@ -11,7 +11,7 @@ import pytest
 
 from localprop.bench.collect import collect
 from localprop.bench.record import read_record, write_record
-from localprop.bench.runner import Runner
+from localprop.bench.runner import Runner, alone_in
 from localprop.bench.suite import load_suite, shipped_suites
 from localprop.cli import main
 from localprop.errors import BenchError
@@ -211,7 +211,7 @@ def test_a_run_that_cannot_go_on_says_what_to_delete(finished, suite_file, tmp_p
 
 def test_two_benches_do_not_share_a_folder(suite_file, tmp_path):
     suite = load_suite(suite_file)
-    with Runner(suite, tmp_path)._alone(), pytest.raises(BenchError, match="another bench runs in"):
+    with alone_in(tmp_path), pytest.raises(BenchError, match="another bench runs in"):
         Runner(suite, tmp_path).run(lambda jobs: None)
 
 

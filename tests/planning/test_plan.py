@@ -17,9 +17,11 @@ from localprop.cli import main
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
 from localprop.planning.simulation import simulate_step
 from localprop.planning.steps import PARTS
-from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig, parse_bytes
+from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, TrainConfig
 from localprop.settings.flags import parse
 from localprop.settings.flat import to_flags
+from localprop.settings.plan import PlanConfig
+from localprop.settings.values import parse_bytes
 from tiny import SIZE, build
 
 MIB = 2**20

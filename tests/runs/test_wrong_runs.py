@@ -19,7 +19,7 @@ from localprop.runs.description import note_resumption, read_description
 from localprop.runs.evaluation import export_run
 from localprop.runs.recorded_settings import read_config
 from localprop.system.provenance import provenance
-from localprop.training.checkpoints.folder import load_checkpoint, newest_checkpoint
+from localprop.training.checkpoints.loading import load_checkpoint, newest_checkpoint
 from places import FIXTURES
 from wrong_values import everything_wrong, one_line
 

@@ -6,10 +6,12 @@ import tyro
 
 from localprop.cli import main
 from localprop.errors import ConfigError
+from localprop.settings.bench import BenchConfig
 from localprop.settings.bounds import BOUNDS
-from localprop.settings.config import BenchConfig, DataConfig, ModelConfig, OptimConfig, PlanConfig, TrainConfig
+from localprop.settings.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from localprop.settings.flags import parse
 from localprop.settings.flat import free, from_flat, to_flat
+from localprop.settings.plan import PlanConfig
 from localprop.settings.values import parse_bytes, parse_duration
 
 

@@ -14,7 +14,8 @@ from localprop.errors import BenchError, CheckpointError
 from localprop.settings.config import TrainConfig
 from localprop.system.files import remove_leftovers, remove_tree, write_text
 from localprop.training import outputs
-from localprop.training.checkpoints.folder import newest_checkpoint, save_checkpoint
+from localprop.training.checkpoints.loading import newest_checkpoint
+from localprop.training.checkpoints.saving import save_checkpoint
 from places import FIXTURES
 
 FIXTURE = FIXTURES / "run-0.1"

@@ -13,16 +13,10 @@ from torch import nn
 from checkpoint_states import bits, flip, names, save, state_at
 from localprop.errors import CheckpointError
 from localprop.system.files import write_text
-from localprop.training.checkpoints import folder as module
-from localprop.training.checkpoints.folder import (
-    begin_checkpoint,
-    load_checkpoint,
-    newest_checkpoint,
-    publish,
-    save_checkpoint,
-    write_parts,
-)
+from localprop.training.checkpoints import saving as module
 from localprop.training.checkpoints.format import save_weights
+from localprop.training.checkpoints.loading import load_checkpoint, newest_checkpoint
+from localprop.training.checkpoints.saving import begin_checkpoint, publish, save_checkpoint, write_parts
 
 
 def trained(optimizer_class, state=None, steps=4, **options):

@@ -19,8 +19,9 @@ from localprop.errors import CheckpointError
 from localprop.system.files import write_text
 from localprop.training.checkpoints import folder as module
 from localprop.training.checkpoints import format as form
-from localprop.training.checkpoints.folder import load_checkpoint, newest_checkpoint, save_checkpoint
 from localprop.training.checkpoints.format import save_weights
+from localprop.training.checkpoints.loading import load_checkpoint, newest_checkpoint
+from localprop.training.checkpoints.saving import save_checkpoint
 
 
 def truncate(file: Path) -> None:

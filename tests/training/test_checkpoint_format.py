@@ -16,11 +16,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from checkpoint_states import bits, names
 from localprop.errors import CheckpointError
-from localprop.training.checkpoints.folder import (
-    load_checkpoint,
-    save_checkpoint,
-)
 from localprop.training.checkpoints.format import save_weights
+from localprop.training.checkpoints.loading import load_checkpoint
+from localprop.training.checkpoints.saving import save_checkpoint
 
 DTYPES = "float64 float32 float16 bfloat16 bool int64 int32 int16 int8 uint8"
 

@@ -10,7 +10,8 @@ from checkpoint_states import bits
 from localprop import localize
 from localprop.errors import ConfigError
 from localprop.settings.config import OptimConfig
-from localprop.training.checkpoints.folder import load_checkpoint, save_checkpoint
+from localprop.training.checkpoints.loading import load_checkpoint
+from localprop.training.checkpoints.saving import save_checkpoint
 from localprop.training.compiling import compile_network, require_compiler
 from localprop.training.state import TrainingState
 from tiny import CLASSES, SIZE, batch

@@ -16,7 +16,8 @@ from localprop.cli import main
 from localprop.errors import NonFiniteGradientError, NonFiniteLossError, NonFiniteWeightError
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig
-from localprop.training.checkpoints.folder import load_checkpoint, newest_checkpoint, save_checkpoint
+from localprop.training.checkpoints.loading import load_checkpoint, newest_checkpoint
+from localprop.training.checkpoints.saving import save_checkpoint
 from localprop.training.state import TrainingState
 from tiny import SIZE, batch, split
 

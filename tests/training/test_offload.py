@@ -11,7 +11,8 @@ from localprop import localize
 from localprop.cli import main
 from localprop.settings.config import OptimConfig
 from localprop.training import state as state_module
-from localprop.training.checkpoints.folder import load_checkpoint, save_checkpoint
+from localprop.training.checkpoints.loading import load_checkpoint
+from localprop.training.checkpoints.saving import save_checkpoint
 from localprop.training.offload import Offload
 from localprop.training.state import TrainingState
 from tiny import SIZE, batch, split

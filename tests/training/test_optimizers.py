@@ -15,7 +15,8 @@ from localprop.errors import ConfigError
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
 from localprop.tracing.copies import fake_copy
-from localprop.training.checkpoints.folder import load_checkpoint, save_checkpoint
+from localprop.training.checkpoints.loading import load_checkpoint
+from localprop.training.checkpoints.saving import save_checkpoint
 from localprop.training.optimizers import LOW_BIT, create_optimizer, create_scheduler, fill_tables
 from localprop.training.state import TrainingState
 from tiny import SIZE, batch, split

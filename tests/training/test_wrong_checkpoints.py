@@ -18,7 +18,8 @@ from localprop.report.losses import LossCurve, read_losses
 from localprop.report.results import read_results, write_results
 from localprop.runs.experiment import prepare
 from localprop.runs.recorded_settings import read_config
-from localprop.training.checkpoints.folder import load_checkpoint, save_checkpoint
+from localprop.training.checkpoints.loading import load_checkpoint
+from localprop.training.checkpoints.saving import save_checkpoint
 from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
 from places import FIXTURES

@@ -63,35 +63,14 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
     steps = run.config.run.steps or description["steps"]
     if last.step != steps:
         raise BenchError(f"{folder} ends with step {last.step} of {steps}; delete it to run it again")
-    # Labels of random pixels are no better than random.
-    meaningless = run.config.data.data == "synthetic"
     return Record(
         suite=suite,
         run=run.name,
         axes=run.axes,
-        result={
-            "evaluated_on": description["evaluated_on"],
-            **_headline(measures[0], [None if meaningless else value for value in last.heads]),
-            "top5": None if meaningless else last.score("top5"),
-            "loss": _finite(last.score("loss")),
-            "epochs": last.epoch,
-            "steps": last.step,
-            **({"test": description["test"]} if "test" in description else {}),
-            "curve": {"step": [int(row[0]) for row in losses], "loss": [list(map(_finite, row[3:])) for row in losses]},
-        },
+        result=_result(run, description, measures[0], last, losses),
         cost=_cost(rows, losses) | {"jobs": jobs, "device": description["device"]},
-        network={key: description[key] for key in ("model", "model_kwargs", "modules", "parameters")}
-        | {"auxiliary_parameters": description["auxiliary_parameters"]}
-        | ({"recipe": description["recipe"]} if "recipe" in description else {}),
-        data={
-            "name": run.config.data.data,
-            "source": "folder" if read_config(folder).data.data.startswith("folder:") else "named",
-            "train_images": description["train_images"],
-            "evaluated_images": description["evaluated_images"],
-            "img_size": description["input_size"][-1],
-            "classes": len(description["classes"]),
-            "identity": description.get("data_identity"),
-        },
+        network=_network(description),
+        data=_data(folder, run, description),
         config=settings_in(folder, run),
         provenance=description["provenance"] | {"resumed_with": description.get("resumed_with", [])},
     )
@@ -109,6 +88,41 @@ def _headline(measure: Measure, heads: list[float | None]) -> dict[str, Any]:
 def _finite(loss: float | None) -> float | None:
     """A loss as JSON can hold it; None for one that overflowed in a step that the loss scale skipped."""
     return loss if loss is not None and math.isfinite(loss) else None
+
+
+def _result(
+    run: SuiteRun, description: dict[str, Any], headline: Measure, last: EpochRow, losses: list[list[float]]
+) -> dict[str, Any]:
+    # Labels of random pixels are no better than random.
+    meaningless = run.config.data.data == "synthetic"
+    return {
+        "evaluated_on": description["evaluated_on"],
+        **_headline(headline, [None if meaningless else value for value in last.heads]),
+        "top5": None if meaningless else last.score("top5"),
+        "loss": _finite(last.score("loss")),
+        "epochs": last.epoch,
+        "steps": last.step,
+        **({"test": description["test"]} if "test" in description else {}),
+        "curve": {"step": [int(row[0]) for row in losses], "loss": [list(map(_finite, row[3:])) for row in losses]},
+    }
+
+
+def _network(description: dict[str, Any]) -> dict[str, Any]:
+    keys = ("model", "model_kwargs", "modules", "parameters", "auxiliary_parameters")
+    # Version 0.1 recorded no recipe.
+    return {key: description[key] for key in (*keys, *(["recipe"] if "recipe" in description else []))}
+
+
+def _data(folder: Path, run: SuiteRun, description: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": run.config.data.data,
+        "source": "folder" if read_config(folder).data.data.startswith("folder:") else "named",
+        "train_images": description["train_images"],
+        "evaluated_images": description["evaluated_images"],
+        "img_size": description["input_size"][-1],
+        "classes": len(description["classes"]),
+        "identity": description.get("data_identity"),
+    }
 
 
 def _cost(rows: list[EpochRow], losses: list[list[float]]) -> dict[str, Any]:

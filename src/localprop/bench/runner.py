@@ -97,7 +97,7 @@ class Runner:
         started = time.monotonic()
         plugins = [run.config.backbone.plugin for run in self.suite.runs]
         require_plugins(plugins, self.plugins, self.suite.name, self.words)
-        with self._alone() as lock, ends_with_us() as pipe, self._signals():
+        with alone_in(self.folder) as lock, ends_with_us() as pipe, self._signals():
             remove_leftovers(self.folder)
             for name in (_RUNS, _LOGS):
                 make_folder(self.folder / name)
@@ -235,30 +235,6 @@ class Runner:
             self._end(attempt, code)
 
     @contextmanager
-    def _alone(self) -> Iterator[int]:
-        """Keeps a second bench out of the folder; gives the descriptor of the lock."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.fdopen(open_to_write(self.folder / ".lock"), "r+")
-        except OSError as error:
-            raise BenchError(f"cannot write into {self.folder}: {error.strerror}; choose another --output") from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BenchError(
-                    f"another bench runs in {self.folder}, or its last run is still being saved; wait for it, or "
-                    "choose another --output"
-                ) from None
-            try:
-                yield lock.fileno()
-            except OSError as error:
-                place = error.filename or self.folder
-                raise BenchError(
-                    f"the suite cannot continue: {place}: {error.strerror}; mend that, then give the same command"
-                ) from None
-
-    @contextmanager
     def _signals(self) -> Iterator[None]:
         def remember(number: int, frame: Any) -> None:
             self.signal = number
@@ -270,3 +246,28 @@ class Runner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[int]:
+    """Keeps a second bench out of the folder; gives the descriptor of the lock."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.fdopen(open_to_write(folder / ".lock"), "r+")
+    except OSError as error:
+        raise BenchError(f"cannot write into {folder}: {error.strerror}; choose another --output") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BenchError(
+                f"another bench runs in {folder}, or its last run is still being saved; wait for it, or "
+                "choose another --output"
+            ) from None
+        try:
+            yield lock.fileno()
+        except OSError as error:
+            place = error.filename or folder
+            raise BenchError(
+                f"the suite cannot continue: {place}: {error.strerror}; mend that, then give the same command"
+            ) from None

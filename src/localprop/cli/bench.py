@@ -12,7 +12,7 @@ from rich.table import Table
 
 from localprop.bench.suite import Suite, find_suite, load_suite, shipped_suites
 from localprop.errors import BenchError, listing, printable
-from localprop.settings.config import BenchConfig
+from localprop.settings.bench import BenchConfig
 from localprop.settings.flags import parse
 from localprop.settings.values import parse_duration
 from localprop.system.commands import command

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from localprop.cli.common import take_config_files, with_files
 from localprop.errors import ConfigError
-from localprop.settings.config import PlanConfig
 from localprop.settings.flags import parse
+from localprop.settings.plan import PlanConfig
 from localprop.system.files import write_text
 
 

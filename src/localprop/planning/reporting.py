@@ -8,8 +8,8 @@ from localprop.planning.processes import Processes
 from localprop.planning.rows import PlanRow
 from localprop.planning.settings import chosen_for_plan, train_command
 from localprop.report.formats import format_bytes
-from localprop.settings.config import PlanConfig
 from localprop.settings.flat import to_flat
+from localprop.settings.plan import PlanConfig
 
 
 def plan_lines(config: PlanConfig, result: Plan) -> list[str]:

@@ -11,8 +11,9 @@ from torch import nn
 from localprop.models.backbone import create_backbone
 from localprop.planning.plans import MODULES, Plan, plan
 from localprop.planning.rows import PlanRow, Setting
-from localprop.settings.config import LocalConfig, OptimConfig, PlanConfig, TrainConfig
+from localprop.settings.config import LocalConfig, OptimConfig, TrainConfig
 from localprop.settings.flat import to_flags
+from localprop.settings.plan import PlanConfig
 from localprop.settings.recipe import Recipe
 from localprop.settings.values import parse_bytes
 from localprop.tracing.chains import chain

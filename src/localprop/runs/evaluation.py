@@ -23,7 +23,7 @@ from localprop.system.commands import resume_command
 from localprop.system.files import folder_aside
 from localprop.system.reading import Malformed, require_regular
 from localprop.tasks.base import task_of
-from localprop.training.checkpoints.folder import newest_checkpoint
+from localprop.training.checkpoints.loading import newest_checkpoint
 from localprop.training.checkpoints.restoring import check_part
 from localprop.training.finite import non_finite
 from localprop.training.outputs import CHECKPOINTS, WEIGHTS

@@ -16,12 +16,10 @@ from localprop.settings.recipe import Recipe
 from localprop.settings.values import (
     OptionalFloat,
     OptionalInt,
-    OptionalNames,
     OptionalPath,
     OptionalStr,
     Pairs,
     parse_bytes,
-    parse_duration,
 )
 from localprop.system.commands import resume_command
 from localprop.system.lock import LOCK
@@ -230,99 +228,6 @@ class TrainConfig:
             raise ConfigError(f"--nproc is {run.nproc}, but nothing is parallel; add --parallel modules")
         if run.trace and run.parallel is None:
             raise ConfigError("--trace shows what several processes do; add --parallel modules --nproc 2")
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """Run a suite: a grid of training runs under one protocol.
-
-    Each run has its result in a JSON file. Called again, it runs what is missing.
-    `localprop bench` alone lists the shipped suites.
-    `localprop bench report FOLDER` makes tables and pictures of the results.
-    """
-
-    suite: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SUITE")]
-    """Name of a shipped suite, or a YAML file."""
-    output: OptionalPath = None
-    """Folder for the results (default: bench/ and the suite's name)."""
-    only: OptionalNames = None
-    """Run only those whose names match a pattern, such as 'greedy-*'."""
-    list: bool = False
-    """Print the names of the runs, and run nothing."""
-    jobs: int = 1
-    """Runs at once; the processor's cores are shared out."""
-    time_limit: OptionalStr = None
-    """Stop between two steps after this time, 9m or 1h30m, with everything saved; exit code 75 if runs remain."""
-    data: Pairs = None
-    """Folders of images in place of named datasets, such as cifar10=PATH, with PATH/train and PATH/test."""
-    set: Pairs = None
-    """Other settings for all runs, such as epochs=1; they are part of the result."""
-    data_dir: OptionalPath = None
-    """Where torchvision's datasets are, or are downloaded to."""
-    download: bool = False
-    """Download datasets that are not there."""
-    device: OptionalStr = None
-    """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
-    plugin: OptionalNames = None
-    """The Python files that the suite names as plugins: they run only if they are named here too."""
-
-    def __post_init__(self) -> None:
-        require_within_bounds(self)
-        if self.time_limit is not None:
-            parse_duration(self.time_limit, "--time-limit")
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """Predict memory, time and operations of a step, without GPU and data.
-
-    Compares end-to-end training, activation checkpointing and local modules.
-    --budget also says which of them fits into so much memory.
-    -c FILE.yaml gives settings, named like flags; flags win over it.
-    """
-
-    backbone: ModelConfig = field(default_factory=ModelConfig)
-    local: LocalConfig = field(default_factory=LocalConfig)
-    batch_size: int = 32
-    """Images per step."""
-    micro_batches: int = 1
-    """Equal parts of a batch that go through the modules one after the other."""
-    opt: str = "adamw"
-    """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """fp32, or mixed precision: bf16 or fp16."""
-    model_ema: bool = False
-    """Keep a moving average of the weights."""
-    offload_optimizer: bool = False
-    """Keep the optimizer states of modules at rest in the host's memory."""
-    num_classes: OptionalInt = None
-    """Number of labels (default: the model's own)."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Whose kernels and speed to assume."""
-    parallel: Annotated[Literal["modules"] | None, tyro.conf.arg(metavar="{modules}", help_behavior_hint="")] = None
-    """Predict also what each process needs when modules are trained by several: modules. Needs --nproc."""
-    nproc: OptionalInt = None
-    """Processes for --parallel."""
-    bandwidth: OptionalStr = None
-    """Data per second from one process to another, 100MiB or 10GiB (default: a typical value for --device)."""
-    explain: OptionalStr = None
-    """Show the layer and the largest tensors at the peak of one setting of the table: K=4, end-to-end, ..."""
-    json: OptionalPath = None
-    """Write all numbers into this file as well."""
-    picture: Path = Path("plan.png")
-    """Where to draw the picture."""
-
-    def __post_init__(self) -> None:
-        require_within_bounds(self)
-        require_equal_parts(self.batch_size, self.micro_batches)
-        if self.parallel and self.nproc is None:
-            raise ConfigError("--parallel needs --nproc, the number of processes")
-        if not self.parallel and (self.nproc or self.bandwidth):
-            raise ConfigError("--nproc and --bandwidth are for several processes; add --parallel modules")
-        if self.parallel and self.local.budget is not None:
-            raise ConfigError("--budget chooses for one process; leave out either --budget or --parallel")
-        if self.bandwidth is not None:
-            parse_bytes(self.bandwidth, "--bandwidth")
 
 
 def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from localprop.data.base import Data
 from localprop.network.carry import Carry
 from localprop.tasks.base import Batch, share_of_step
-from localprop.training.checkpoints.folder import begin_checkpoint, publish, write_parts
+from localprop.training.checkpoints.saving import begin_checkpoint, publish, write_parts
 from localprop.training.state import TrainingState
 
 T = TypeVar("T")

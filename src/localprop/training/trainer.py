@@ -21,7 +21,8 @@ from localprop.system.files import refuse_link, remove_leftovers
 from localprop.system.launched import stops_cleanly
 from localprop.system.lock import FolderLock
 from localprop.system.reading import Malformed
-from localprop.training.checkpoints.folder import Checkpoint, checkpoint_names, newest_checkpoint
+from localprop.training.checkpoints.folder import checkpoint_names
+from localprop.training.checkpoints.loading import Checkpoint, newest_checkpoint
 from localprop.training.evaluating import evaluate_network
 from localprop.training.gauge import Gauge
 from localprop.training.outputs import CHECKPOINTS, Outputs
