@@ -13,6 +13,55 @@ NEWER: dict[str, Any] = {
 }
 """Settings that version 0.1 did not have, and what they were then."""
 
+SETTINGS_OF_0_1: dict[str, Any] = {
+    "model": "swin_tiny_patch4_window7_224",
+    "model_kwargs": None,
+    "pretrained": False,
+    "img_size": None,
+    "drop_path": 0.0,
+    "plugin": None,
+    "modules": None,
+    "decoder": "conv",
+    "head": "mlp",
+    "partition": "balanced",
+    "cuts": None,
+    "min_depth": 1,
+    "split_blocks": False,
+    "recompute": None,
+    "grad_checkpointing": False,
+    "method_kwargs": None,
+    "budget": None,
+    "data": "digits",
+    "val_split": 0.0,
+    "hold_on_device": False,
+    "crop_pad": None,
+    "hflip": None,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "smoothing": 0.1,
+    "bad_images": 10,
+    "epochs": 24,
+    "batch_size": 32,
+    "micro_batches": 1,
+    "opt": "adamw",
+    "lr": 0.003,
+    "weight_decay": 0.05,
+    "sched": "cosine",
+    "warmup_epochs": None,
+    "min_lr": 1e-06,
+    "clip_grad": None,
+    "model_ema": False,
+    "model_ema_decay": 0.9998,
+    "amp": False,
+    "amp_dtype": "bfloat16",
+    "offload_optimizer": False,
+    "compile": False,
+    "val_interval": 1,
+    "parallel": None,
+    "nproc": None,
+}
+"""The defaults of version 0.1: results that are older than a setting were made with its value here."""
+
 OPTIONS_OF_0_1: dict[str, dict[str, Any]] = {
     "feature-reconstruction": {"weight": 1.0, "normalize": True},
     "infopro": {
@@ -28,7 +77,7 @@ OPTIONS_OF_0_1: dict[str, dict[str, Any]] = {
 
 def settings_as_recorded(settings: dict[str, Any]) -> dict[str, Any]:
     """Recorded flat settings, with those that did not exist yet as they were then."""
-    return NEWER | settings
+    return SETTINGS_OF_0_1 | NEWER | settings
 
 
 def options_as_recorded(method: str, recorded: dict[str, Any] | None) -> dict[str, Any]:
