@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from checkpoint_states import bits, flip, names, save, state_at
 from localprop.errors import CheckpointError
 from localprop.system.files import write_text
-from localprop.training.checkpoints import saving as module
 from localprop.training.checkpoints import format as form
+from localprop.training.checkpoints import saving as module
 from localprop.training.checkpoints.format import save_weights
 from localprop.training.checkpoints.loading import load_checkpoint, newest_checkpoint
 from localprop.training.checkpoints.saving import save_checkpoint
