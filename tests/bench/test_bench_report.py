@@ -12,30 +12,30 @@ from matplotlib.text import Text
 
 from bench_records import cells, column, make_record, suite, write_folder
 from localprop.bench.reports import pictures
-from localprop.bench.reports.groups import pareto_front, tasks_of
+from localprop.bench.reports.groups import comparisons_of, pareto_front
 from localprop.bench.reports.placing import label_ends, label_points
 from localprop.bench.reports.report import how_measured, write_report
-from localprop.bench.reports.tables import module_table, results_table, setting_table
+from localprop.bench.reports.tables import comparison_table, module_table, results_table
 from localprop.errors import BenchError
 
 
-def setting(task, label):
-    return next(s for s in task.settings if s.label == label)
+def series(comparison, label):
+    return next(s for s in comparison.series if s.label == label)
 
 
 # Settings and tasks
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_setting():
-    (task,) = tasks_of(suite())
-    assert [s.label for s in task.settings] == [
+    (comparison,) = comparisons_of(suite())
+    assert [s.label for s in comparison.series] == [
         "end-to-end",
         *("feature-reconstruction, K=2, conv decoder", "greedy, K=2", "infopro, K=2"),
         *("feature-reconstruction, K=4, conv decoder", "feature-reconstruction, K=4, deconv decoder"),
         *("greedy, K=4", "infopro, K=4"),
     ]
-    assert all(sorted(s.records) == [1, 2, 3] for s in task.settings)
-    assert task.baseline is task.settings[0]
+    assert all(sorted(s.records) == [1, 2, 3] for s in comparison.series)
+    assert comparison.baseline is comparison.series[0]
 
 
 @pytest.mark.parametrize(
@@ -44,50 +44,50 @@ def test_runs_that_differ_in_their_seed_alone_are_one_setting():
      ("amp_dtype", "float16"), ("epochs", 7), ("batch_size", 7)],
 )  # fmt: skip
 def test_what_cannot_be_compared_is_another_task(key, value):
-    tasks = tasks_of([make_record(), make_record(accuracy=70.0, **{key: value})])
-    assert len(tasks) == 2
-    assert tasks[0].name != tasks[1].name
-    assert [task.gap(task.settings[0]).mean for task in tasks] == [0, 0]
+    comparisons = comparisons_of([make_record(), make_record(accuracy=70.0, **{key: value})])
+    assert len(comparisons) == 2
+    assert comparisons[0].name != comparisons[1].name
+    assert [comparison.gap(comparison.series[0]).mean for comparison in comparisons] == [0, 0]
 
 
 def test_what_is_compared_may_differ_in_all_else():
     records = [make_record(), make_record("greedy", 4, lr=1e-4), make_record("greedy", 4, lr=1e-3, head="linear")]
-    (task,) = tasks_of(records)
+    (comparison,) = comparisons_of(records)
     # 3e-3 is the default, and end-to-end has no head.
-    assert [s.label for s in task.settings] == ["end-to-end", "greedy, lr 0.0001", "greedy, linear head, lr 0.001"]
+    assert [s.label for s in comparison.series] == ["end-to-end", "greedy, lr 0.0001", "greedy, linear head, lr 0.001"]
 
 
 def test_accuracies_on_validation_and_test_images_are_apart():
     other = make_record()
     other.result["evaluated_on"] = "validation"
-    assert len({task.name for task in tasks_of([make_record(), other])}) == 2
+    assert len({comparison.name for comparison in comparisons_of([make_record(), other])}) == 2
 
 
 def test_a_size_that_is_the_datasets_own_is_that_size():
-    (task,) = tasks_of([make_record(img_size=None), make_record("greedy", 4, img_size=32)])
-    assert [s.label for s in task.settings] == ["end-to-end", "greedy"]
+    (comparison,) = comparisons_of([make_record(img_size=None), make_record("greedy", 4, img_size=32)])
+    assert [s.label for s in comparison.series] == ["end-to-end", "greedy"]
 
 
 def test_names_of_places_and_what_end_to_end_does_not_use_make_no_setting():
     records = [make_record(workers=1), make_record(seed=2, workers=4, decoder="deconv", head="linear")]
-    (task,) = tasks_of(records)
-    assert [len(s.records) for s in task.settings] == [2]
+    (comparison,) = comparisons_of(records)
+    assert [len(s.records) for s in comparison.series] == [2]
 
 
 def test_checkpointing_and_recomputing_are_no_baseline():
     records = [make_record(grad_checkpointing=True, peak=370), make_record(recompute=True, peak=700)]
-    (task,) = tasks_of(records)
-    assert task.baseline is None
-    (task,) = tasks_of([*records, make_record(peak=1000)])
-    assert [s.label for s in task.settings] == ["end-to-end", "end-to-end, checkpointing", "end-to-end, recompute"]
-    assert column(setting_table(task), "memory ratio")["end-to-end, checkpointing"] == "0.37"
+    (comparison,) = comparisons_of(records)
+    assert comparison.baseline is None
+    (comparison,) = comparisons_of([*records, make_record(peak=1000)])
+    assert [s.label for s in comparison.series] == ["end-to-end", "end-to-end, checkpointing", "end-to-end, recompute"]
+    assert column(comparison_table(comparison), "memory ratio")["end-to-end, checkpointing"] == "0.37"
 
 
 def test_of_several_end_to_end_settings_the_most_accurate_is_the_baseline():
     records = [make_record(lr=lr, accuracy=a) for lr, a in ((1e-2, 60.0), (1e-3, 81.0), (1e-4, 70.0))]
-    (task,) = tasks_of([*records, make_record("greedy", 4, accuracy=75.0, lr=1e-2)])
-    assert task.baseline.config["lr"] == 1e-3
-    assert column(setting_table(task), "gap (points)")["greedy, lr 0.01"] == "-6.00"
+    (comparison,) = comparisons_of([*records, make_record("greedy", 4, accuracy=75.0, lr=1e-2)])
+    assert comparison.baseline.config["lr"] == 1e-3
+    assert column(comparison_table(comparison), "gap (points)")["greedy, lr 0.01"] == "-6.00"
 
 
 # Tables
@@ -95,13 +95,13 @@ def test_of_several_end_to_end_settings_the_most_accurate_is_the_baseline():
 
 def test_mean_and_deviation_over_seeds():
     records = suite()
-    (task,) = tasks_of(records)
+    (comparison,) = comparisons_of(records)
     own = [r.result["accuracy"] for r in records if (r.config["method"], r.config["modules"]) == ("greedy", 4)]
-    spread = setting(task, "greedy, K=4").score
+    spread = series(comparison, "greedy, K=4").score
     assert spread.count == 3
     assert spread.mean == pytest.approx(statistics.mean(own))
     assert spread.std == pytest.approx(statistics.stdev(own))
-    accuracies = column(setting_table(task), "accuracy (%)")
+    accuracies = column(comparison_table(comparison), "accuracy (%)")
     assert accuracies["greedy, K=4"] == f"{statistics.mean(own):.2f} ± {statistics.stdev(own):.2f}"
     # 79 - 1 + 2, the best of the local ones; that of end-to-end is higher.
     assert [label for label, cell in accuracies.items() if "**" in cell] == [
@@ -110,8 +110,8 @@ def test_mean_and_deviation_over_seeds():
 
 
 def test_one_seed_has_no_deviation():
-    (task,) = tasks_of(suite(seeds=(1,)))
-    assert "±" not in setting_table(task)
+    (comparison,) = comparisons_of(suite(seeds=(1,)))
+    assert "±" not in comparison_table(comparison)
 
 
 def test_gaps_are_paired_by_seed():
@@ -119,8 +119,8 @@ def test_gaps_are_paired_by_seed():
     by_seed = {r.config["seed"]: r.result["accuracy"] for r in records if r.config["method"] == "end-to-end"}
     own = [r for r in records if (r.config["method"], r.config["modules"]) == ("greedy", 2)]
     gaps = [r.result["accuracy"] - by_seed[r.config["seed"]] for r in own]
-    (task,) = tasks_of(records)
-    text = column(setting_table(task), "gap (points)")
+    (comparison,) = comparisons_of(records)
+    text = column(comparison_table(comparison), "gap (points)")
     assert text["greedy, K=2"] == f"{statistics.mean(gaps):+.2f} ± {statistics.stdev(gaps):.2f}"
     # The seed shifts both alike, which is no spread of their difference.
     assert text["infopro, K=2"] == "-5.00 ± 0.00"
@@ -130,10 +130,12 @@ def test_gaps_are_paired_by_seed():
 def test_gaps_take_the_seeds_that_both_have():
     records = [make_record(seed=s, accuracy=80.0 + 10 * s) for s in (1, 2)]
     records += [make_record("greedy", 4, seed=s, accuracy=70.0 + 11 * s) for s in (2, 3)]
-    (task,) = tasks_of(records)
-    assert column(setting_table(task), "gap (points)")["greedy"] == f"{92 - 100:+.2f} (1 of 2 seeds)"
-    (task,) = tasks_of([make_record(seed=1, accuracy=80.0), make_record("greedy", 4, seed=2, accuracy=77.0)])
-    assert column(setting_table(task), "gap (points)")["greedy"] == "-3.00 (unpaired)"
+    (comparison,) = comparisons_of(records)
+    assert column(comparison_table(comparison), "gap (points)")["greedy"] == f"{92 - 100:+.2f} (1 of 2 seeds)"
+    (comparison,) = comparisons_of(
+        [make_record(seed=1, accuracy=80.0), make_record("greedy", 4, seed=2, accuracy=77.0)]
+    )
+    assert column(comparison_table(comparison), "gap (points)")["greedy"] == "-3.00 (unpaired)"
 
 
 def test_memory_is_measured_where_it_was_and_compared_with_its_own_kind():
@@ -143,29 +145,29 @@ def test_memory_is_measured_where_it_was_and_compared_with_its_own_kind():
         make_record("greedy", 4, peak=None, predicted=300),
         make_record("greedy", 8, peak=None, predicted=None, step=0.15),
     ]
-    (task,) = tasks_of(records)
-    text = setting_table(task)
+    (comparison,) = comparisons_of(records)
+    text = comparison_table(comparison)
     assert list(column(text, "peak memory (MiB)").values()) == ["1000", "500", "300 (predicted)", "-"]
     assert list(column(text, "memory ratio").values()) == ["1.00", "0.50", f"{300 / 900:.2f}", "-"]
     assert list(column(text, "time ratio").values()) == ["1.00", "1.00", "1.00", "1.50"]
 
 
 def test_without_a_baseline_there_is_nothing_to_compare_with():
-    (task,) = tasks_of([make_record("greedy", 2), make_record("greedy", 4)])
+    (comparison,) = comparisons_of([make_record("greedy", 2), make_record("greedy", 4)])
     for name in ("gap (points)", "memory ratio", "time ratio"):
-        assert set(column(setting_table(task), name).values()) == {"-"}
+        assert set(column(comparison_table(comparison), name).values()) == {"-"}
 
 
 def test_runs_without_an_accuracy_have_a_dash_and_make_no_mean():
     records = [make_record(seed=1, accuracy=float("nan")), make_record(seed=2, accuracy=81.0)]
-    (task,) = tasks_of([*records, make_record("greedy", 4, accuracy=None)])
-    assert column(setting_table(task), "accuracy (%)") == {"end-to-end": "81.00", "greedy": "-"}
+    (comparison,) = comparisons_of([*records, make_record("greedy", 4, accuracy=None)])
+    assert column(comparison_table(comparison), "accuracy (%)") == {"end-to-end": "81.00", "greedy": "-"}
 
 
 def test_accuracy_by_module_has_the_network_last():
     records = suite()
-    (task,) = tasks_of(records)
-    head, *rows = cells(module_table(task))
+    (comparison,) = comparisons_of(records)
+    head, *rows = cells(module_table(comparison))
     rows = {row[0]: row[1:] for row in rows}
     assert head == ["setting", "1", "2", "3", "network"]
     assert rows["end-to-end"] == ["", "", "", "82.00"]
@@ -263,24 +265,24 @@ def test_a_report_of_any_suite(tmp_path, records, drawn):
         pixels = matplotlib.image.imread(path)
         assert pixels.shape[1] == 1400
         assert pixels[..., :3].min() < 0.5
-    assert ("The pictures show the first 4 of 5 tasks" in text) == (len(tasks_of(records)) == 5)
-    assert ("The pictures show" in text) == (len(tasks_of(records)) > 4)
-    assert text.count("| setting | K |") == len(tasks_of(records))
+    assert ("The pictures show the first 4 of 5 comparisons" in text) == (len(comparisons_of(records)) == 5)
+    assert ("The pictures show" in text) == (len(comparisons_of(records)) > 4)
+    assert text.count("| setting | K |") == len(comparisons_of(records))
 
 
 def test_a_picture_has_a_panel_for_each_of_four_tasks_and_a_point_and_a_name_for_each_setting(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
-    tasks = tasks_of([r for epochs in range(1, 6) for r in suite(epochs=epochs)])
-    assert all(draw(tmp_path / "picture.png", tasks, "") for draw in pictures.PICTURES.values())
+    comparisons = comparisons_of([r for epochs in range(1, 6) for r in suite(epochs=epochs)])
+    assert all(draw(tmp_path / "picture.png", comparisons, "") for draw in pictures.PICTURES.values())
     assert [len(figure.axes) for figure in figures] == [4, 4, 4]
     for figure in figures:
-        for axes, task in zip(figure.axes, tasks, strict=False):
-            assert axes.get_title(loc="left") == task.name
-            known = [s for s in task.settings if figure is not figures[1] or s.method != "infopro"]
+        for axes, comparison in zip(figure.axes, comparisons, strict=False):
+            assert axes.get_title(loc="left") == comparison.name
+            known = [s for s in comparison.series if figure is not figures[1] or s.method != "infopro"]
             assert sorted(note.get_text() for note in axes.texts) == sorted(s.short for s in known)
     points = {tuple(np.ravel(bars.lines[0].get_data())) for bars in figures[0].axes[0].containers}
-    assert points == {(tasks[0].memory_ratio(s), s.score.mean) for s in tasks[0].settings}
+    assert points == {(comparisons[0].memory_ratio(s), s.score.mean) for s in comparisons[0].series}
 
 
 def test_the_report_says_how_it_was_measured():
@@ -309,14 +311,14 @@ def test_end_to_end_training_in_several_modules_is_compared_with_that_in_one(tmp
         make_record("end-to-end", 4, seed=seed, peak=500, decoder=name) for seed, name in ((1, "conv"), (2, "mlp"))
     ]
     plain = [make_record(seed=seed) for seed in (1, 2)]
-    (task,) = tasks_of([*exact, *plain, make_record("greedy", 4, peak=400)])
-    assert [s.label for s in task.settings] == ["end-to-end", "exact K=4", "greedy"]
-    assert [s.short for s in task.settings] == ["end-to-end", "exact K=4", "K=4"]
-    assert task.baseline is task.settings[0]
+    (comparison,) = comparisons_of([*exact, *plain, make_record("greedy", 4, peak=400)])
+    assert [s.label for s in comparison.series] == ["end-to-end", "exact K=4", "greedy"]
+    assert [s.short for s in comparison.series] == ["end-to-end", "exact K=4", "K=4"]
+    assert comparison.baseline is comparison.series[0]
     # It has no decoder, so that both seeds are one series; where it is cut makes another.
-    assert [len(s.records) for s in task.settings] == [2, 2, 1]
-    assert task.memory_ratio(task.settings[1]) == 0.5
-    (task,) = tasks_of([*exact, make_record("end-to-end", 4, cuts=["blocks.1"])])
-    assert task.baseline is None
-    assert [s.label for s in task.settings] == ["exact K=4", "exact K=4, cuts blocks.1"]
+    assert [len(s.records) for s in comparison.series] == [2, 2, 1]
+    assert comparison.memory_ratio(comparison.series[1]) == 0.5
+    (comparison,) = comparisons_of([*exact, make_record("end-to-end", 4, cuts=["blocks.1"])])
+    assert comparison.baseline is None
+    assert [s.label for s in comparison.series] == ["exact K=4", "exact K=4, cuts blocks.1"]
     assert write_report(write_folder(tmp_path, [*exact, *plain]))

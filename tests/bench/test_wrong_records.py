@@ -10,8 +10,8 @@ import yaml
 from bench_records import make_record
 from localprop.bench.collect import _finite
 from localprop.bench.record import read_record, read_records, write_record
-from localprop.bench.reports.groups import tasks_of
-from localprop.bench.reports.report import how_measured, task_sections, write_report
+from localprop.bench.reports.groups import comparisons_of
+from localprop.bench.reports.report import comparison_sections, how_measured, write_report
 from localprop.bench.suite import load_suite
 from localprop.errors import BenchError, LocalpropError
 from places import ROOT
@@ -41,7 +41,7 @@ def test_records(records):
         path.write_text(json.dumps(wrong))
         try:
             found = read_records(records)
-            task_sections(tasks_of(found))
+            comparison_sections(comparisons_of(found))
             how_measured(found)
             accepted.append(name)
         except BenchError as error:

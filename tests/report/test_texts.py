@@ -9,7 +9,7 @@ from PIL import Image
 from bench_records import make_record, suite, write_folder
 from localprop.bench.live import SuiteView
 from localprop.bench.reports.report import write_report
-from localprop.bench.reports.tables import setting_table
+from localprop.bench.reports.tables import comparison_table
 from localprop.cli import main
 from localprop.errors import shortened
 from localprop.report.progress import Progress
@@ -100,11 +100,11 @@ def test_a_report_of_such_records_has_its_form(tmp_path, text):
 def test_labels_that_are_cut_still_stand_for_their_settings():
     records = suite(seeds=(1,), model_kwargs={"name": "y" * 10_000})
     assert len(records) == 8
-    from localprop.bench.reports.groups import tasks_of
+    from localprop.bench.reports.groups import comparisons_of
 
-    (task,) = tasks_of(records)
-    assert len(setting_table(task).splitlines()) == 2 + len(task.settings)
-    assert all(len(setting.label) <= 120 and len(setting.short) <= 60 for setting in task.settings)
+    (comparison,) = comparisons_of(records)
+    assert len(comparison_table(comparison).splitlines()) == 2 + len(comparison.series)
+    assert all(len(series.label) <= 120 and len(series.short) <= 60 for series in comparison.series)
 
 
 def test_a_terminal_gets_no_commands(capsys, monkeypatch, tmp_path):

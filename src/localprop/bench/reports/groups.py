@@ -1,4 +1,4 @@
-"""Runs of a suite put together: seeds into settings, settings into tasks within which they are compared."""
+"""Runs of a suite put together: seeds into series, and series into the comparisons that they belong to."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from localprop.report.measures import Measure
 from localprop.settings.flat import free
 
 # What has to be the same before two scores, peaks or times say anything about each other.
-TASK = ("task", "data", "model", "model_kwargs", "img_size", "amp", "amp_dtype", "epochs", "batch_size")
+CONDITIONS = ("task", "data", "model", "model_kwargs", "img_size", "amp", "amp_dtype", "epochs", "batch_size")
 _QUIET = ("measure", "model_kwargs", "amp_dtype", "batch_size", "source", "epochs", "img_size", "amp")
 # What the result of a run does not depend on. Results of version 0.1 may have those that are left out today.
 _FREE = free("record") | {"plugin", "hold_on_device"}
@@ -24,50 +24,50 @@ _DIVISION = {"modules", "partition", "cuts", "min_depth", "budget"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Settings that can be compared: the same data, model, length of training and so on.
+    """Series that can be compared: the same data, model, length of training and so on.
 
     Attributes:
-        name: what tells the task from the others; data and model where it is the only one.
-        settings: one or more: end-to-end first, then by K, then by method.
+        name: what tells it from the others; data and model where it is the only one.
+        series: one or more: end-to-end first, then by K, then by method.
         baseline: plain end-to-end training with one module, the best where there are several; None without.
     """
 
     name: str
-    settings: list[Series]
+    series: list[Series]
     baseline: Series | None
 
     @property
     def data(self) -> str:
         """The dataset's name."""
-        return str(self.settings[0].config.get("data"))
+        return str(self.series[0].config.get("data"))
 
     @property
     def measure(self) -> Measure:
         """What its scores measure."""
-        return self.settings[0].measure
+        return self.series[0].measure
 
     @property
     def methods(self) -> list[str]:
-        """Names of the methods, in the order of the settings."""
-        return list(dict.fromkeys(setting.method for setting in self.settings))
+        """Names of the methods, in the order of the series."""
+        return list(dict.fromkeys(series.method for series in self.series))
 
-    def gap(self, setting: Series) -> Spread | None:
+    def gap(self, series: Series) -> Spread | None:
         """A setting's score less the baseline's; see `difference`."""
-        return difference(setting, self.baseline) if self.baseline else None
+        return difference(series, self.baseline) if self.baseline else None
 
-    def memory_ratio(self, setting: Series) -> float | None:
+    def memory_ratio(self, series: Series) -> float | None:
         """Peak against the baseline's: measured against measured or predicted against predicted, else None."""
-        return self.ratio(setting, "peak_memory") or self.ratio(setting, "predicted_memory")
+        return self.ratio(series, "peak_memory") or self.ratio(series, "predicted_memory")
 
-    def time_ratio(self, setting: Series) -> float | None:
+    def time_ratio(self, series: Series) -> float | None:
         """Time per step against the baseline's: processor time on a CPU, which programs share, else on the clock."""
-        both = (setting, self.baseline) if self.baseline else (setting,)
+        both = (series, self.baseline) if self.baseline else (series,)
         on_cpu = all(record.cost.get("device") == "cpu" for s in both for record in s.records.values())
-        return self.ratio(setting, "processor_seconds_per_step" if on_cpu else "seconds_per_step")
+        return self.ratio(series, "processor_seconds_per_step" if on_cpu else "seconds_per_step")
 
-    def ratio(self, setting: Series, name: str) -> float | None:
+    def ratio(self, series: Series, name: str) -> float | None:
         """An entry of the records' cost against the baseline's; None where one of them lacks it."""
-        own, other = setting.cost(name), self.baseline.cost(name) if self.baseline else None
+        own, other = series.cost(name), self.baseline.cost(name) if self.baseline else None
         return own / other if own and other else None
 
 
@@ -83,21 +83,23 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def tasks_of(records: Sequence[Record]) -> list[Comparison]:
-    """Puts one or more records into settings and tasks; tasks come in the order of their first record."""
+def comparisons_of(records: Sequence[Record]) -> list[Comparison]:
+    """Puts one or more records into series and comparisons; these come in the order of their first record."""
     groups = _grouped(records, _conditions)
     conditions = [_conditions(group[0]) for group in groups]
     varied = [key for key in conditions[0] if len({_key(values[key]) for values in conditions}) > 1]
-    for key in _QUIET:  # what is not needed to tell tasks apart is not part of their names
+    for key in _QUIET:  # what is not needed to tell comparisons apart is not part of their names
         fewer = [other for other in varied if other != key]
-        if len({_task_name(values, fewer) for values in conditions}) == len(conditions):
+        if len({_comparison_name(values, fewer) for values in conditions}) == len(conditions):
             varied = fewer
-    return [_task(group, _task_name(values, varied)) for group, values in zip(groups, conditions, strict=True)]
+    return [
+        _comparison(group, _comparison_name(values, varied)) for group, values in zip(groups, conditions, strict=True)
+    ]
 
 
 def _conditions(record: Record) -> dict[str, Any]:
     """What has to be the same before two runs are compared; scores on validation and test images never are."""
-    found = {key: record.config.get(key) for key in TASK}
+    found = {key: record.config.get(key) for key in CONDITIONS}
     # None means the dataset's own size.
     return {
         **found,
@@ -108,23 +110,23 @@ def _conditions(record: Record) -> dict[str, Any]:
     }
 
 
-def _task(records: list[Record], name: str) -> Comparison:
+def _comparison(records: list[Record], name: str) -> Comparison:
     groups = _grouped(records, _identity)
     configs = [_identity(group[0]) for group in groups]
-    settings = []
-    for group, config, (label, short) in zip(groups, configs, setting_labels(configs, TASK), strict=True):
+    series = []
+    for group, config, (label, short) in zip(groups, configs, setting_labels(configs, CONDITIONS), strict=True):
         seeds: dict[Any, Record] = {}
         for record in group:  # the same settings and seed give the same result, so a second run of them counts once
             seeds.setdefault(record.config.get("seed"), record)
-        settings.append(Series(label, short, config, seeds))
-    plain = [s for s in settings if s.undivided and not s.config.get("grad_checkpointing")]
+        series.append(Series(label, short, config, seeds))
+    plain = [s for s in series if s.undivided and not s.config.get("grad_checkpointing")]
     plain = [s for s in plain if s.config.get("recompute") is not True]
     baseline = max(plain, key=lambda s: s.rank, default=None)
-    settings.sort(key=lambda s: (s is not baseline, not s.undivided, s.modules, s.method))
-    return Comparison(name, settings, baseline)
+    series.sort(key=lambda s: (s is not baseline, not s.undivided, s.modules, s.method))
+    return Comparison(name, series, baseline)
 
 
-def _task_name(conditions: dict[str, Any], varied: list[str]) -> str:
+def _comparison_name(conditions: dict[str, Any], varied: list[str]) -> str:
     words = []
     for key, value in conditions.items():
         if key in ("data", "model"):

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from localprop.bench.record import Record, read_records
-from localprop.bench.reports.groups import tasks_of
+from localprop.bench.reports.groups import comparisons_of
 from localprop.bench.reports.pictures import draw_depth, draw_pareto
 from localprop.bench.reports.published import OPEN, OPPOSITE, REPRODUCED, memory_comparison, orderings, paper_comparison
-from localprop.bench.reports.report import how_measured, task_sections, title_of
+from localprop.bench.reports.report import comparison_sections, how_measured, title_of
 from localprop.bench.reports.tables import results_table, table
 from localprop.errors import BenchError
 from localprop.report.texts import markdown
@@ -48,10 +48,10 @@ def publish(folder: Path, published: Path, page: Path, readme: Path, images: str
     _, end, after = rest.partition(END)
     if not start or not end:
         raise BenchError(f"{readme} has no place for results; add the lines {START} and {END}")
-    tasks, title = tasks_of(records), title_of(records)
+    comparisons, title = comparisons_of(records), title_of(records)
     pictures = [page.with_name(f"{page.stem}-{name}.png") for name in ("pareto", "depth")]
     draws = (draw_pareto, draw_depth)
-    pictures = [path for path, draw in zip(pictures, draws, strict=True) if draw(path, tasks, title)]
+    pictures = [path for path, draw in zip(pictures, draws, strict=True) if draw(path, comparisons, title)]
     source = os.path.relpath(folder, page.parent)
     write_text(page, "\n".join(_page(records, figures, [path.name for path in pictures], source, images)) + "\n")
     shown = [os.path.relpath(path, readme.parent) for path in pictures[:1]]
@@ -88,7 +88,7 @@ def _page(
         "",
         *(f"- {line}" for line in figures["unknown"]),
         "",
-        *task_sections(tasks_of(records)),
+        *comparison_sections(comparisons_of(records)),
         "## How it was measured",
         "",
         *how_measured(records),

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from localprop.bench.record import Record
-from localprop.bench.reports.groups import Comparison, tasks_of
+from localprop.bench.reports.groups import Comparison, comparisons_of
 from localprop.bench.reports.tables import NONE, gap_text, ratio_text, table, typical
 from localprop.bench.series import BASELINE, Series, difference, paired
 from localprop.report.measures import ACCURACY
@@ -20,16 +20,16 @@ def paper_comparison(records: Sequence[Record], published: Figures, modules: int
     """A Markdown table of accuracies and gaps to end-to-end training: as published, and here.
 
     Args:
-        records: one or more. Of several settings with one method, the one nearest to the defaults counts.
+        records: one or more. Of several series with one method, the one nearest to the defaults counts.
         published: the figures of local methods with `modules` modules, and of "end-to-end".
         modules: K of the published figures, and of those here.
     """
-    tasks, rows = tasks_of(records), []
+    comparisons, rows = comparisons_of(records), []
     for data, figures in published.items():
-        task = _task_of(tasks, data)
+        comparison = _comparison_of(comparisons, data)
         for method, figure in figures.items():
             theirs = [NONE if figure is None else f"{figure:.2f}", _published_gap(figures, method)]
-            rows.append([markdown(data), markdown(method), *theirs, *_ours(task, method, modules)])
+            rows.append([markdown(data), markdown(method), *theirs, *_ours(comparison, method, modules)])
     return table(["data", "method", "published (%)", "gap", "here (%)", "gap", "seeds"], rows, words=2)
 
 
@@ -45,13 +45,13 @@ def orderings(records: Sequence[Record], published: Figures, modules: int = 4) -
         For each pair the data, the two methods (the one with the better published figure first), the published
         difference and the one here in points, seeds, and `REPRODUCED`, `OPPOSITE` or `OPEN` (it does not count).
     """
-    tasks = tasks_of(records)
+    comparisons = comparisons_of(records)
     rows: list[tuple[str, ...]] = []
     for data, figures in published.items():
-        task = _task_of(tasks, data)
+        comparison = _comparison_of(comparisons, data)
         known = [(method, figure) for method, figure in figures.items() if figure is not None]
         for (low, lower), (high, higher) in itertools.combinations(sorted(known, key=lambda item: item[1]), 2):
-            one, other = _setting(task, high, modules), _setting(task, low, modules)
+            one, other = _series(comparison, high, modules), _series(comparison, low, modules)
             gap = difference(one, other) if one and other else None
             if one and other and gap:
                 seeds, verdict = str(gap.count) if gap.count else "unpaired", _verdict(one, other, gap.mean)
@@ -69,7 +69,7 @@ def orderings(records: Sequence[Record], published: Figures, modules: int = 4) -
 
 
 def memory_comparison(records: Sequence[Record], published: Mapping[int, Mapping[str, float]]) -> str:
-    """A Markdown table of peak memory against end-to-end's: as published, and ours of the first task that has it.
+    """A Markdown table of peak memory against end-to-end's: as published, and ours of the first comparison that has it.
 
     Args:
         records: one or more.
@@ -78,8 +78,8 @@ def memory_comparison(records: Sequence[Record], published: Mapping[int, Mapping
     rows = []
     for modules, figures in published.items():
         for method, figure in figures.items():
-            found = ((task, typical(task, method, modules)) for task in tasks_of(records))
-            ratios = (task.memory_ratio(setting) for task, setting in found if setting)
+            found = ((comparison, typical(comparison, method, modules)) for comparison in comparisons_of(records))
+            ratios = (comparison.memory_ratio(series) for comparison, series in found if series)
             ours = next((ratio for ratio in ratios if ratio), None)
             rows.append([markdown(method), str(modules), f"{figure:.2f}", ratio_text(ours) if ours else "not run"])
     return table(["method", "K", "published", "here"], rows)
@@ -95,25 +95,25 @@ def _verdict(high: Series, low: Series, gap: float) -> str:
     return REPRODUCED if gap > 0 else OPPOSITE
 
 
-def _task_of(tasks: Sequence[Comparison], data: str) -> Comparison | None:
-    """The task of a dataset. Of several it prefers one with a baseline, then the one with the most settings."""
-    alike = [task for task in tasks if task.data == data and task.measure == ACCURACY]
-    return max(alike, key=lambda task: (task.baseline is not None, len(task.settings)), default=None)
+def _comparison_of(comparisons: Sequence[Comparison], data: str) -> Comparison | None:
+    """The comparison of a dataset. Of several it prefers one with a baseline, then the one with the most series."""
+    alike = [comparison for comparison in comparisons if comparison.data == data and comparison.measure == ACCURACY]
+    return max(alike, key=lambda comparison: (comparison.baseline is not None, len(comparison.series)), default=None)
 
 
-def _setting(task: Comparison | None, method: str, modules: int) -> Series | None:
-    if task is None:
+def _series(comparison: Comparison | None, method: str, modules: int) -> Series | None:
+    if comparison is None:
         return None
-    return task.baseline if method == BASELINE else typical(task, method, modules)
+    return comparison.baseline if method == BASELINE else typical(comparison, method, modules)
 
 
-def _ours(task: Comparison | None, method: str, modules: int) -> list[str]:
-    setting = _setting(task, method, modules)
-    if task is None or setting is None or setting.score is None:
+def _ours(comparison: Comparison | None, method: str, modules: int) -> list[str]:
+    series = _series(comparison, method, modules)
+    if comparison is None or series is None or series.score is None:
         return ["not run", NONE, NONE]
-    seeds = len(setting.records)
-    gap = "0" if setting is task.baseline else gap_text(task.gap(setting), seeds)
-    return [setting.score.text(), gap, str(seeds)]
+    seeds = len(series.records)
+    gap = "0" if series is comparison.baseline else gap_text(comparison.gap(series), seeds)
+    return [series.score.text(), gap, str(seeds)]
 
 
 def _published_gap(figures: Mapping[str, float | None], method: str) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from localprop.bench.record import Record, common_settings, read_records
-from localprop.bench.reports.groups import Comparison, tasks_of
+from localprop.bench.reports.groups import Comparison, comparisons_of
 from localprop.bench.reports.pictures import MOST_PANELS, PICTURES
-from localprop.bench.reports.tables import module_table, setting_table
+from localprop.bench.reports.tables import comparison_table, module_table
 from localprop.errors import shortened
 from localprop.report.formats import format_duration
 from localprop.report.measures import ACCURACY
@@ -33,18 +33,21 @@ def write_report(folder: Path) -> list[Path]:
         CheckpointError: the disk is full, may not be written or fails.
     """
     records = read_records(folder)
-    tasks = tasks_of(records)
+    comparisons = comparisons_of(records)
     title = title_of(records)
     written, lines = [folder / "report.md"], [f"# {markdown(title)}", ""]
     for name, draw in PICTURES.items():
-        if draw(folder / name, tasks, title):
+        if draw(folder / name, comparisons, title):
             written.append(folder / name)
             lines += [f"![{name.removesuffix('.png')}]({name})", ""]
         else:
             (folder / name).unlink(missing_ok=True)
-    if len(written) > 1 and len(tasks) > MOST_PANELS:
-        lines += [f"The pictures show the first {MOST_PANELS} of {len(tasks)} tasks; the tables have all.", ""]
-    lines += [*task_sections(tasks), "## How it was measured", "", *how_measured(records)]
+    if len(written) > 1 and len(comparisons) > MOST_PANELS:
+        lines += [
+            f"The pictures show the first {MOST_PANELS} of {len(comparisons)} comparisons; the tables have all.",
+            "",
+        ]
+    lines += [*comparison_sections(comparisons), "## How it was measured", "", *how_measured(records)]
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     return written
 
@@ -54,22 +57,24 @@ def title_of(records: Sequence[Record]) -> str:
     return shortened(", ".join(dict.fromkeys(str(record.suite) for record in records)), 120)
 
 
-def task_sections(tasks: Sequence[Comparison]) -> list[str]:
-    """Lines of Markdown: a section (`##`) per task with its two tables."""
+def comparison_sections(comparisons: Sequence[Comparison]) -> list[str]:
+    """Lines of Markdown: a section (`##`) per comparison with its two tables."""
     lines = []
-    shared = common_settings([record for task in tasks for s in task.settings for record in s.records.values()])
-    for task in tasks:
-        lines += [f"## {markdown(task.name)}", "", setting_table(task), ""]
-        records = [record for s in task.settings for record in s.records.values()]
+    shared = common_settings(
+        [record for comparison in comparisons for s in comparison.series for record in s.records.values()]
+    )
+    for comparison in comparisons:
+        lines += [f"## {markdown(comparison.name)}", "", comparison_table(comparison), ""]
+        records = [record for s in comparison.series for record in s.records.values()]
         own = {key: value for key, value in common_settings(records).items() if key not in shared}
         if own:
             lines += [f"In all of these runs: {code(shlex.join(_flags(own)))}", ""]
-        if notes := _notes(task):
+        if notes := _notes(comparison):
             lines += [" ".join(notes), ""]
-        if any(score is not None for setting in task.settings for score in setting.module_scores):
-            sign = f" ({task.measure.sign})" if task.measure.sign else ""
-            name = _capital(markdown(task.measure.name))
-            lines += [f"{name} of each module's head{sign}:", "", module_table(task), ""]
+        if any(score is not None for series in comparison.series for score in series.module_scores):
+            sign = f" ({comparison.measure.sign})" if comparison.measure.sign else ""
+            name = _capital(markdown(comparison.measure.name))
+            lines += [f"{name} of each module's head{sign}:", "", module_table(comparison), ""]
     return lines
 
 
@@ -108,18 +113,18 @@ def _flags(settings: dict[str, Any]) -> list[str]:
     return to_flags(from_flat({key: value for key, value in settings.items() if key in known}, "the records"))
 
 
-def _notes(task: Comparison) -> list[str]:
+def _notes(comparison: Comparison) -> list[str]:
     notes = []
-    if task.baseline is None:
+    if comparison.baseline is None:
         notes.append("There is no end-to-end run to compare with.")
-    elif sum(s.undivided for s in task.settings) > 1:
+    elif sum(s.undivided for s in comparison.series) > 1:
         notes.append("Gaps and ratios are to the first row's.")
-    records = [record for s in task.settings for record in s.records.values()]
+    records = [record for s in comparison.series for record in s.records.values()]
     for what, where in (("cpu", "provenance"), ("gpu", "provenance"), ("jobs", "cost")):
         if len({getattr(record, where).get(what) for record in records}) > 1:
             notes.append(f"Not all runs have the same {what}: do not compare times, nor memory on different devices.")
-    if any(s.score and len(s.scores) < len(s.records) for s in task.settings):
-        what = "an accuracy" if task.measure == ACCURACY else "a score"
+    if any(s.score and len(s.scores) < len(s.records) for s in comparison.series):
+        what = "an accuracy" if comparison.measure == ACCURACY else "a score"
         notes.append(f"Runs without {what} count among the seeds, but not in the means.")
     return notes
 

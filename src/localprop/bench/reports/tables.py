@@ -1,9 +1,9 @@
-"""Tables of a task in Markdown: score, memory and time against end-to-end, and score by module."""
+"""Tables of a comparison in Markdown: score, memory and time against end-to-end, and score by module."""
 
 from collections.abc import Iterable, Sequence
 
 from localprop.bench.record import Record
-from localprop.bench.reports.groups import Comparison, tasks_of
+from localprop.bench.reports.groups import Comparison, comparisons_of
 from localprop.bench.reports.labels import DEFAULTS
 from localprop.bench.series import BASELINE, Series, Spread
 from localprop.report.texts import markdown
@@ -20,15 +20,15 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def setting_table(task: Comparison, settings: Sequence[Series] | None = None) -> str:
-    """A Markdown table of some settings of a task (default: all); the best of the local ones is bold."""
-    settings, percent = task.settings if settings is None else settings, task.measure.percent
-    local = [s.rank for s in settings if s.method != BASELINE and s.score]
+def comparison_table(comparison: Comparison, chosen: Sequence[Series] | None = None) -> str:
+    """A Markdown table of some series of a comparison (default: all); the best of the local ones is bold."""
+    chosen, percent = comparison.series if chosen is None else chosen, comparison.measure.percent
+    local = [s.rank for s in chosen if s.method != BASELINE and s.score]
     best = max(local) if len(local) > 1 else None
-    kinds = {s.measured for s in settings if s.memory}
+    kinds = {s.measured for s in chosen if s.memory}
     kind = f"{'measured' if kinds == {True} else 'predicted'}, " if len(kinds) == 1 else ""
     rows = []
-    for s in settings:
+    for s in chosen:
         score = s.score.text(percent=percent) if s.score else NONE
         bold = s.method != BASELINE and s.score is not None and s.rank == best
         rows.append(
@@ -37,51 +37,51 @@ def setting_table(task: Comparison, settings: Sequence[Series] | None = None) ->
                 str(s.modules),
                 f"**{score}**" if bold else score,
                 str(len(s.records)),
-                "0" if s is task.baseline else gap_text(task.gap(s), len(s.records), percent),
+                "0" if s is comparison.baseline else gap_text(comparison.gap(s), len(s.records), percent),
                 _memory(s, mark=len(kinds) > 1),
-                ratio_text(task.memory_ratio(s)),
-                ratio_text(task.time_ratio(s)),
+                ratio_text(comparison.memory_ratio(s)),
+                ratio_text(comparison.time_ratio(s)),
             ]
         )
     gap = "gap (points)" if percent else "gap"
-    heads = ["setting", "K", markdown(task.measure.heading), "seeds", gap, f"peak memory ({kind}MiB)"]
+    heads = ["setting", "K", markdown(comparison.measure.heading), "seeds", gap, f"peak memory ({kind}MiB)"]
     return table([*heads, "memory ratio", "time ratio"], rows)
 
 
-def module_table(task: Comparison) -> str:
+def module_table(comparison: Comparison) -> str:
     """A Markdown table of the score of each module's head, the network's own last; a cell is empty of no module."""
-    most = max(setting.modules for setting in task.settings)
+    most = max(series.modules for series in comparison.series)
     rows = []
-    for setting in task.settings:
-        *inner, last = map(task.measure.text, setting.module_scores)
-        rows.append([markdown(setting.label), *inner, *[""] * (most - 1 - len(inner)), last])
+    for series in comparison.series:
+        *inner, last = map(comparison.measure.text, series.module_scores)
+        rows.append([markdown(series.label), *inner, *[""] * (most - 1 - len(inner)), last])
     return table(["setting", *(str(k) for k in range(1, most)), "network"], rows)
 
 
 def results_table(records: Sequence[Record], most: int) -> str:
-    """A short Markdown table of the first task that has a baseline (else of the first), at most `most` rows.
+    """A short Markdown table of the first comparison that has a baseline (else of the first), at most `most` rows.
 
-    Of several settings with one method and K it shows the one nearest to the defaults, not the best one. The order is:
+    Of several series with one method and K it shows the one nearest to the defaults, not the best one. The order is:
     the baseline, then all methods at the K that most of them share, then the rest by K.
     """
-    tasks = tasks_of(records)
-    task = next((task for task in tasks if task.baseline), tasks[0])
-    kinds = dict.fromkeys((s.method, s.modules) for s in task.settings)
-    rows = [s for s in (typical(task, *kind) for kind in kinds) if s]
+    comparisons = comparisons_of(records)
+    comparison = next((comparison for comparison in comparisons if comparison.baseline), comparisons[0])
+    kinds = dict.fromkeys((s.method, s.modules) for s in comparison.series)
+    rows = [s for s in (typical(comparison, *kind) for kind in kinds) if s]
     counts = [s.modules for s in rows if s.method != BASELINE]
     shared = max(counts, key=lambda k: (counts.count(k), k), default=1)
     kept = sorted(rows, key=lambda s: (s.method != BASELINE, s.modules != shared))[:most]
-    return setting_table(task, [s for s in task.settings if s in kept])
+    return comparison_table(comparison, [s for s in comparison.series if s in kept])
 
 
-def typical(task: Comparison, method: str, modules: int) -> Series | None:
+def typical(comparison: Comparison, method: str, modules: int) -> Series | None:
     """The baseline, or else the setting with most defaults, among those with a method and K; None if there is none."""
 
-    def distance(setting: Series) -> int:
-        return sum(v is not None and v != DEFAULTS[k] for k, v in setting.config.items() if k in DEFAULTS)
+    def distance(series: Series) -> int:
+        return sum(v is not None and v != DEFAULTS[k] for k, v in series.config.items() if k in DEFAULTS)
 
-    alike = [s for s in task.settings if (s.method, s.modules) == (method, modules)]
-    return min(alike, key=lambda s: (s is not task.baseline, distance(s)), default=None)
+    alike = [s for s in comparison.series if (s.method, s.modules) == (method, modules)]
+    return min(alike, key=lambda s: (s is not comparison.baseline, distance(s)), default=None)
 
 
 def gap_text(gap: Spread | None, seeds: int, percent: bool = True) -> str:
@@ -97,8 +97,8 @@ def ratio_text(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}"
 
 
-def _memory(setting: Series, mark: bool) -> str:
-    if setting.memory is None:
+def _memory(series: Series, mark: bool) -> str:
+    if series.memory is None:
         return NONE
-    mebibytes = setting.memory / 2**20
-    return f"{mebibytes:.{0 if mebibytes >= 9.95 else 1}f}" + (" (predicted)" if mark and not setting.measured else "")
+    mebibytes = series.memory / 2**20
+    return f"{mebibytes:.{0 if mebibytes >= 9.95 else 1}f}" + (" (predicted)" if mark and not series.measured else "")
