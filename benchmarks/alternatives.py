@@ -119,14 +119,14 @@ def main() -> None:
     torch.set_num_threads(1)
     built, rows = {}, {}
     for name, build in steps(options.batch_size, options.device).items():
-        step, held = build()
+        step, kept = build()
         built[name] = step
-        rows[name] = {"peak": peak_of(step, held, options.device) if options.device == "cpu" else None}
+        rows[name] = {"peak": peak_of(step, kept, options.device) if options.device == "cpu" else None}
         if options.device == "cuda":  # only one at a time, or each would count the others' weights
-            rows[name]["peak"] = peak_of(step, held, "cuda")
+            rows[name]["peak"] = peak_of(step, kept, "cuda")
             del built[name]
         print(f"{name:42s} {rows[name]['peak'] / 2**20:8.1f} MiB", flush=True)
-        del step, held
+        del step, kept
     times: dict[str, list[float]] = {name: [] for name in rows}
     clock = time.process_time if options.device == "cpu" else time.perf_counter
     for _ in range(options.rounds):

@@ -14,12 +14,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 SIZE = (3, 224, 224)
 
 
-def peak_of(step: Callable[[], None], held: list[torch.Tensor], device: str) -> int:
+def peak_of(step: Callable[[], None], kept: list[torch.Tensor], device: str) -> int:
     """Bytes at the highest moment of `step`: on CUDA the allocator's maximum, on a CPU the sum of its memory events.
 
     Args:
         step: one training step, which makes its own batch.
-        held: everything that exists before and after: weights, buffers, optimizer state.
+        kept: everything that exists before and after: weights, buffers, optimizer state.
         device: cpu or cuda.
     """
     gc.collect()
@@ -28,7 +28,7 @@ def peak_of(step: Callable[[], None], held: list[torch.Tensor], device: str) -> 
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain(held)}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain(kept)}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()

@@ -44,9 +44,9 @@ def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, *
         **(options if local else {}),
     )
     assert [module.units for module in net.local_modules] == row.module_units  # the plan describes this very network
-    step, held = local_step(net, row.batch_size, device, amp, row.micro_batches)
+    step, kept = local_step(net, row.batch_size, device, amp, row.micro_batches)
     started = time.perf_counter()
-    peak = peak_of(step, held, device)
+    peak = peak_of(step, kept, device)
     result = {
         "model": name,
         "setting": setting.name,
@@ -74,8 +74,8 @@ def table(device: str) -> None:
     """The numbers that docs/memory.md and the README quote."""
     rows: list[dict] = []
 
-    def add(batch_size: int, wanted: list, **options) -> None:
-        plan = localprop.plan(backbone(SWIN), batch_size, modules=wanted, device=device, **options)
+    def add(batch_size: int, modules: list, **options) -> None:
+        plan = localprop.plan(backbone(SWIN), batch_size, modules=modules, device=device, **options)
         first = not any(r["batch_size"] == batch_size for r in rows)
         arguments = {k: v for k, v in options.items() if k not in ("method", "split_blocks")}
         for row in plan.rows:

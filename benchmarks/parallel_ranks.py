@@ -96,14 +96,14 @@ class Rank:
         """Peak memory of a step of 1F1B, and of a step of the local module with the batches in flight."""
         gone = [self.model.get_parameter(name) for name in self.others]
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            step, held = self.pipeline()
+            step, kept = self.pipeline()
             for _ in range(WARM):
                 step()
-        assert not {id(p) for p in gone} & {id(p) for p in held}
+        assert not {id(p) for p in gone} & {id(p) for p in kept}
         events = profiler.profiler.kineto_results.events()
         # It includes buffers that torch makes once and keeps, and the optimizer's state.
         highest = max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-        result = {"pipeline": sum(t.nbytes for t in held) + highest}
+        result = {"pipeline": sum(t.nbytes for t in kept) + highest}
         del step
         net, optimizer, arrive = self._local_module()
         module = net.local_modules[self.rank]

@@ -130,8 +130,8 @@ def time_units(model: nn.Module, batch_size: int, rounds: int) -> list[StageTime
     stages = []
     for unit, own, size in zip(units, times, sizes, strict=True):
         forward_, inner, rest = (statistics.median(part) for part in zip(*own[1:], strict=True))
-        held = sum(model.get_parameter(name).nbytes for name in unit.parameters)
-        stages.append(StageTime(forward_, inner, rest, update * held / total, size, held))
+        kept = sum(model.get_parameter(name).nbytes for name in unit.parameters)
+        stages.append(StageTime(forward_, inner, rest, update * kept / total, size, kept))
     return stages
 
 

@@ -119,7 +119,7 @@ def _opened(root: Path, found: Listing, config: DataConfig, img_size: int | None
     else:
         # The sizes of held-out images count as well, so that a split does not change how images are prepared.
         sizes = train_sizes | test_sizes if config.val_split or not found.train else train_sizes
-        stores = _held(found, config, img_size, seed, sizes, [test_sizes, final_sizes])
+        stores = _in_memory(found, config, img_size, seed, sizes, [test_sizes, final_sizes])
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     name, identity, store = root.resolve().name, _identity(root, found), stores[0]
     final = stores[1] if found.final else None
@@ -141,7 +141,7 @@ def _streamed(root: Path, found: Listing, config: DataConfig, img_size: int, see
     return [StreamStore(*files, img_size, _hflip(config), seed, config.workers, config.bad_images) for files in parts]
 
 
-def _held(
+def _in_memory(
     found: Listing,
     config: DataConfig,
     img_size: int | None,

@@ -38,5 +38,5 @@ def hold_out(labels: Sequence[int], share: float, name: str, classes: list[str])
             f"{name} has {counts[smallest]} training images of class {classes[smallest]!r}, too few for --val-split "
             f"{share} to hold some out and leave some; add images, or choose another part"
         )
-    kept, held = (sorted(part.tolist()) for part in parts)
-    return kept, held
+    kept, held_out = (sorted(part.tolist()) for part in parts)
+    return kept, held_out

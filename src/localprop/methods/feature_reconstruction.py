@@ -61,11 +61,11 @@ class _Error(torch.autograd.Function):
         # and the normalised copy of the target never exist as a whole.
         difference, total = torch.empty_like(rebuilt), rebuilt.new_zeros((), dtype=torch.float32)
         size = -(-len(rebuilt) // _PARTS)
-        for part, own, wanted in zip(*(t.split(size) for t in (difference, rebuilt, target)), strict=True):
-            wanted = wanted.permute(0, 2, 3, 1).float()
+        for part, own, expected in zip(*(t.split(size) for t in (difference, rebuilt, target)), strict=True):
+            expected = expected.permute(0, 2, 3, 1).float()
             if normalize:
-                wanted = F.layer_norm(wanted, wanted.shape[-1:])
-            error = own.float() - wanted.permute(0, 3, 1, 2)
+                expected = F.layer_norm(expected, expected.shape[-1:])
+            error = own.float() - expected.permute(0, 3, 1, 2)
             total += error.square().sum()
             part.copy_(error)
         # Not saved for backward as autograd means it: it is written to there, so there is no second backward.

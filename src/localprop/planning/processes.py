@@ -93,7 +93,7 @@ def share_out(
     return Processes(
         ranks=list(layout.stages),
         units=[[unit for k in modules for unit in net.local_modules[k].units] for modules in layout.stages],
-        peaks=[own.peak + held for own, held in zip(steps, waiting, strict=True)],
+        peaks=[own.peak + entries_waiting for own, entries_waiting in zip(steps, waiting, strict=True)],
         timing=local_modules(stages, link, IN_FLIGHT, layout.replicas, parts),
         micro_batches=parts,
         replicas=layout.replicas,

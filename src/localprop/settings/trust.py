@@ -43,14 +43,14 @@ def require_typed(settings: dict[str, Any], source: str, words: Sequence[str], t
         )
 
 
-def require_plugins(wanted: Sequence[Path | None], named: Sequence[Path], source: str, words: Sequence[str]) -> None:
-    """Refuses the plugins that a suite wants and the command line does not name.
+def require_plugins(plugins: Sequence[Path | None], named: Sequence[Path], source: str, words: Sequence[str]) -> None:
+    """Refuses plugins of a suite that the command line does not name.
 
     Raises:
         ConfigError: the line says which command names them.
     """
     known = {path.expanduser().resolve() for path in named}
-    missing = dict.fromkeys(path for path in wanted if path and path.expanduser().resolve() not in known)
+    missing = dict.fromkeys(path for path in plugins if path and path.expanduser().resolve() not in known)
     if missing:
         rest, _ = without_flag(words, "--plugin")
         raise ConfigError(

@@ -55,9 +55,9 @@ def plugin_record(path: Path) -> dict[str, str]:
     return {"path": str(path), "sha256": sys.modules[f"localprop_plugin_{place.stem}"].__dict__[_DIGEST]}
 
 
-def _require_same(path: Path, found: str, wanted: str | None) -> None:
-    if wanted not in (None, found):
+def _require_same(path: Path, found: str, expected: str | None) -> None:
+    if expected not in (None, found):
         raise ConfigError(
             f"--plugin {path} is not the file that the run was trained with (SHA-256 {found[:12]}..., which was "
-            f"{str(wanted)[:12]}...): name that one with --plugin, or start a new run with this one"
+            f"{str(expected)[:12]}...): name that one with --plugin, or start a new run with this one"
         )

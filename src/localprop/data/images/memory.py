@@ -78,7 +78,7 @@ class MemoryStore:
             for start in range(0, self.test_size, batch_size):
                 images = self.test_images[start : start + batch_size]
                 if isinstance(images, list) or not view.keeps(images.shape[3], images.shape[2], self.img_size):
-                    images = torch.stack(list(pool.map(partial(_shown, transform), images)))
+                    images = torch.stack(list(pool.map(partial(_transformed, transform), images)))
                 yield images.to(device), self.test_labels[start : start + batch_size].to(device)
 
     def testing_on(self, other: "MemoryStore") -> "MemoryStore":
@@ -88,8 +88,8 @@ class MemoryStore:
     def release(self) -> None:
         """Frees all images and labels."""
         for name in ("train_images", "train_labels", "test_images", "test_labels"):
-            held = getattr(self, name)
-            setattr(self, name, held[:0].clone() if isinstance(held, Tensor) else [])
+            values = getattr(self, name)
+            setattr(self, name, values[:0].clone() if isinstance(values, Tensor) else [])
 
     @property
     def held_bytes(self) -> int:
@@ -107,5 +107,5 @@ class MemoryStore:
             self.test_labels = self.test_labels.to(device)
 
 
-def _shown(transform: Callable[[Image.Image], Tensor], image: Tensor) -> Tensor:
+def _transformed(transform: Callable[[Image.Image], Tensor], image: Tensor) -> Tensor:
     return transform(to_pil_image(image.cpu()))

@@ -4,8 +4,8 @@ Every order is played out event by event. A rank computes one thing at a time in
 link carries one message at a time in each direction, and nothing starts before what it needs is there. All else is
 arithmetic on measured (or predicted) times: no constant is fitted.
 
-The files: clock.py (times, links, and tasks that wait for each other), local.py (local modules), pipelined.py (1F1B and
-zero-bubble), replicated.py (data parallelism).
+The files: clock.py (times, links, and events that wait for each other), local.py (local modules), pipelined.py (1F1B
+and zero-bubble), replicated.py (data parallelism).
 """
 
 from localprop.planning.schedules.clock import Link, StageTime, Timing

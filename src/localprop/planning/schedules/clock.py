@@ -1,4 +1,4 @@
-"""Times and links, and tasks that keep ranks and links busy and wait for each other."""
+"""Times and links, and events that keep ranks and links busy and wait for each other."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +65,7 @@ class Timing:
 
 
 @dataclass(eq=False)
-class Task:
+class Event:
     """Something that keeps a rank, or a link, busy.
 
     Attributes:
@@ -76,14 +76,14 @@ class Task:
     """
 
     seconds: float
-    after: list["Task"] = field(default_factory=list)
+    after: list["Event"] = field(default_factory=list)
     delay: float = 0.0
     ended: float | None = None
 
 
-def message(size: float, link: Link) -> Task:
+def message(size: float, link: Link) -> Event:
     """A message of so many bytes on its way."""
-    return Task(size / link.bandwidth, delay=link.latency)
+    return Event(size / link.bandwidth, delay=link.latency)
 
 
 def ring(size: float, ranks: int, link: Link) -> float:
@@ -91,27 +91,27 @@ def ring(size: float, ranks: int, link: Link) -> float:
     return 2 * (ranks - 1) * (size / ranks / link.bandwidth + link.latency)
 
 
-def play(queues: list[list[Task]]) -> None:
-    """Plays out tasks, those of a queue one after the other."""
+def play(queues: list[list[Event]]) -> None:
+    """Plays out events, those of a queue one after the other."""
     heads, free = [0] * len(queues), [0.0] * len(queues)
     moved = True
     while moved:
         moved = False
         for q, queue in enumerate(queues):
             while heads[q] < len(queue):
-                task = queue[heads[q]]
-                times = [before.ended for before in task.after]
+                event = queue[heads[q]]
+                times = [before.ended for before in event.after]
                 if None in times:
                     break
-                free[q] = max(free[q], *(t for t in times if t is not None), 0.0) + task.seconds
-                task.ended = free[q] + task.delay
+                free[q] = max(free[q], *(t for t in times if t is not None), 0.0) + event.seconds
+                event.ended = free[q] + event.delay
                 heads[q] += 1
                 moved = True
     assert all(head == len(queue) for head, queue in zip(heads, queues, strict=True)), "a schedule waits for itself"
 
 
-def period(ends: Sequence[Task]) -> float:
-    """Seconds from one batch to the next, from the tasks that end them; over the second half."""
+def period(ends: Sequence[Event]) -> float:
+    """Seconds from one batch to the next, from the events that end them; over the second half."""
     half = len(ends) // 2
     first, last = ends[half - 1].ended, ends[-1].ended
     assert first is not None

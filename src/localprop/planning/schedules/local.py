@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from localprop.planning.schedules.clock import (
+    Event,
     Link,
     StageTime,
-    Task,
     Timing,
     message,
     period,
@@ -45,7 +45,7 @@ def local_modules(
     tails = [stage.update + ring(stage.gradients, replicas, link) for stage in stages]
     parts = [(stage.seconds - stage.update) / micro_batches for stage in stages]
     compute = [
-        [Task(part + tail * ((number + 1) % micro_batches == 0)) for number in range(count)]
+        [Event(part + tail * ((number + 1) % micro_batches == 0)) for number in range(count)]
         for part, tail in zip(parts, tails, strict=True)
     ]
     links = [[message(stage.output / micro_batches, link) for _ in range(count)] for stage in stages[:-1]]

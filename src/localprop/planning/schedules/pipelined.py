@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from localprop.planning.schedules.clock import (
     BATCHES,
+    Event,
     Link,
     StageTime,
-    Task,
     Timing,
     message,
     period,
@@ -88,17 +88,17 @@ class _Wires:
 
     def __init__(self, sizes: Sequence[float], link: Link) -> None:
         self.sizes, self.link = sizes, link
-        self.lanes: dict[tuple[int, int], list[Task]] = {}
-        self._known: dict[tuple[int, int, int, int], Task] = {}
+        self.lanes: dict[tuple[int, int], list[Event]] = {}
+        self._known: dict[tuple[int, int, int, int], Event] = {}
 
-    def message(self, source: int, target: int, batch: int, micro: int) -> list[Task]:
+    def message(self, source: int, target: int, batch: int, micro: int) -> list[Event]:
         """The message between two neighbours; none where one of them does not exist."""
         if min(source, target) < 0 or max(source, target) > len(self.sizes):
             return []
         key = (source, target, batch, micro)
         if key not in self._known:
-            task = self._known[key] = message(self.sizes[min(source, target)], self.link)
-            self.lanes.setdefault((source, target), []).append(task)
+            event = self._known[key] = message(self.sizes[min(source, target)], self.link)
+            self.lanes.setdefault((source, target), []).append(event)
         return [self._known[key]]
 
 
@@ -110,16 +110,16 @@ def _pipeline(
     overlapped: bool,
 ) -> Timing:
     wires = _Wires([stage.output / micro_batches for stage in stages[:-1]], link)
-    queues: list[list[Task]] = []
+    queues: list[list[Event]] = []
     for rank, (stage, order) in enumerate(zip(stages, orders, strict=True)):
         # Where there is no part to put off, backward is all of it.
         whole = stage.backward if any(kind == "W" for kind, _ in order) else stage.backward + stage.weights
         seconds = {"F": stage.forward, "B": whole, "W": stage.weights}
-        queue: list[Task] = []
+        queue: list[Event] = []
         for batch in range(BATCHES):
-            work = [(kind, i, Task(seconds[kind] / micro_batches)) for kind, i in order]
+            work = [(kind, i, Event(seconds[kind] / micro_batches)) for kind, i in order]
             (_free if overlapped else _in_step)(rank, batch, work, queue, wires)
-            queue.append(Task(stage.update))
+            queue.append(Event(stage.update))
         queues.append(queue)
     per_batch = len(queues[0]) // BATCHES
     play([*queues, *wires.lanes.values()])
@@ -127,43 +127,43 @@ def _pipeline(
     return timing(period(queues[0][per_batch - 1 :: per_batch]), [stage.seconds for stage in stages], links)
 
 
-def _free(rank: int, batch: int, work: list[tuple[str, int, Task]], queue: list[Task], wires: _Wires) -> None:
+def _free(rank: int, batch: int, work: list[tuple[str, int, Event]], queue: list[Event], wires: _Wires) -> None:
     """Queues a batch's work; each message leaves when it is there, and is received when it comes."""
-    for kind, i, task in work:
+    for kind, i, event in work:
         step = {"F": 1, "B": -1, "W": 0}[kind]
         if step:
-            task.after += wires.message(rank - step, rank, batch, i)
+            event.after += wires.message(rank - step, rank, batch, i)
             for sent in wires.message(rank, rank + step, batch, i):
-                sent.after.append(task)
-        queue.append(task)
+                sent.after.append(event)
+        queue.append(event)
 
 
-def _in_step(rank: int, batch: int, work: list[tuple[str, int, Task]], queue: list[Task], wires: _Wires) -> None:
+def _in_step(rank: int, batch: int, work: list[tuple[str, int, Event]], queue: list[Event], wires: _Wires) -> None:
     """Queues a batch's work with the messages where torch's `Schedule1F1B` posts them, and waits for them.
 
     A message travels once both sides have posted it.
     """
 
-    def post(messages: list[Task]) -> list[Task]:
+    def post(messages: list[Event]) -> list[Event]:
         for own in messages:
             own.after += queue[-1:]
         return messages
 
-    def wait(messages: list[Task]) -> None:
-        queue.append(Task(0.0, list(messages)))
+    def wait(messages: list[Event]) -> None:
+        queue.append(Event(0.0, list(messages)))
 
-    first = next(n for n, (kind, _, _) in enumerate(work) if kind == "B")  # of the work, behind the warm-up
+    first = next(n for n, (kind, _, _) in enumerate(work) if kind == "B")  # of the work, after the warm-up
     last = max(n for n, (kind, _, _) in enumerate(work) if kind == "F")
-    held: list[Task] = []  # to be posted together with the next receive
-    under_way: list[Task] = []  # posted, and waited for before the next send
-    for n, (kind, i, task) in enumerate(work):
+    delayed: list[Event] = []  # to be posted together with the next receive
+    under_way: list[Event] = []  # posted, and waited for before the next send
+    for n, (kind, i, event) in enumerate(work):
         step = 1 if kind == "F" else -1
-        wait(post(held + wires.message(rank - step, rank, batch, i)))
-        held = []
-        queue.append(task)
+        wait(post(delayed + wires.message(rank - step, rank, batch, i)))
+        delayed = []
+        queue.append(event)
         sent = wires.message(rank, rank + step, batch, i)
         if first - 1 <= n <= last:
-            held = sent  # in the steady part, and where it begins
+            delayed = sent  # in the steady part, and where it begins
         if n < first:
             wait(under_way)
             under_way = []

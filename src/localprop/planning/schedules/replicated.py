@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from localprop.planning.schedules.clock import (
     BATCHES,
+    Event,
     Link,
     StageTime,
-    Task,
     Timing,
     period,
     play,
@@ -29,24 +29,24 @@ def data_parallel(
             bucket.
         ranks: number of ranks.
         link: between neighbours in the ring.
-        overlapped: whether a bucket is reduced while backward goes on; otherwise all at once behind it.
+        overlapped: whether a bucket is reduced while backward runs; otherwise all at once after it.
     """
     require("ranks", ranks, 1)
-    compute: list[Task] = []
-    reduced: list[Task] = []
+    compute: list[Event] = []
+    reduced: list[Event] = []
     updates = []
     for _ in range(BATCHES):
-        compute.append(Task(sum(stage.forward for stage in stages)))
+        compute.append(Event(sum(stage.forward for stage in stages)))
         buckets = []
         for stage in reversed(stages):
-            compute.append(Task(stage.backward + stage.weights))
-            buckets.append(Task(ring(stage.gradients, ranks, link), [compute[-1]]))
+            compute.append(Event(stage.backward + stage.weights))
+            buckets.append(Event(ring(stage.gradients, ranks, link), [compute[-1]]))
         if not overlapped:
-            buckets = [Task(ring(sum(stage.gradients for stage in stages), ranks, link), [compute[-1]])]
+            buckets = [Event(ring(sum(stage.gradients for stage in stages), ranks, link), [compute[-1]])]
         reduced += buckets
-        compute.append(Task(sum(stage.update for stage in stages), list(buckets)))
+        compute.append(Event(sum(stage.update for stage in stages), list(buckets)))
         updates.append(compute[-1])
     play([compute, reduced])
     seconds, busy = period(updates), sum(stage.seconds for stage in stages)
-    carried = sum(task.seconds for task in reduced) / BATCHES
+    carried = sum(event.seconds for event in reduced) / BATCHES
     return Timing(seconds, (share(busy, seconds),) * ranks, "every link" if carried > busy else "every rank")
