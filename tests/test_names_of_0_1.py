@@ -192,3 +192,16 @@ def test_an_old_name_warns_once_whatever_libraries_do_to_the_filters(objects):
             with warnings.catch_warnings():  # as torch does in training: Python forgets what it has warned of
                 warnings.simplefilter("ignore")
     assert [str(w.message) for w in caught] == ["Carry.labels is called Carry.targets now"]
+
+
+@pytest.mark.parametrize("method", ["greedy", "infopro", "feature-reconstruction"])
+def test_a_state_dict_of_version_0_1_is_loaded_with_the_tensors_of_its_criterion(method):
+    net = localize(build("mlp"), 2, method, input_size=SIZE, criterion=nn.CrossEntropyLoss(torch.ones(5)))
+    state = net.state_dict()
+    assert {name.split(".")[0] for name in state} == {"backbone", "local_modules"}
+    weights = [name for name in state if name.endswith("task.criterion.weight")]
+    assert len(weights) == 2
+    old = {name.replace(".task.criterion.", ".criterion."): tensor for name, tensor in state.items()}
+    old |= {name.replace(".task.criterion.", ".criterion."): torch.full((5,), 3.0) for name in weights}
+    net.load_state_dict(old)
+    assert torch.equal(net.task.criterion.weight, torch.full((5,), 3.0))

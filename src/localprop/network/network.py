@@ -58,7 +58,6 @@ class LocalNetwork(nn.Module):
         input_size: shape of one input that it is made for, (channels, height, width) of an image, where that is known;
             others are refused.
         recipe: what it is made of, with every default filled in, where that is known.
-        task: what it is trained for.
     """
 
     local_modules: Sequence[LocalModule]
@@ -73,10 +72,17 @@ class LocalNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.recipe = recipe
-        self.task = task or Classification()
+        # In a tuple: local losses have it, and a second name of its tensors would change the keys of the state dict.
+        self._task = (task or Classification(),)
         self.input_size = input_size
         self.backbone = backbone
         self.local_modules = nn.ModuleList(local_modules)  # type: ignore[assignment]
+        self.register_load_state_dict_pre_hook(_name_criteria)
+
+    @property
+    def task(self) -> Task:
+        """What the network is trained for."""
+        return self._task[0]
 
     @property
     def prediction_shape(self) -> tuple[int, ...]:
@@ -231,6 +237,14 @@ class LocalNetwork(nn.Module):
         for k, module in enumerate(self.local_modules):
             if k not in modules:
                 _give_up(module.local_loss, [name for name, _ in module.local_loss.named_parameters()])
+
+
+def _name_criteria(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Renames the tensors of a criterion in a state dict of version 0.1, in which local losses had it themselves."""
+    for name in [
+        name for name in state if name.startswith(f"{prefix}local_modules.") and ".auxiliary.criterion." in name
+    ]:
+        state.setdefault(name.replace(".auxiliary.criterion.", ".auxiliary.task.criterion.", 1), state.pop(name))
 
 
 def _give_up(model: nn.Module, names: list[str]) -> None:
