@@ -98,7 +98,7 @@ def test_a_folder_is_small_enough_to_keep_in_mind():
         assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 13, folder
 
 
-LONGEST = {"file": 310, "function": 75, "class": 260}  # lines; most are much shorter
+LONGEST = {"file": 300, "function": 75, "class": 260}  # lines; most are much shorter
 
 
 def test_files_functions_and_classes_stay_short_enough_to_read():

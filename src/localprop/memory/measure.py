@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from localprop.errors import first_line
 from localprop.tracing.copies import tensors_of
 
 
@@ -120,6 +121,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+@contextmanager
+def one_memory_error() -> Iterator[None]:
+    """Turns whatever an allocator of PyTorch raises into a MemoryError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(first_line(error)) from error
+        raise
 
 
 def allocated_changes(run: Callable[[], Any]) -> tuple[list[int], Any]:

@@ -22,7 +22,8 @@ def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
     what = f"{row.setting.name} takes {peak}"
     if row.micro_batches > config.micro_batches:
         at_once = row.batch_size // config.micro_batches
-        what = f"with {at_once} images at a time nothing; {row.setting.name} in {row.micro_batches} parts takes {peak}"
+        what = f"{row.setting.name} in {row.micro_batches} micro-batches takes {peak}"
+        what = f"with {at_once} images at a time nothing; {what}"
     return [*lines, "", f"within {limit}: {what}", train_command(chosen_for_plan(config, row)) + " --data folder:PATH"]
 
 

@@ -69,7 +69,7 @@ def processes_table(plan: Plan) -> RenderableType:
         if row.parallel:
             add(row.setting.name, row.parallel, plan.speedup(row), plan.against_pipeline(row))
     if plan.pipeline:
-        add(f"1F1B, {plan.pipeline.micro_batches} parts", plan.pipeline, plan.pipeline_speedup, 1.0)
+        add(f"1F1B, {plan.pipeline.micro_batches} micro-batches", plan.pipeline, plan.pipeline_speedup, 1.0)
     text = (
         "\non several processes: each rank's modules (or stages), MiB of the largest rank,\n"
         "its number, what is busiest, time that ranks wait, and throughput against one\n"

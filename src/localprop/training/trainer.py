@@ -1,7 +1,6 @@
 """The training loop: epochs, evaluation, checkpoints, results. It receives a built network and knows no method."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from localprop.data.base import Data
-from localprop.errors import CheckpointError, ConfigError, first_line, listing
-from localprop.memory.measure import is_out_of_memory
+from localprop.errors import CheckpointError, ConfigError, listing
+from localprop.memory.measure import one_memory_error
 from localprop.network.carry import Carry
 from localprop.report.losses import LossCurve
 from localprop.report.progress import Progress
@@ -147,7 +146,7 @@ class Trainer:
             MemoryError: there is not enough.
             NonFiniteLossError, DataError, CheckpointError: see there. Checkpoints written before stay.
         """
-        with self._signals, stops_cleanly(), _one_memory_error():
+        with self._signals, stops_cleanly(), one_memory_error():
             rows, epoch_ends = self.outputs.rows, self.position.batch == 0 or self._at_end
             if self.state.step and epoch_ends and (not rows or rows[-1].step < self.state.step):
                 self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
@@ -290,14 +289,3 @@ class Trainer:
     def _stop_if_asked(self, stop: int) -> None:
         if number := self.stage.stop_after(stop, self._signals.number):
             raise Interrupted(number, self._save())
-
-
-@contextmanager
-def _one_memory_error() -> Iterator[None]:
-    """Turns what allocators raise into a MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise MemoryError(first_line(error)) from error
-        raise
