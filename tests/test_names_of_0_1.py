@@ -205,3 +205,17 @@ def test_a_state_dict_of_version_0_1_is_loaded_with_the_tensors_of_its_criterion
     old |= {name.replace(".task.criterion.", ".criterion."): torch.full((5,), 3.0) for name in weights}
     net.load_state_dict(old)
     assert torch.equal(net.task.criterion.weight, torch.full((5,), 3.0))
+
+
+def test_a_local_loss_may_have_a_criterion_of_its_own():
+    class Own(Kept):
+        def __init__(self, spec):
+            super().__init__(spec)
+            self.criterion = nn.CrossEntropyLoss(torch.full((5,), 2.0))
+
+    localprop.METHODS["own"] = Own
+    try:
+        net = localize(build("mlp"), 2, "own", input_size=SIZE, criterion=nn.CrossEntropyLoss(torch.ones(5)))
+    finally:
+        del localprop.METHODS["own"]
+    assert net.load_state_dict(net.state_dict())

@@ -241,10 +241,11 @@ class LocalNetwork(nn.Module):
 
 def _name_criteria(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Renames the tensors of a criterion in a state dict of version 0.1, in which local losses had it themselves."""
-    for name in [
-        name for name in state if name.startswith(f"{prefix}local_modules.") and ".auxiliary.criterion." in name
-    ]:
-        state.setdefault(name.replace(".auxiliary.criterion.", ".auxiliary.task.criterion.", 1), state.pop(name))
+    known = {prefix + name for name in net.state_dict()}
+    for name in [name for name in state if name not in known]:
+        new = name.replace(".auxiliary.criterion.", ".auxiliary.task.criterion.", 1)
+        if new in known:
+            state.setdefault(new, state.pop(name))
 
 
 def _give_up(model: nn.Module, names: list[str]) -> None:
