@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
 
     def watch(self, data=None):
         scores = evaluate(self, data)
-        looked.append(scores.images)
+        looked.append(scores.examples)
         return scores
 
     flags = ["--data", f"folder:{place / 'pets'}", "--output", str(place), "--experiment", "run"]

@@ -69,7 +69,7 @@ def test_spans_do_not_overlap_and_take_the_time_that_the_run_took(traced):
         steps = range(first, row.step)
         own = [e for e in spans_of(trace, "wait", "compute", rank=1) if e["args"]["step"] in steps]
         took = (own[-1]["ts"] + own[-1]["dur"] - own[0]["ts"]) / 1e6
-        assert took == pytest.approx(len(steps) * IMAGES / row.images_per_second, rel=0.2, abs=0.1)
+        assert took == pytest.approx(len(steps) * IMAGES / row.examples_per_second, rel=0.2, abs=0.1)
         # A busy machine takes its share between the spans.
         assert 0.1 * took < sum(e["dur"] for e in own) / 1e6 <= took
     known = trace["otherData"]

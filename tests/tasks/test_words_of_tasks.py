@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from bench_records import make_record
 from localprop.bench.record import read_record, write_record
-from localprop.bench.reports.groups import tasks_of
+from localprop.bench.reports.groups import comparisons_of
 from localprop.bench.reports.report import write_report
 from localprop.bench.reports.tables import module_table, setting_table
 from localprop.cli import main
@@ -137,11 +137,11 @@ def test_a_suite_of_two_tasks_is_reported_in_the_words_of_each(plugin, tmp_path,
 def test_the_best_of_an_error_is_the_least(tmp_path):
     records = [scored(4.0, peak=1000), scored(5.0, lr=1.0, peak=900)]
     records += [scored(6.0, "greedy", 2, peak=800), scored(0.125, "infopro", 2, peak=700)]
-    (task,) = tasks_of(records)
-    assert task.baseline.score.mean == 4.0
-    assert "| **0.125** |" in setting_table(task)
-    assert "-3.875" in setting_table(task)
-    assert "| 12.000 | 6.000 |" in module_table(task)
+    (comparison,) = comparisons_of(records)
+    assert comparison.baseline.score.mean == 4.0
+    assert "| **0.125** |" in setting_table(comparison)
+    assert "-3.875" in setting_table(comparison)
+    assert "| 12.000 | 6.000 |" in module_table(comparison)
     folder = tmp_path / "small"
     folder.mkdir()
     for record in records:
@@ -153,7 +153,7 @@ def test_the_best_of_an_error_is_the_least(tmp_path):
 
 
 def test_runs_of_different_tasks_are_not_compared():
-    names = [task.name.partition(",")[0] for task in tasks_of([make_record(), scored(4.0)])]
+    names = [own.name.partition(",")[0] for own in comparisons_of([make_record(), scored(4.0)])]
     assert names == ["task classification", "task brightness"]
 
 
