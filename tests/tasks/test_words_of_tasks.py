@@ -12,7 +12,7 @@ from bench_records import make_record
 from localprop.bench.record import read_record, write_record
 from localprop.bench.reports.groups import comparisons_of
 from localprop.bench.reports.report import write_report
-from localprop.bench.reports.tables import module_table, setting_table
+from localprop.bench.reports.tables import comparison_table, module_table
 from localprop.cli import main
 from localprop.errors import BenchError
 from localprop.registry import TASKS
@@ -139,8 +139,8 @@ def test_the_best_of_an_error_is_the_least(tmp_path):
     records += [scored(6.0, "greedy", 2, peak=800), scored(0.125, "infopro", 2, peak=700)]
     (comparison,) = comparisons_of(records)
     assert comparison.baseline.score.mean == 4.0
-    assert "| **0.125** |" in setting_table(comparison)
-    assert "-3.875" in setting_table(comparison)
+    assert "| **0.125** |" in comparison_table(comparison)
+    assert "-3.875" in comparison_table(comparison)
     assert "| 12.000 | 6.000 |" in module_table(comparison)
     folder = tmp_path / "small"
     folder.mkdir()
