@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import localprop.bench.runner  # noqa: F401  (its annotations need the true `subprocess.Popen`)
 from localprop.cli import main
 from localprop.system.commands import interpreter_words
 
