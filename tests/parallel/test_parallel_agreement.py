@@ -103,7 +103,8 @@ def test_what_else_is_compared(tmp_path, monkeypatch):
     assert difference([facts(config, None, "cpu"), facts(config, None, "cuda")]).startswith("the type of --device is")
     assert difference([facts(config, Path("a"), "cpu"), facts(config, None, "cpu")]).startswith("--resume is a in rank")
     before = told()
-    monkeypatch.setattr(agreement, "versions", lambda: {"localprop": "0.1.0", "torch": "2.9.0+cpu"})
+    own = agreement.versions()["localprop"]
+    monkeypatch.setattr(agreement, "versions", lambda: {"localprop": own, "torch": "2.9.0+cpu"})
     monkeypatch.setattr(agreement.platform, "python_version_tuple", lambda: ("3", "9", "1"))
     now = told()
     assert {name for name in before if before[name] != now.get(name)} == {
