@@ -94,9 +94,9 @@ def four(name="mlp"):
     return model
 
 
-@pytest.mark.parametrize("layout", [[], ["--micro-batches", "4"]])
-def test_it_trains_is_evaluated_resumed_and_exported_from_the_command_line(plugin, tmp_path, capsys, layout):
-    flags = ["--plugin", str(plugin), "--task", "quadrants", "--modules", "2", *SMALL, "--device", "cpu", *layout]
+def test_it_trains_is_evaluated_resumed_and_exported_from_the_command_line(plugin, tmp_path, capsys):
+    flags = ["--plugin", str(plugin), "--task", "quadrants", "--modules", "2", *SMALL, "--device", "cpu"]
+    flags += ["--micro-batches", "4"]
     run = tmp_path / "run"
     rest = ["--batch-size", "64", "--epochs", "3", "--output", str(tmp_path), "--experiment", "run", "--steps", "30"]
     assert main(["train", *flags, *rest]) == 0

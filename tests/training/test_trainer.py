@@ -159,9 +159,7 @@ def test_config_yaml_is_all_that_a_second_run_needs(plain, tmp_path):
     assert_same(final_weights(tmp_path), final_weights(plain))
 
 
-@pytest.mark.parametrize(
-    ("number", "step"), [*((signal.SIGTERM, step) for step in (1, 3, 5, 6, 10)), (signal.SIGINT, 3)]
-)
+@pytest.mark.parametrize(("number", "step"), [*((signal.SIGTERM, step) for step in (1, 5, 6)), (signal.SIGINT, 3)])
 def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(lively, tmp_path, monkeypatch, number, step):
     taken = Progress.step
 
