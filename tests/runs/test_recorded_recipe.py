@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from localprop.bench.record import read_record
 from localprop.cli import main
 from localprop.division.division import Division
+from localprop.division.resolve import resolved
 from localprop.methods.feature_reconstruction import FeatureReconstruction
 from localprop.runs.recorded_recipe import changed_default, recipe_of_run
 from localprop.settings.config import TrainConfig
@@ -92,3 +93,11 @@ def test_a_result_of_other_defaults_is_not_taken_for_done(later):
     assert changed_default(recipe, None) == "weight is 7.0 now where it is left open, and was 1.0 then"
     assert changed_default(replace(recipe, method_kwargs={"weight": 1.0, "normalize": True}), None) is None
     assert changed_default(Recipe(method="of-a-plugin"), None) is None
+
+
+def test_a_result_of_another_default_recomputation_is_not_taken_for_done(monkeypatch):
+    recipe = Recipe(method="greedy", modules=2)
+    later = replace(resolved(recipe), recompute=False)
+    monkeypatch.setattr("localprop.runs.recorded_recipe.resolved", lambda own: later)
+    expected = "recompute is False now where it is left open, and was True then"
+    assert changed_default(recipe, None) == changed_default(recipe, resolved(recipe).record()) == expected

@@ -49,8 +49,9 @@ def changed_default(recipe: Recipe, recorded: dict[str, Any] | None) -> str | No
         return None  # a plugin's, which is not looked into here
     now = resolved(recipe).record()
     then = options_as_recorded(recipe.method, recorded)
-    if recorded and recorded["recompute"] != now["recompute"]:
-        return f"recompute is {now['recompute']} now where it is left open, and was {recorded['recompute']} then"
+    again = recorded["recompute"] if recorded else now["modules"] > 1
+    if recipe.recompute is None and again != now["recompute"]:
+        return f"recompute is {now['recompute']} now where it is left open, and was {again} then"
     for name, value in now["method_kwargs"].items():
         own = list(value) if isinstance(value, tuple) else value
         if name not in recipe.options and then.get(name, own) != own:
