@@ -39,7 +39,7 @@ def recipe_of_run(folder: Path, recipe: Recipe) -> Recipe:
 
 
 def changed_default(recipe: Recipe, recorded: dict[str, Any] | None) -> str | None:
-    """By which default that has changed since a network would be another now, in words; None if by none.
+    """Says which default has changed since a network was made; None if none has.
 
     Args:
         recipe: the settings.

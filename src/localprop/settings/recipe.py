@@ -30,7 +30,9 @@ class Recipe:
     modules: OptionalInt = None
     """Number of local modules (default: 4, or 1 for end-to-end)."""
     decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "conv"
-    head: Annotated[str, tyro.conf.arg(help=f"What predicts the label inside the network: {', '.join(HEADS)}.")] = "mlp"
+    head: Annotated[str, tyro.conf.arg(help=f"What predicts the target inside the network: {', '.join(HEADS)}.")] = (
+        "mlp"
+    )
     partition: Annotated[Literal["balanced", "compute", "stage"], tyro.conf.arg(help=_PARTITION_HELP)] = "balanced"
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
@@ -43,7 +45,7 @@ class Recipe:
     grad_checkpointing: bool = False
     """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
     recompute_units: Pairs = None
-    """What single units, or blocks of units, compute again: layers.0=whole, layers.1=none. None, cheap or whole."""
+    """Recomputation of single units or blocks of units (none, cheap or whole), such as layers.0=whole layers.1=none."""
     method_kwargs: Pairs = None
     """For the method, such as weight=0.5."""
 
