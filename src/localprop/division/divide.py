@@ -49,7 +49,7 @@ def localize(
         modules: number of local modules, K; default 4, or 1 for end-to-end.
         method: how modules learn: feature-reconstruction, infopro, greedy, end-to-end.
         decoder: what rebuilds a target: conv, deconv, pixel-shuffle, transformer, infopro.
-        head: what predicts the label inside the network: linear, mlp, conv.
+        head: what predicts the target in a module: linear, mlp, conv.
         costs: the model's chain and what is known of its costs, from an earlier call; default: found now.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         num_classes: size of the prediction, checked against the model's; default: that.
