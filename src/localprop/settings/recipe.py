@@ -30,9 +30,7 @@ class Recipe:
     modules: OptionalInt = None
     """Number of local modules (default: 4, or 1 for end-to-end)."""
     decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "conv"
-    head: Annotated[str, tyro.conf.arg(help=f"What predicts the target in a module: {', '.join(HEADS)}.")] = (
-        "mlp"
-    )
+    head: Annotated[str, tyro.conf.arg(help=f"What predicts the target in a module: {', '.join(HEADS)}.")] = "mlp"
     partition: Annotated[Literal["balanced", "compute", "stage"], tyro.conf.arg(help=_PARTITION_HELP)] = "balanced"
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
