@@ -34,7 +34,9 @@ LAYOUTS = {
 OUTPUT = Layout("NHWC", 24, 4, 4)
 
 
-def make_loss(method, index=1, count=4, input=LAYOUTS["NHWC"][0], mean=(0.5,) * 3, std=(0.25,) * 3, **options):
+def make_loss(
+    method, index=1, count=4, input=LAYOUTS["NHWC"][0], mean=(0.5,) * 3, std=(0.25,) * 3, decoder="conv", **options
+):
     torch.manual_seed(0)
     spec = ModuleSpec(
         index=index,
@@ -45,7 +47,7 @@ def make_loss(method, index=1, count=4, input=LAYOUTS["NHWC"][0], mean=(0.5,) * 
         task=Classification(),
         prediction=(5,),
         head="mlp",
-        decoder="conv",
+        decoder=decoder,
         mean=mean,
         std=std,
     )
@@ -157,6 +159,46 @@ def test_feature_reconstruction_rebuilds_the_image_in_the_first_module():
     value, logits = loss(output, images, images, LABELS)
     error = ((loss.decoder(output).detach().numpy() - images.numpy()) ** 2).mean()
     assert value.item() == pytest.approx(F.cross_entropy(logits, LABELS).item() + error, rel=1e-5)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_part_of_the_positions_is_rebuilt(index):
+    layout, shape = (IMAGE, (3, 16, 16)) if index == 0 else LAYOUTS["NHWC"]
+    loss = make_loss("feature-reconstruction", index, input=layout, decoder="pixel-shuffle", sample=0.25)
+    whole = make_loss("feature-reconstruction", index, input=layout, decoder="pixel-shuffle")
+    whole.load_state_dict(loss.state_dict())
+    output, inputs = features((4, 4, 24)).requires_grad_(), features(shape, seed=1)
+    torch.manual_seed(3)
+    value, logits = loss(output, inputs, None, LABELS)
+    torch.manual_seed(3)
+    order = torch.rand(6, 16).argsort(1)
+    chosen = torch.zeros(6, 16).scatter_(1, order[:, :4], 1).reshape(6, 1, 4, 4)
+    target = layout.grid(inputs)
+    if index:
+        target = F.layer_norm(target.permute(0, 2, 3, 1), (12,)).permute(0, 3, 1, 2)
+    mask = F.interpolate(chosen, target.shape[2:]).expand_as(target).bool()
+    expected = F.cross_entropy(logits, LABELS) + ((whole.decoder(output) - target)[mask] ** 2).mean()
+    torch.testing.assert_close(value, expected)
+    given, wanted = (torch.autograd.grad(error, output, retain_graph=True)[0] for error in (value, expected))
+    torch.testing.assert_close(given, wanted)
+
+
+def test_other_positions_are_rebuilt_in_each_step():
+    loss, output = make_loss("feature-reconstruction", decoder="pixel-shuffle", sample=0.25), features((4, 4, 24))
+    values = [loss(output, features((8, 8, 12), seed=1), None, LABELS)[0].item() for _ in range(2)]
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("sample", [0, -0.5, 1.5, float("nan")])
+def test_an_impossible_part_is_one_line(sample):
+    with pytest.raises(ConfigError, match="it must be above 0 and at most 1"):
+        make_loss("feature-reconstruction", decoder="pixel-shuffle", sample=sample)
+
+
+@pytest.mark.parametrize("decoder", ["conv", "deconv", "transformer", "infopro"])
+def test_a_part_needs_a_decoder_of_single_positions(decoder):
+    with pytest.raises(ConfigError, match=f"decoder {decoder} rebuilds the grid as a whole; choose"):
+        make_loss("feature-reconstruction", decoder=decoder, sample=0.5)
 
 
 def test_reconstruction_is_computed_in_float32():

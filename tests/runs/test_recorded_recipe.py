@@ -24,13 +24,15 @@ from places import FIXTURES, ROOT
 SMALL = ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(2,2)", "num_heads=(1,2)"]
 FLAGS = ["--modules", "2", *SMALL, "--device", "cpu", "--batch-size", "64", "--epochs", "1", "--experiment", "run"]
 
+OPTIONS = {"weight": 1.0, "normalize": True, "sample": 1.0}  # what version 0.1 did
+
 
 @pytest.fixture
 def later(monkeypatch):
     """Changes a method's defaults and the way modules are balanced, as a later version may."""
 
     def change():
-        monkeypatch.setattr(FeatureReconstruction.__init__, "__defaults__", (7.0, False))
+        monkeypatch.setattr(FeatureReconstruction.__init__, "__defaults__", (7.0, False, 1.0))
         monkeypatch.setattr(Division, "_balance", lambda self, ends, *_: [1, len(self.units)])
 
     return change
@@ -42,7 +44,7 @@ def test_a_run_is_resumed_with_what_it_began_with(tmp_path, later, capsys):
     assert main(["train", *FLAGS, "--output", str(stopped), "--steps", "9"]) == 0
     recipe = json.loads((stopped / "run" / "run.json").read_text())["recipe"]
     assert (recipe["modules"], recipe["recompute"]) == (2, True)
-    assert recipe["method_kwargs"] == {"weight": 1.0, "normalize": True}
+    assert recipe["method_kwargs"] == {"weight": 1.0, "normalize": True, "sample": 1.0}
     later()
     assert main(["train", "--resume", str(stopped / "run")]) == 0
     weights, expected = (load_file(folder / "run" / "model.safetensors") for folder in (stopped, whole))
@@ -57,7 +59,7 @@ def test_a_run_of_0_1_keeps_the_defaults_of_0_1(later):
     folder = FIXTURES / "run-0.1"
     later()
     recipe = recipe_of_run(folder, Recipe(modules=2))
-    assert (recipe.modules, recipe.recompute, recipe.options) == (2, True, {"weight": 1.0, "normalize": True})
+    assert (recipe.modules, recipe.recompute, recipe.options) == (2, True, OPTIONS)
     modules = json.loads((folder / "run.json").read_text())["modules"]
     assert recipe.cuts == (modules[0][-1],)
     typed = recipe_of_run(folder, Recipe(modules=2, recompute=False, method_kwargs={"weight": 3.0}))
@@ -91,7 +93,7 @@ def test_a_result_of_other_defaults_is_not_taken_for_done(later):
     assert changed_default(recipe, None) is None
     later()
     assert changed_default(recipe, None) == "weight is 7.0 now where it is left open, and was 1.0 then"
-    assert changed_default(replace(recipe, method_kwargs={"weight": 1.0, "normalize": True}), None) is None
+    assert changed_default(replace(recipe, method_kwargs=OPTIONS), None) is None
     assert changed_default(Recipe(method="of-a-plugin"), None) is None
 
 

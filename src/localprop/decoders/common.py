@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from localprop.features import Layout
+from localprop.grids.positions import select
 
 # A layer norm over fewer channels leaves too few degrees of freedom (over one channel, none).
 MIN_WIDTH = 8
@@ -26,7 +27,12 @@ class Decoder(nn.Module):
     Args:
         source: layout of the features that are read; prefix tokens are left out.
         target: layout of what is rebuilt, as a grid.
+
+    Attributes:
+        single_positions: whether `decode` treats each position by itself, so that some can be rebuilt without the rest.
     """
+
+    single_positions = False
 
     def __init__(self, source: Layout, target: Layout) -> None:
         super().__init__()
@@ -35,11 +41,30 @@ class Decoder(nn.Module):
         self.size = (min(source.height, target.height), min(source.width, target.width))
         self.ratio = min(target.height / self.size[0], target.width / self.size[1])
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Maps features in the source's layout to (batch, target.channels, target.height, target.width)."""
+    @property
+    def patch(self) -> int | None:
+        """The side of the target's patch that belongs to a position; None where the target does not divide so."""
+        side = self.target_size[0] // self.size[0]
+        divides = self.target_size == (side * self.size[0], side * self.size[1])
+        return side if divides and side == upsampling_factor(self.ratio) else None
+
+    def forward(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Rebuilds the target, or patches of it.
+
+        Args:
+            features: in the source's layout.
+            positions: (batch, count) positions of a grid of `size`, row by row, whose patches are rebuilt alone; only
+                of a decoder with `single_positions` and a `patch`.
+
+        Returns:
+            (batch, target.channels, target.height, target.width); of some positions the patches, one below the other,
+            (batch, target.channels, count * patch, patch).
+        """
         grid = self.source.grid(features)
         if grid.shape[2:] != self.size:
             grid = F.adaptive_avg_pool2d(grid, self.size)
+        if positions is not None:
+            return self.decode(select(grid, positions))
         return resize(self.decode(grid), self.target_size)
 
     def decode(self, grid: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ class PixelShuffleDecoder(Decoder):
     kept; nothing at the target's resolution is.
     """
 
+    single_positions = True
+
     def __init__(self, source: Layout, target: Layout) -> None:
         super().__init__(source, target)
         width = max(source.channels // 2, MIN_WIDTH)

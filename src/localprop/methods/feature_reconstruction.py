@@ -5,6 +5,7 @@ be able to rebuild from what it gives: so little of the information that later m
 first module's input is the image. The paper's loss weights are not published.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from localprop.decoders.common import Decoder
+from localprop.errors import ConfigError
+from localprop.grids.positions import random_positions, select
 from localprop.network.loss import LocalLoss, ModuleSpec
 
 _PARTS = 4
@@ -26,11 +30,18 @@ class FeatureReconstruction(LocalLoss):
         normalize: whether each position of the target features is normalised over channels (mean 0, variance 1),
             as masked autoencoders do with patches. Without it the error grows with the features' scale, which a
             module can lower by shrinking its output. The image is a target as it is.
+        sample: part of the positions that is rebuilt, above 0 and at most 1: other random positions of each image in
+            each step. Masked autoencoders (arXiv 2111.06377) learn from a part of the patches, too. It needs a decoder
+            that rebuilds single positions (pixel-shuffle). Where the target's size is no whole multiple of the
+            output's, a module rebuilds all positions.
+
+    Raises:
+        ConfigError: `sample` is not such a part, or the decoder rebuilds the grid as a whole.
     """
 
     uses_inputs = False
 
-    def __init__(self, spec: ModuleSpec, weight: float = 1.0, normalize: bool = True) -> None:
+    def __init__(self, spec: ModuleSpec, weight: float = 1.0, normalize: bool = True, sample: float = 1.0) -> None:
         super().__init__()
         self.task = spec.task
         self.weight = weight
@@ -38,18 +49,44 @@ class FeatureReconstruction(LocalLoss):
         self.normalize = normalize and spec.index > 0
         self.head = spec.build_head()
         self.decoder = spec.build_decoder(spec.input)
+        self.sampled = _sampled(self.decoder, sample, spec.decoder)
 
     def forward(
         self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `LocalLoss.forward`."""
         prediction = self.head(output)
-        error = reconstruction_error(self.decoder(output), self.target.grid(features), self.normalize)
+        rebuilt, target = self._rebuilt(output, self.target.grid(features))
+        error = reconstruction_error(rebuilt, target, self.normalize)
         return self.task.loss(prediction, targets) + self.weight * error, prediction
+
+    def _rebuilt(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder rebuilds, and the part of the target that it is."""
+        if not self.sampled:
+            return self.decoder(output), target
+        height, width = self.decoder.size
+        positions = random_positions(len(output), height * width, self.sampled, output.device)
+        return self.decoder(output, positions), select(target, positions, self.decoder.patch or 1)
 
     def predict(self, output: Tensor) -> Tensor:
         """The head's prediction."""
         return self.head(output)
+
+
+def _sampled(decoder: Decoder, sample: float, name: str) -> int | None:
+    """The number of positions that are rebuilt; None for all."""
+    if not 0 < sample <= 1:
+        raise ConfigError(f"feature-reconstruction: sample is {sample:g}; it must be above 0 and at most 1")
+    if sample == 1:
+        return None
+    if not getattr(decoder, "single_positions", False):  # which a plugin's may lack
+        raise ConfigError(
+            f"feature-reconstruction: sample is {sample:g}, but decoder {name} rebuilds the grid as a whole; choose "
+            "decoder pixel-shuffle, or sample=1"
+        )
+    length = math.prod(decoder.size)
+    count = max(round(sample * length), 1)
+    return count if count < length and decoder.patch else None
 
 
 class _Error(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """What a run of an earlier version did where it recorded nothing: a later default changes no old run.
 
 A setting that is added gets a line in `NEWER`, with the value that stands for what was done before it existed; an
-option of a method whose default changes keeps its old value in `OPTIONS_OF_0_1`.
+option of a method whose default changes keeps its old value in `OPTIONS_OF_0_1`. An option that is added gets a line in
+`NEWER_OPTIONS`.
 """
 
 from typing import Any
@@ -74,6 +75,9 @@ OPTIONS_OF_0_1: dict[str, dict[str, Any]] = {
 }
 """Each method's options in version 0.1, which recorded only those that were typed."""
 
+NEWER_OPTIONS: dict[str, dict[str, Any]] = {"feature-reconstruction": {"sample": 1.0}}
+"""Options that a method did not have in version 0.1, and what was done then."""
+
 
 def settings_as_recorded(settings: dict[str, Any]) -> dict[str, Any]:
     """Recorded flat settings, with those that did not exist yet as they were then."""
@@ -87,4 +91,5 @@ def options_as_recorded(method: str, recorded: dict[str, Any] | None) -> dict[st
         method: its name.
         recorded: `Recipe.record()`; None of a run of version 0.1.
     """
-    return dict(recorded["method_kwargs"]) if recorded else dict(OPTIONS_OF_0_1.get(method, {}))
+    known = recorded["method_kwargs"] if recorded else OPTIONS_OF_0_1.get(method, {})
+    return {**NEWER_OPTIONS.get(method, {}), **known}

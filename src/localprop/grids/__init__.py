@@ -1,0 +1,1 @@
+"""Operations on grids, (batch, channels, height, width), whose backward is repeatable on CUDA."""
