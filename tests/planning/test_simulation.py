@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from localprop import chain as units
 from localprop import localize
+from localprop.decoders import DECODERS
 from localprop.errors import PlanError
 from localprop.memory.attention import kernels_of
 from localprop.memory.cost import Costs
@@ -99,6 +100,22 @@ def test_the_predicted_peak_follows_every_setting(name, settings, options):
     if settings.get("opt") == "adamw8bit":
         pytest.importorskip("torchao.optim", reason="no torchao for this torch", exc_type=ImportError)
     check(network(name, "feature-reconstruction", **options), **settings)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", ["swin", "resnet"])
+def test_the_predicted_peak_follows_the_decoder(name, decoder):
+    check(network(name, "feature-reconstruction", decoder=decoder))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("settings", [{}, {"amp": True}])
+def test_the_predicted_peak_follows_the_part_that_is_rebuilt(name, settings):
+    peaks = [
+        check(network(name, "feature-reconstruction", decoder="pixel-shuffle", method_kwargs=options), **settings).peak
+        for options in ({}, {"sample": 0.25})
+    ]
+    assert peaks[1] <= 1.001 * peaks[0]  # a network of vectors has one position
 
 
 def test_the_parts_are_what_they_are_called():
