@@ -5,9 +5,11 @@ from contextlib import nullcontext
 from itertools import accumulate, chain
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.functional import gelu, layer_norm, silu
 from torch.utils.checkpoint import checkpoint
 
 import localprop
@@ -44,6 +46,19 @@ FUNCTIONS = {
     **{name: getattr(F, name) for name in ("gelu", "silu", "mish", "hardswish", "elu", "softplus", "leaky_relu")},
     "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
     "layer_norm": lambda x: F.layer_norm(x, (64,), torch.linspace(0, 2, 64), torch.linspace(-1, 1, 64)),
+    "layer_norm, eps": lambda x: F.layer_norm(x, (64,), eps=0.3),
+    "layer_norm, two axes": lambda x: F.layer_norm(x, (32, 64), eps=0.3),
+    "layer_norm, as torch has it": lambda x: torch.layer_norm(x, (64,), eps=0.3),
+    "layer_norm, imported by name": lambda x: layer_norm(x, (64,), eps=0.3),
+    "gelu, imported by name": lambda x: gelu(x, approximate="tanh"),
+    "silu, imported by name": lambda x: silu(x),
+    "gelu, as torch has it": lambda x: torch.ops.aten.gelu(x),
+    "elu, alpha": lambda x: F.elu(x, 0.3),
+    "selu": lambda x: F.selu(x),
+    "softplus, beta": lambda x: F.softplus(x, 2.0, 5.0),
+    "leaky_relu, slope": lambda x: F.leaky_relu(x, 0.3),
+    "a module": lambda x: nn.LayerNorm(64, eps=0.3)(x),
+    "timm's module": lambda x: timm.layers.LayerNorm(64, eps=0.3)(x),
     "a view": lambda x: F.gelu(x).view(64, 32).t()[3:],
 }
 WIDTH = 32 * 64 * 4  # bytes of a result
@@ -120,6 +135,54 @@ def test_of_a_checkpointed_block_nothing_is_remembered():
         loss = checkpoint(model, torch.randn(8, 64), use_reentrant=False).sum()
         assert not lives()
     loss.backward()
+
+
+@pytest.mark.parametrize("function", [gelu, lambda x: layer_norm(x, (64,))])
+def test_the_result_of_a_checkpointed_block_is_kept(function):
+    results = []
+    for recompute in (False, True):
+        weight = torch.ones(64, 64, requires_grad=True)
+        with recomputing(recompute):
+            hidden = checkpoint(lambda x: function(x * 2), weight * 0.1, use_reentrant=False)
+            loss = (hidden @ weight).square().sum()
+        loss.backward()
+        results.append(weight.grad)
+    assert torch.equal(*results)
+
+
+def test_a_layer_norm_that_torch_does_not_tell_all_about_is_kept():
+    loss, x, _ = product(lambda x: torch.native_layer_norm(x, (64,), None, None, 0.3)[0], True)
+    loss.backward()
+    again, y, _ = product(lambda x: F.layer_norm(x, (64,), eps=0.3), False)
+    again.backward()
+    assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backward_inside_autocast_computes_what_forward_has_computed(dtype):
+    def gradient(recompute):
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        with recomputing(recompute):
+            loss = layer_norm(gelu(x * 3), (64,)).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss.backward()
+        return x.grad
+
+    assert torch.equal(gradient(False), gradient(True))
+
+
+def test_torch_is_as_before_when_the_last_forward_is_over():
+    before = torch.layer_norm
+    first, second = recomputing(), recomputing()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # forwards of two threads end in any order
+    assert torch.layer_norm is not before
+    second.__exit__(None, None, None)
+    assert torch.layer_norm is before
+    with pytest.raises(ZeroDivisionError), recomputing():
+        raise ZeroDivisionError
+    assert torch.layer_norm is before
 
 
 @pytest.mark.parametrize(("changed", "word"), [(0, "gelu"), (1, "a tensor")])

@@ -5,89 +5,84 @@ the product's cost. Inside `recomputing`, y is not kept: backward computes it ag
 nothing is kept longer for it, and the result is the same bit for bit. In a transformer's block this is the widest
 tensor of the MLP and the input of the MLP; activation checkpointing, which computes the matrix products again too,
 saves more and costs a third of the time.
+
+No function call is watched for this, because that costs more than many of the calls. When autograd keeps a tensor, the
+tensor knows the node of the graph that made it, and the node has what the tensor was made of.
 """
 
-import weakref
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-# Each keeps its own input for backward, and gives the same bits when it is called again.
-_CHEAP = {
-    function: name
-    for name, function in vars(F).items()
-    if name in ("gelu", "silu", "mish", "hardswish", "elu", "softplus", "leaky_relu", "layer_norm")
+_LAYER_NORM = "NativeLayerNormBackward0"
+_EPS = "localprop.eps"
+
+
+def _layer_norm(node: Any) -> Tensor:
+    size, eps = node._saved_normalized_shape, node.metadata[_EPS]
+    return torch.native_layer_norm(node._saved_input, size, node._saved_weight, node._saved_bias, eps)[0]
+
+
+# How the result of a node, by its name, is computed again. Each node keeps its own input for backward, and gives
+# the same bits when it is computed again.
+_CHEAP: dict[str, Callable[[Any], Tensor]] = {
+    "GeluBackward0": lambda node: F.gelu(node._saved_self, approximate=node._saved_approximate),
+    "SiluBackward0": lambda node: F.silu(node._saved_self),
+    "MishBackward0": lambda node: F.mish(node._saved_self),
+    "HardswishBackward0": lambda node: F.hardswish(node._saved_self),
+    "EluBackward0": lambda node: torch.ops.aten.elu(
+        node._saved_self, node._saved_alpha, node._saved_scale, node._saved_input_scale
+    ),
+    "SoftplusBackward0": lambda node: F.softplus(node._saved_self, node._saved_beta, node._saved_threshold),
+    "LeakyReluBackward0": lambda node: F.leaky_relu(node._saved_self, node._saved_negative_slope),
+    _LAYER_NORM: _layer_norm,
 }
 
 
-@dataclass(eq=False)
-class _Computation:
-    """How to compute a tensor again."""
+class _ChangedInPlace(RuntimeError):
+    """A tensor that backward needs was changed. Hooks on saved tensors switch autograd's own check off."""
 
-    function: Callable[..., Tensor]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: list[int]
-    autocast: tuple[bool, torch.dtype]
-    storage: weakref.ref[torch.UntypedStorage]
-
-    def compute(self) -> Tensor:
-        source = self.args[0]
-        if [t._version for t in _tensors(self.args, self.kwargs)] != self.versions:
-            raise RuntimeError(
-                f"an input of {_CHEAP[self.function]} was changed in place before backward; keep recompute off"
-            )
-        enabled, dtype = self.autocast
-        with torch.no_grad(), torch.autocast(source.device.type, dtype, enabled=enabled, cache_enabled=False):
-            return self.function(*self.args, **self.kwargs)
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} was changed in place before backward; keep recompute off")
 
 
-class _Remember(TorchFunctionMode):
-    """Remembers how the results of cheap functions come about, as long as they live."""
+class _Kept:
+    """A tensor that autograd keeps."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.computations: dict[int, _Computation] = {}  # by the address of the result's storage
+    __slots__ = ("tensor", "version")
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func in _CHEAP and args and result.requires_grad and result._version == 0:  # which it is not in place
-            self._remember(func, args, kwargs, result)
-        return result
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
 
-    def _remember(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
-        device = args[0].device.type
-        storage = result.untyped_storage()
-        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        named = {k: v.detach() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        key, computations = storage._cdata, self.computations
+    def unpack(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise _ChangedInPlace("a tensor")
+        return self.tensor
 
-        def forget(_: object) -> None:
-            # Else what it is computed from would live on, though nobody will ask for the result.
-            computations.pop(key, None)
 
-        computations[key] = _Computation(
-            func,
-            detached,
-            named,
-            [t._version for t in _tensors(detached, named)],
-            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
-            weakref.ref(storage, forget),
-        )
+class _Recomputed:
+    """A tensor that is computed again: the result of a node, or a view of it."""
 
-    def computation(self, tensor: Tensor) -> _Computation | None:
-        """How the storage of a tensor was computed, if that is known."""
-        storage = tensor.untyped_storage()
-        computation = self.computations.get(storage._cdata)
-        # The address may belong to another tensor by now; and one written to in place is no longer the result.
-        return computation if computation and computation.storage() is storage and tensor._version == 0 else None
+    __slots__ = ("node", "view")
+
+    def __init__(self, node: Any, tensor: Tensor) -> None:
+        self.node, self.view = node, (tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(self) -> Tensor:
+        name = self.node.name()
+        # What the node has is of the type that autocast gave it.
+        with torch.no_grad(), torch._C._DisableAutocast():
+            try:
+                result = _CHEAP[name](self.node)
+            except _ChangedInPlace:
+                function = name.removesuffix("Backward0").removeprefix("Native").lower()
+                raise _ChangedInPlace(f"an input of {function}") from None
+            return result.as_strided(*self.view)
 
 
 @contextmanager
@@ -99,40 +94,69 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    memory = _Remember()
+    own = set[int]()  # numbers of nodes that have been created inside, and keep something
 
-    def pack(tensor: Tensor) -> Any:
-        computation = memory.computation(tensor)
-        if computation is None:
-            return tensor, tensor._version
-        return computation, tensor.size(), tensor.stride(), tensor.storage_offset()
+    def pack(tensor: Tensor) -> _Kept | _Recomputed:
+        own.add(torch._C._autograd._get_sequence_nr() - 1)  # the newest node, which keeps the tensor
+        base = tensor if tensor._base is None else tensor._base
+        node: Any = base.grad_fn
+        if node is None or node.name() not in _CHEAP:
+            return _Kept(tensor)
+        changed = tensor._version > 0
+        elsewhere = node._sequence_nr() not in own  # what activation checkpointing keeps can be had only once
+        unknown = node.name() == _LAYER_NORM and _EPS not in node.metadata
+        return _Kept(tensor) if changed or elsewhere or unknown else _Recomputed(node, tensor)
 
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed[0], _Computation):
-            computation, *view = packed
-            return computation.compute().as_strided(*view)
-        return _unchanged(packed)
-
-    try:
-        with memory, torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-    finally:
-        memory.computations.clear()
+    with _eps_noted(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+        yield
 
 
 @contextmanager
 def keeping() -> Iterator[None]:
     """Inside `recomputing`, autograd keeps everything again, as it does outside."""
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor._version), _unchanged):
+    with torch.autograd.graph.saved_tensors_hooks(_Kept, _unpack):
         yield
 
 
-def _unchanged(packed: tuple[Tensor, int]) -> Tensor:
-    tensor, version = packed
-    if tensor._version != version:  # hooks on saved tensors switch autograd's own check off
-        raise RuntimeError("a tensor needed for backward was changed in place; keep recompute off")
-    return tensor
+def _unpack(packed: _Kept | _Recomputed) -> Tensor:
+    return packed.unpack()
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)]
+_lock = threading.Lock()
+_inside = 0  # how many forwards, of all threads, are inside `_eps_noted`
+_original: Any = None
+
+
+@contextmanager
+def _eps_noted() -> Iterator[None]:
+    """Inside, layer norms note their eps in the graph, where torch leaves it out.
+
+    `torch.layer_norm` is what `torch.nn.functional.layer_norm` calls, under whatever name that is imported.
+    """
+    global _inside, _original
+    with _lock:
+        if not _inside:
+            _original = torch.layer_norm
+            torch.layer_norm = _noting_layer_norm
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                torch.layer_norm = _original
+
+
+def _noting_layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    result = _original(input, normalized_shape, weight, bias, eps, cudnn_enable)
+    if result.grad_fn is not None:
+        result.grad_fn.metadata[_EPS] = eps
+    return result
