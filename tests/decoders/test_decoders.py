@@ -159,8 +159,8 @@ def test_the_same_seed_gives_the_same_decoder(name):
 
 
 def saved_maps(decoder, features):
-    """What forward keeps for backward, one tensor per storage; parameters and the features left out."""
-    known = {t.untyped_storage().data_ptr() for t in [features, *decoder.parameters()]}
+    """What forward keeps for backward, one tensor per storage; the features and the decoder's own left out."""
+    known = {t.untyped_storage().data_ptr() for t in [features, *decoder.parameters(), *decoder.buffers()]}
     saved = {}
 
     def pack(tensor):
@@ -186,7 +186,7 @@ SWIN_TINY = [
 @own_decoders
 @pytest.mark.parametrize(("source", "target"), SWIN_TINY)
 def test_what_is_kept_for_backward_is_bounded(name, source, target):
-    decoder = build_decoder(name, source, target)
+    decoder = build_decoder(name, source, target).float()
     features = torch.randn(1, source.height, source.width, source.channels, requires_grad=True)
     saved = saved_maps(decoder, features)
     budget = features.nbytes + 4 * target.channels * target.height * target.width

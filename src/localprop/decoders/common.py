@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from localprop.features import Layout
 from localprop.grids.positions import select
+from localprop.grids.resampling import Resampling, average_pooling, interpolation
 
 # A layer norm over fewer channels leaves too few degrees of freedom (over one channel, none).
 MIN_WIDTH = 8
@@ -40,6 +41,15 @@ class Decoder(nn.Module):
         self.target_size = (target.height, target.width)
         self.size = (min(source.height, target.height), min(source.width, target.width))
         self.ratio = min(target.height / self.size[0], target.width / self.size[1])
+        self.pool = average_pooling((source.height, source.width), self.size)
+        self.finish: Resampling | None = None
+
+    def interpolate_rest(self, factor: int) -> None:
+        """Prepares the way that is left to the target's size where `decode` gives a grid `factor` times as large.
+
+        A decoder that does not call it works as well: the matrices are then made in each step.
+        """
+        self.finish = interpolation((factor * self.size[0], factor * self.size[1]), self.target_size)
 
     @property
     def patch(self) -> int | None:
@@ -60,12 +70,14 @@ class Decoder(nn.Module):
             (batch, target.channels, target.height, target.width); of some positions the patches, one below the other,
             (batch, target.channels, count * patch, patch).
         """
-        grid = self.source.grid(features)
-        if grid.shape[2:] != self.size:
-            grid = F.adaptive_avg_pool2d(grid, self.size)
+        grid = self.pool(self.source.grid(features))
         if positions is not None:
             return self.decode(select(grid, positions))
-        return resize(self.decode(grid), self.target_size)
+        decoded = self.decode(grid)
+        size = (decoded.shape[2], decoded.shape[3])
+        if size == self.target_size:
+            return decoded
+        return (self.finish or interpolation(size, self.target_size, device=decoded.device))(decoded)
 
     def decode(self, grid: Tensor) -> Tensor:
         """Maps (batch, source.channels, *self.size) to (batch, target.channels, height, width), any size."""
@@ -91,13 +103,6 @@ class ReduceChannels(nn.Module):
         with torch.autocast(reduced.device.type, enabled=False):
             normed = F.layer_norm(reduced, self.norm.normalized_shape, weight, bias, self.norm.eps)
         return normed.permute(0, 3, 1, 2)
-
-
-def resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Interpolates (batch, channels, height, width) bilinearly to `size`; keeps nothing for backward."""
-    if grid.shape[2:] == size:
-        return grid
-    return F.interpolate(grid, size, mode="bilinear", align_corners=False)
 
 
 def upsampling_factor(ratio: float) -> int:

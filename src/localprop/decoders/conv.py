@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from localprop.decoders.common import MIN_WIDTH, Decoder, ReduceChannels, resize
+from localprop.decoders.common import MIN_WIDTH, Decoder, ReduceChannels
 from localprop.features import Layout
+from localprop.grids.resampling import interpolation
 
 
 class ConvDecoder(Decoder):
@@ -18,8 +19,9 @@ class ConvDecoder(Decoder):
         width = max(target.channels // 2, MIN_WIDTH)
         self.reduce = ReduceChannels(source.channels, width)
         self.act = nn.ReLU(inplace=True)
+        self.upsample = interpolation(self.size, self.target_size)
         self.conv = nn.Conv2d(width, target.channels, 3, padding=1)
 
     def decode(self, grid: Tensor) -> Tensor:
         """Maps the source grid to the target's size and channels."""
-        return self.conv(resize(self.act(self.reduce(grid)), self.target_size))
+        return self.conv(self.upsample(self.act(self.reduce(grid))))

@@ -30,6 +30,7 @@ class DeconvDecoder(Decoder):
         for width, following in zip(widths, [*widths[1:], target.channels], strict=True):
             self.layers.append(nn.ReLU(inplace=True))
             self.layers.append(nn.ConvTranspose2d(width, following, kernel, stride, padding=1))
+        self.interpolate_rest(2**doublings)
 
     def decode(self, grid: Tensor) -> Tensor:
         """Maps the source grid to the target's channels, at the power of two nearest to the ratio."""

@@ -1,10 +1,10 @@
 """The decoder of InfoPro."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from localprop.decoders.common import Decoder
 from localprop.features import Layout
+from localprop.grids.resampling import interpolation
 
 _WIDTH = 12
 
@@ -18,6 +18,7 @@ class InfoProDecoder(Decoder):
 
     def __init__(self, source: Layout, target: Layout) -> None:
         super().__init__(source, target)
+        self.upsample = interpolation(self.size, self.target_size, align_corners=True)
         self.conv1 = nn.Conv2d(source.channels, _WIDTH, 3, padding=1)
         self.norm = nn.BatchNorm2d(_WIDTH)
         self.act = nn.ReLU(inplace=True)
@@ -25,5 +26,4 @@ class InfoProDecoder(Decoder):
 
     def decode(self, grid: Tensor) -> Tensor:
         """Maps the source grid to the target's size and channels."""
-        upsampled = F.interpolate(grid, self.target_size, mode="bilinear", align_corners=True)
-        return self.conv2(self.act(self.norm(self.conv1(upsampled))))
+        return self.conv2(self.act(self.norm(self.conv1(self.upsample(grid)))))

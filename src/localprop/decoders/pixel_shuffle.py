@@ -28,7 +28,9 @@ class PixelShuffleDecoder(Decoder):
         width = max(source.channels // 2, MIN_WIDTH)
         self.reduce = ReduceChannels(source.channels, width)
         self.act = nn.ReLU(inplace=True)
-        self.project = project_to_pixels(width, target.channels, upsampling_factor(self.ratio))
+        factor = upsampling_factor(self.ratio)
+        self.project = project_to_pixels(width, target.channels, factor)
+        self.interpolate_rest(factor)
 
     def decode(self, grid: Tensor) -> Tensor:
         """Maps the source grid to the target's channels, at the whole factor nearest to the ratio."""

@@ -29,7 +29,9 @@ class TransformerDecoder(Decoder):
         self.window = math.ceil(side / math.ceil(side / MAX_WINDOW))
         self.reduce = ReduceChannels(source.channels, width)
         self.block = Block(width, num_heads=width // HEAD_DIM, mlp_ratio=1, qkv_bias=True)
-        self.project = project_to_pixels(width, target.channels, upsampling_factor(self.ratio))
+        factor = upsampling_factor(self.ratio)
+        self.project = project_to_pixels(width, target.channels, factor)
+        self.interpolate_rest(factor)
 
     def decode(self, grid: Tensor) -> Tensor:
         """Maps the source grid to the target's channels, at the whole factor nearest to the ratio."""
