@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from localprop.features import Example, Layout
     from localprop.network.loss import LocalLoss, ModuleSpec
     from localprop.network.module import LocalModule
-    from localprop.network.network import LocalNetwork, LocalOutput
+    from localprop.network.network import LocalNetwork
+    from localprop.network.output import LocalOutput
     from localprop.planning.plans import Plan, plan
     from localprop.planning.rows import PlanRow
     from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS, TASKS
@@ -70,7 +71,8 @@ _PLACES = {
     "localprop.features": ("Example", "Layout"),
     "localprop.network.loss": ("LocalLoss", "ModuleSpec"),
     "localprop.network.module": ("LocalModule",),
-    "localprop.network.network": ("LocalNetwork", "LocalOutput"),
+    "localprop.network.network": ("LocalNetwork",),
+    "localprop.network.output": ("LocalOutput",),
     "localprop.report.measures": ("Measure",),
     "localprop.settings.recipe": ("Recipe",),
     "localprop.tasks.base": ("Task",),

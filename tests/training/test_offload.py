@@ -13,8 +13,8 @@ from localprop.settings.config import OptimConfig
 from localprop.training import state as state_module
 from localprop.training.checkpoints.loading import load_checkpoint
 from localprop.training.checkpoints.saving import save_checkpoint
-from localprop.training.offload import Offload
 from localprop.training.state import TrainingState
+from localprop.training.stepping.offload import Offload
 from tiny import SIZE, batch, split
 
 CONFIG = OptimConfig(epochs=4, lr=1e-2, sched="cosine", warmup_epochs=0, clip_grad=1.0)

@@ -21,7 +21,7 @@ from localprop.report.results import read_results
 from localprop.settings.flat import to_flags
 from localprop.training import trainer
 from localprop.training.checkpoints.loading import load_checkpoint
-from localprop.training.state import whole_weights
+from localprop.training.checkpoints.parts import whole_weights
 from ranks import assert_same_run, flags
 
 EPOCH, WHOLE = 5, 15  # steps

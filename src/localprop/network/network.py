@@ -1,52 +1,22 @@
 """A backbone divided into gradient-isolated local modules, and the one place where gradients are cut."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from localprop.errors import ChainError, batch_norm_told, warn_renamed
+from localprop.errors import ChainError, ConfigError, batch_norm_told, warn_renamed
 from localprop.memory.recompute import recomputing
+from localprop.network.capture import CapturedBackward
 from localprop.network.carry import Carry
+from localprop.network.graphs import CudaRecorder
 from localprop.network.module import LocalModule
+from localprop.network.output import LocalOutput
 from localprop.seeding import derive_seed
 from localprop.settings.recipe import Recipe
 from localprop.tasks.base import Task
 from localprop.tasks.classification import Classification
-
-
-@dataclass(frozen=True)
-class LocalOutput:
-    """What one `LocalNetwork.backward` computed.
-
-    Attributes:
-        losses: (K,) local losses, detached.
-        predictions: what each module's head predicts, detached, if that is a vector per example; None where it has no
-            head. The last is the network's own prediction, of any shape.
-    """
-
-    losses: Tensor
-    predictions: list[Tensor | None]
-
-    @property
-    def prediction(self) -> Tensor:
-        """(B, ...) prediction of the network, detached."""
-        prediction = self.predictions[-1]
-        assert prediction is not None  # the last module predicts
-        return prediction
-
-    @property
-    def logits(self) -> Tensor:
-        """(B, C) logits of a network that classifies, detached: its prediction."""
-        return self.prediction
-
-    @property
-    def module_logits(self) -> list[Tensor | None]:
-        """Name of `predictions` in version 0.1."""
-        warn_renamed("LocalOutput.module_logits", "LocalOutput.predictions")
-        return self.predictions
 
 
 class LocalNetwork(nn.Module):
@@ -180,7 +150,7 @@ class LocalNetwork(nn.Module):
         if k == 0:
             self._require_size(carry.features)
         if seed is not None:
-            torch.manual_seed(derive_seed(seed, "module", k))
+            self.seed_module(k, seed)
         if not any(later.local_loss.uses_inputs for later in self.local_modules[k:]):
             carry.inputs = None
         frozen = module.frozen
@@ -197,6 +167,34 @@ class LocalNetwork(nn.Module):
         # Gradient isolation. Everywhere: no other line cuts gradients, and nothing else crosses with one.
         carry.features = output.detach()
         return None if prediction is None else prediction.detach()
+
+    def seed_module(self, k: int, seed: int) -> None:
+        """Sets PyTorch's global generators to the stream of module k, for a batch whose seed is `seed`."""
+        torch.manual_seed(derive_seed(seed, "module", k))
+
+    def capture(
+        self,
+        *,
+        after_module: Callable[[int, Tensor], None] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> CapturedBackward:
+        """`backward` as CUDA graphs, one for each module: what is called in its place, under the same autocast.
+
+        The first call runs as usual. The second one records, and later ones replay: no Python and few launches, so
+        steps of small images take a third of the time. `after_module` is recorded too. All that it and the losses do
+        has to stay on the device: an optimizer takes `capturable=True`, and its learning rate is a tensor there.
+
+        Args:
+            after_module: see `backward`; the place to step module k's optimizer and set its gradients to None.
+            scaler: see `backward`.
+
+        Raises:
+            ConfigError: the network is not on a CUDA device.
+        """
+        device = next(self.parameters()).device
+        if device.type != "cuda":
+            raise ConfigError(f"CUDA graphs need CUDA, and the network is on {device}; call backward there")
+        return CapturedBackward(self, CudaRecorder(device), after_module, scaler)
 
     def _require_size(self, inputs: Tensor) -> None:
         if self.input_size and inputs.shape[1:] != self.input_size:

@@ -15,13 +15,16 @@ from localprop.report.results import EpochRow
 from localprop.system.commands import command, plugin_words
 
 
-def final_table(rows: Sequence[EpochRow], module_names: Sequence[str], evaluated_on: str = "test") -> RenderableType:
+def final_table(
+    rows: Sequence[EpochRow], module_names: Sequence[str], evaluated_on: str = "test", reserved: int | None = None
+) -> RenderableType:
     """What came out: a line per module, then the network's scores, speed, memory and time.
 
     Args:
         rows: one or more epochs.
         module_names: the units of each module, such as "patch_embed ... blocks.2".
         evaluated_on: "test" or "validation" images.
+        reserved: bytes that PyTorch has held on a GPU at most, in use or not.
     """
     last = rows[-1]
     headline, *others = last.measures
@@ -43,15 +46,16 @@ def final_table(rows: Sequence[EpochRow], module_names: Sequence[str], evaluated
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_row(f"{evaluated_on} {headline.name}", ", ".join(scores))
     facts.add_row("speed", format_speed(speed, last.unit))
-    facts.add_row("peak memory", _memory(rows))
+    facts.add_row("peak memory", _memory(rows, reserved))
     facts.add_row("time", format_duration(last.seconds))
     return Group(table, facts)
 
 
-def _memory(rows: Sequence[EpochRow]) -> str:
+def _memory(rows: Sequence[EpochRow], reserved: int | None) -> str:
     measured, predicted = rows[-1].peak_memory, rows[-1].predicted_memory  # of all epochs in the last one's layout
     words = [f"{format_bytes(measured)} measured"] if measured else []
     words += [f"{format_bytes(predicted)} predicted"] if predicted else []
+    words += [f"{format_bytes(reserved)} reserved"] if reserved else []
     return ", ".join(words) or "-"
 
 

@@ -111,7 +111,8 @@ def train(trainer: Trainer, experiment: Experiment, console: Console, notes: lis
         return
     if trainer.tested:
         note_tested(folder, trainer.tested)
-    console.print(final_table(rows, [units_of(net, range(k, k + 1)) for k in range(count)], evaluated_on))
+    names = [units_of(net, range(k, k + 1)) for k in range(count)]
+    console.print(final_table(rows, names, evaluated_on, trainer.gauge.reserved))
     if line := tested_line(folder, experiment.data.task):
         console.out(line, highlight=False)
     backbone = config.backbone

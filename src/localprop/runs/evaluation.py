@@ -24,11 +24,11 @@ from localprop.system.files import folder_aside
 from localprop.system.reading import Malformed, require_regular
 from localprop.tasks.base import task_of
 from localprop.training.checkpoints.loading import newest_checkpoint
+from localprop.training.checkpoints.parts import whole_weights
 from localprop.training.checkpoints.restoring import check_part
 from localprop.training.finite import non_finite
 from localprop.training.outputs import CHECKPOINTS, WEIGHTS
 from localprop.training.scores import evaluate
-from localprop.training.state import whole_weights
 
 
 def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = None) -> tuple[dict[str, Any], list[str]]:

@@ -152,4 +152,6 @@ def _device(config: TrainConfig) -> torch.device:
         raise ConfigError("--amp-dtype float16 needs CUDA; use bfloat16")
     if config.optim.offload_optimizer and device.type != "cuda":
         raise ConfigError(f"--offload-optimizer needs CUDA, and the device is {device}; leave it out")
+    if config.run.cuda_graphs == "on" and device.type != "cuda":
+        raise ConfigError(f"--cuda-graphs on needs CUDA, and the device is {device}; leave it out")
     return device

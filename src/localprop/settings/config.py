@@ -40,6 +40,10 @@ _MICRO_BATCHES_HELP = (
     "Equal parts of a batch that go through the modules one after another, before one step with the sum of their "
     "gradients: less memory and the same training, except that batch norm and contrastive losses see parts."
 )
+_GRAPHS_HELP = (
+    "On CUDA, record a step as CUDA graphs, one for each module, and replay them: the same numbers without Python and "
+    "launches, about three times as fast on small images. auto: where a step can be recorded."
+)
 _PARALLEL_HELP = (
     "Train in several processes, started by --nproc or torchrun: modules (each process trains its own modules, with "
     "the same numbers; a multiple of --modules makes replicas that share every batch) or data (each process trains all "
@@ -175,6 +179,7 @@ class RunConfig:
     """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
     compile: bool = False
     """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
+    cuda_graphs: Annotated[Literal["auto", "on", "off"], tyro.conf.arg(help=_GRAPHS_HELP)] = "auto"
     steps: OptionalInt = None
     """Stop after this many steps in all, as at the end of a run; --resume continues, up to --epochs."""
     val_interval: int = 1

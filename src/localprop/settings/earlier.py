@@ -11,6 +11,7 @@ NEWER: dict[str, Any] = {
     "task": "classification",
     "steps": None,
     "recompute_units": None,
+    "cuda_graphs": "off",
 }
 """Settings that version 0.1 did not have, and what they were then."""
 

@@ -58,19 +58,21 @@ class FiniteChecks:
         name = next(iter(non_finite({name: p.grad for name, p in named if p.grad is not None})), None)
         # A loss scale that is too large shows in the gradients alone; they decide whether its step is skipped.
         if not loss.isfinite() and not (name and scaled):
-            return self.loss_error(k, loss, step)
-        if not name:
-            return None
+            return self.loss_error(k, loss.item(), step)
+        return self.gradient_error(k, name, loss.item(), step, scaled) if name else None
+
+    def gradient_error(self, k: int, name: str, loss: float, step: int, scaled: bool) -> NonFiniteGradientError:
+        """The error of a gradient that is not finite, that of parameter `name`; other arguments as of `error`."""
         scale = " with a loss scale of 1" if scaled else ""
         return NonFiniteGradientError(
             f"the gradient of {name} in module {self._describe(k)} is not finite at step {step}{scale}, its loss is "
-            f"{loss.item():.4g}; {_UNTOUCHED}: lower --lr, or look for a division by zero in the backward pass"
+            f"{loss:.4g}; {_UNTOUCHED}: lower --lr, or look for a division by zero in the backward pass"
         )
 
-    def loss_error(self, k: int, loss: Tensor, step: int) -> NonFiniteLossError:
+    def loss_error(self, k: int, loss: float, step: int) -> NonFiniteLossError:
         """The error of a local loss that is not finite; arguments as of `error`."""
         return NonFiniteLossError(
-            f"the loss of module {self._describe(k)} is {loss.item()} at step {step}; {_UNTOUCHED}: lower --lr or set "
+            f"the loss of module {self._describe(k)} is {loss} at step {step}; {_UNTOUCHED}: lower --lr or set "
             "--clip-grad"
         )
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import torch
+from torch import Tensor
 
 from localprop.data.base import Data
 from localprop.memory.measure import measured
@@ -26,7 +27,10 @@ class Gauge:
         data: what is trained on; what it holds on the device is not training's.
 
     Attributes:
-        peak: the largest number of bytes in use so far; None before anything has been measured.
+        peak: the largest number of bytes in use so far; None before anything has been measured. Of CUDA graphs it is
+            that of their recording: what they compute later is in the memory that the recording found.
+        reserved: the largest number of bytes that PyTorch has held on the device so far, in use or not; None elsewhere
+            than on CUDA.
     """
 
     def __init__(
@@ -35,6 +39,7 @@ class Gauge:
         self._state, self._stage, self._device, self._data = state, stage, device, data
         self._micro_batches = micro_batches
         self.peak: int | None = None
+        self.reserved: int | None = None
         self._steps = 0  # since the start of this process
         self._settled = False  # whether the most has been measured
 
@@ -53,8 +58,9 @@ class Gauge:
         if not self._due(number):
             train(carry)
             return carry
-        before = chain(*self._state.tensors().values(), self._stage.waiting().tensors)
         own, earlier = carry, []
+        # On CUDA the allocator itself knows what there is.
+        before = [] if self._device.type == "cuda" else self._existing()
         with measured(before, self._device) as measurement:
             if self._device.type != "cuda":
                 # To be seen, what ends inside has to begin inside; and what began before may not end inside.
@@ -62,7 +68,16 @@ class Gauge:
             train(own)
         del earlier
         self.peak = max(self.peak or 0, measurement.peak - self._data.held_bytes)
+        self.note_reserved()
         return own
+
+    def note_reserved(self) -> None:
+        """Looks how much is held on the device."""
+        if self._device.type == "cuda":
+            self.reserved = max(self.reserved or 0, torch.cuda.max_memory_reserved(self._device))
+
+    def _existing(self) -> list[Tensor]:
+        return [*chain(*self._state.tensors().values()), *self._stage.waiting().tensors]
 
     def _due(self, number: int) -> bool:
         if self._device.type == "cuda":

@@ -1,14 +1,14 @@
 """The optimizer of a local module and its learning rate schedule: timm's, and low-bit ones of torchao."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from torch import Tensor, nn
 
 from localprop.errors import ConfigError, suggestion
 from localprop.settings.config import OptimConfig
@@ -34,14 +34,69 @@ def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opti
     if config.opt not in known:
         hint = suggestion(config.opt, [*known, *LOW_BIT])
         raise ConfigError(f"--opt {config.opt!r} is no optimizer of timm or torchao; {hint}")
+    kind, device = get_optimizer_class(config.opt, False), next(module.parameters()).device
+    options = inspect.signature(kind).parameters
     # PyTorch's own optimizers have a fused step, six times as fast for a small network on a CPU.
-    fused: dict[str, Any] = (
-        {"fused": True} if "fused" in inspect.signature(get_optimizer_class(config.opt, False)).parameters else {}
-    )
+    chosen = {"fused": "fused" in options and _fused_works(config.opt, device.type)}
+    # What a CUDA graph needs; without one it changes nothing.
+    chosen["capturable"] = chosen["fused"] and "capturable" in options and device.type == "cuda"
+    given: dict[str, Any] = {name: True for name, value in chosen.items() if value}
     try:
-        return create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused)
+        return create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **given)
     except (AssertionError, ImportError) as error:
         raise ConfigError(f"--opt {config.opt} needs a library that is missing ({error}); choose another") from None
+
+
+@cache
+def _fused_works(opt: str, device: str) -> bool:
+    """Whether an optimizer's fused step exists on a type of device: Adagrad's does on CUDA in later versions only."""
+    if device != "cuda":
+        return True
+    parameter = nn.Parameter(torch.zeros(1, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        create_optimizer_v2([parameter], opt=opt, lr=0.1, fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+def masks_its_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer looks on its device at a tensor `found_inf`, and does not step where that is 1."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+class RatesOnDevice:
+    """Learning rates of optimizers as tensors on their device, where a CUDA graph reads what a schedule has set.
+
+    Args:
+        optimizers: whose learning rates are numbers.
+        device: where their parameters are.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device) -> None:
+        self._optimizers = optimizers
+        self._numbers = [float(group["lr"]) for group in self._groups()]
+        self._tensors = [torch.zeros((), device=device) for _ in self._numbers]
+        for optimizer in optimizers:
+            # Else torch warns that a step that could be captured is not.
+            optimizer._warned_capturable_if_run_uncaptured = True
+
+    def set(self) -> None:
+        """Puts tensors in the place of the numbers that a schedule or a checkpoint has left."""
+        for place, (group, tensor) in enumerate(zip(self._groups(), self._tensors, strict=True)):
+            if group["lr"] is not tensor:
+                self._numbers[place] = group["lr"]
+                group["lr"] = tensor.fill_(group["lr"])
+
+    def unset(self) -> None:
+        """Puts the numbers back, as a checkpoint has them."""
+        for group, number in zip(self._groups(), self._numbers, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"] = number
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int) -> Any:

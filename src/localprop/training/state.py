@@ -1,6 +1,6 @@
 """What changes while a network is trained: weights, optimizers, learning rates, loss scale, moving average."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -8,16 +8,21 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from localprop.errors import CheckpointError, NonFiniteGradientError, NonFiniteLossError, first_line
+from localprop.errors import CheckpointError, NonFiniteLossError, first_line
 from localprop.memory.measure import plain_tensors
 from localprop.network.carry import Carry
+from localprop.network.graphs import Recorder
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig
 from localprop.system.reading import Malformed
+from localprop.training.checkpoints.parts import load_share, part_name
 from localprop.training.checkpoints.restoring import check_part, load_optimizer
-from localprop.training.finite import FiniteChecks, wide_norm
-from localprop.training.offload import Offload
-from localprop.training.optimizers import create_optimizer, create_scheduler
+from localprop.training.optimizers import RatesOnDevice, create_optimizer, create_scheduler, masks_its_step
+from localprop.training.stepping.captured import CapturedSteps
+from localprop.training.stepping.mask import Mask
+from localprop.training.stepping.moving_average import AverageOnDevice
+from localprop.training.stepping.offload import Offload
+from localprop.training.stepping.steps import OptimizerSteps
 
 
 class TrainingState:
@@ -31,6 +36,7 @@ class TrainingState:
         modules: those that are trained by this process; all, if left out. The network gives up the others' weights.
         average: replaces a module's gradients, in place, by their mean over processes that train the same module.
         span: given "compute" and a module, a context in which that module takes its step.
+        delayed: whether the host is told of NaN and infinity later, and waits for nothing until then; default: on CUDA.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
     place where it is needed (epoch, batch, module).
@@ -45,16 +51,15 @@ class TrainingState:
         modules: range | None = None,
         average: Callable[[list[Tensor]], None] | None = None,
         span: Callable[[str, int], AbstractContextManager[Any]] | None = None,
+        delayed: bool | None = None,
     ) -> None:
         self.net = net
         self.config = config
         self.step = 0
         self.average, self.span = average, span
         self.modules = range(len(net.local_modules)) if modules is None else modules
-        # In the module's order, which averages and norms are rounded by; looking names up at every step takes time.
-        self._parameters = [list(net.local_modules[k].parameters()) for k in self.modules]
-        self._finite = FiniteChecks(net)
-        self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
+        own = [net.local_modules[k] for k in self.modules]
+        self.optimizers = [create_optimizer(module, config) for module in own]
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
         offloads = config.offload_optimizer and device.type == "cuda"
@@ -63,13 +68,28 @@ class TrainingState:
         # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
         self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
         self.ema = ModelEmaV3(net.backbone, decay=config.model_ema_decay) if config.model_ema else None
+        self.delayed = device.type == "cuda" if delayed is None else delayed
+        trained = [optimizer for optimizer in self.optimizers if any(g["params"] for g in optimizer.param_groups)]
+        masked = self.delayed and all(map(masks_its_step, trained))
+        self.mask = Mask([list(module.parameters()) for module in own], device) if masked else None
+        self.steps = OptimizerSteps(
+            net, self.modules, self.optimizers, self.scalers, config.clip_grad, self.offload, self.mask
+        )
+        self._rates = RatesOnDevice(trained, device) if self.mask else None
+        self._average = AverageOnDevice(self.ema, self.mask.failed) if self.ema and self.mask else None
+        self.captured: CapturedSteps | None = None
         if len(self.modules) < len(net.local_modules):
             net.keep(self.modules, *([self.ema.module] if self.ema else []))
 
     @property
     def lr(self) -> float:
         """The learning rate of the last step."""
-        return max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
+        with self._plain_rates():
+            return max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
+
+    def capture(self, recorder: Recorder, refuse: Callable[[str], None]) -> None:
+        """Has steps recorded as CUDA graphs; arguments as of `CapturedSteps`."""
+        self.captured = CapturedSteps(self, recorder, refuse)
 
     def train_step(self, batch: list[Tensor] | Carry, seed: int, last: bool = True) -> Tensor:
         """A step, or one micro-batch of it: forward and backward, module by module, and after the last optimizer steps.
@@ -88,72 +108,82 @@ class TrainingState:
             NonFiniteGradientError: a gradient is, under a finite loss. After either error the weights of that module
                 and of later ones are as before the step; those of earlier modules have been stepped. With float16 such
                 a step of a module is skipped and its loss scale halved, as `GradScaler` does; this is an error once the
-                scale is below 1.
+                scale is below 1. Where there is a `mask`, nothing is raised: `problem` tells later.
         """
         if last:
-            for scheduler in self.schedulers:
-                if scheduler:
-                    scheduler.step_update(self.step)
-            if self.offload:
-                self.offload.fetch(0)
+            self._begin_step()
         carry = Carry.of(batch)
-        for i, k in enumerate(self.modules):
-            with self.span("compute", k) if self.span else nullcontext(), self._clearing():
-                self.net.train_module(k, carry, self.scalers[i], seed, self.config.micro_batches)
-                if last:
-                    self._step_module(i, carry.losses[-1])
-                elif not self.scalers[i] and not carry.losses[-1].isfinite():
-                    raise self._finite.loss_error(k, carry.losses[-1], self.step + 1)
+        try:
+            if not (self.captured and self.captured.run(carry, seed, last)):
+                self.run(carry, seed, last)
+        except NonFiniteLossError:
+            self.steps.clear()
+            raise
         if last:
             self.step += 1
-            if self.ema:
-                self.ema.update(self.net.backbone, step=self.step)
         return torch.stack([loss.float() for loss in carry.losses])
 
-    @contextmanager
-    def _clearing(self) -> Iterator[None]:
-        """Removes all gradients when a step fails: a later step must not add to them."""
-        try:
-            yield
-        except NonFiniteLossError:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            raise
+    def _begin_step(self) -> None:
+        """Sets what a step depends on beside its batch: learning rates and the weight of the moving average."""
+        for scheduler in self.schedulers:
+            if scheduler:
+                scheduler.step_update(self.step)
+        if self._rates:
+            self._rates.set()
+        if self._average:
+            self._average.prepare(self.step + 1)
+        if self.offload:
+            self.offload.fetch(0)
 
-    def _step_module(self, i: int, loss: Tensor) -> None:
-        """Steps the i-th of the modules that are trained here, whose gradients are there; `loss` is its local loss."""
-        parameters = self._parameters[i]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if not gradients:
-            if not loss.isfinite():
-                raise self._finite.loss_error(self.modules[i], loss, self.step + 1)
-            return
-        # First, so that all replicas judge the same gradients.
-        if self.average:
-            self.average(gradients)
-        optimizer, scaler = self.optimizers[i], self.scalers[i]
-        if scaler:
-            scaler.unscale_(optimizer)
-        norm, problem = nn.utils.get_total_norm(gradients), None
-        # Both at once: on a GPU each look at a number waits for all that comes before it.
-        if not (loss + norm).isfinite():
-            problem = self._finite.error(self.modules[i], loss, self.step + 1, scaled=scaler is not None)
-            norm = wide_norm(gradients)
-        skipped = isinstance(problem, NonFiniteGradientError) and scaler
-        if problem and not skipped:
-            raise problem
-        if self.config.clip_grad:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
-        with self.offload.present(i) if self.offload else nullcontext():
-            if scaler:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
-            # Gone before the next module's gradients come.
-            optimizer.zero_grad(set_to_none=True)
-        if problem and scaler and scaler.get_scale() < 1:
-            raise problem
+    def run(self, carry: Carry, seed: int, last: bool) -> None:
+        """Trains every module on a batch, one after the other; arguments as of `train_step`."""
+        for i, k in enumerate(self.modules):
+            with self.span("compute", k) if self.span else nullcontext():
+                self.net.seed_module(k, seed)
+                self.train_module(i, carry, last)
+                self.finish_module(i, carry.losses[-1], last)
+        if last:
+            self.update_average()
+
+    def train_module(self, i: int, carry: Carry, last: bool) -> None:
+        """What the device does for the i-th module trained here: all of its training, if its step is masked."""
+        self.net.train_module(self.modules[i], carry, self.scalers[i], None, self.config.micro_batches)
+        if self.mask:
+            self.steps.masked(i, carry.losses[-1], last, self.average)
+
+    def finish_module(self, i: int, loss: Tensor, last: bool) -> None:
+        """What the host does after that: it looks at the loss and the gradients, and takes the step."""
+        if not self.mask:
+            self.steps.look(i, loss, self.step + 1, last, self.average)
+
+    def update_average(self) -> None:
+        """Takes the weights of this step into the moving average, if there is one."""
+        if self._average:
+            self._average.update(self.net.backbone)
+        elif self.ema:
+            self.ema.update(self.net.backbone, step=self.step + 1)
+
+    def problem(self, losses: Sequence[float], flags: Sequence[float], step: int) -> NonFiniteLossError | None:
+        """What was not finite in a step whose numbers have come to the host; no gradients are left where something was.
+
+        Args:
+            losses: what `train_step` gave.
+            flags: what `mask.flags` was after it.
+            step: the step, from 1.
+        """
+        problem = self.steps.problem(losses, flags, step)
+        if problem:
+            self.steps.clear()
+        return problem
+
+    @contextmanager
+    def _plain_rates(self) -> Iterator[None]:
+        """Inside, learning rates are numbers."""
+        if self._rates:
+            self._rates.unset()
+        yield
+        if self._rates:
+            self._rates.set()
 
     def renew_gradients(self) -> list[Tensor]:
         """Puts copies in the place of gradients that earlier micro-batches have left; gives these."""
@@ -192,17 +222,19 @@ class TrainingState:
         weights = self.net.backbone.state_dict()
         averages = self.ema.module.state_dict() if self.ema else {}
         parts: dict[str, Any] = {}
-        for k, optimizer, scaler in zip(self.modules, self.optimizers, self.scalers, strict=True):
+        with self._plain_rates():
+            optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        for k, optimizer, scaler in zip(self.modules, optimizers, self.scalers, strict=True):
             part = {
                 "backbone": {name: weights[name] for name in shares[k]},
                 "auxiliary": self.net.local_modules[k].local_loss.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizer": optimizer,
             }
             if self.ema:
                 part["ema"] = {name: averages[name] for name in shares[k]}
             if scaler:
                 part["scaler"] = scaler.state_dict()
-            self._finite.require_part(k, part, self.step)
+            self.steps.finite.require_part(k, part, self.step)
             parts[part_name(k)] = part
         return parts
 
@@ -217,13 +249,13 @@ class TrainingState:
             except Malformed as error:
                 return f"{own}: {error}"
         for k in range(len(self.net.local_modules)):
-            if flaw := self._finite.flaw(k, parts.get(part_name(k), {})):
+            if flaw := self.steps.finite.flaw(k, parts.get(part_name(k), {})):
                 return flaw
         return None
 
     def require_finite(self, weights: dict[str, Tensor]) -> None:
         """Checks a state dict of the backbone before it is published; see `FiniteChecks.require`."""
-        self._finite.require(weights)
+        self.steps.finite.require(weights)
 
     def load(self, parts: dict[str, Any], step: int) -> None:
         """Restores what `parts` gave.
@@ -232,16 +264,18 @@ class TrainingState:
             CheckpointError: the parts are those of another network.
         """
         shares = self.net.shares()
+        if self._rates:
+            self._rates.unset()  # which those of the checkpoint are compared with
         try:
             for i, k in enumerate(self.modules):
                 part = parts[part_name(k)]
-                _load_share(self.net.backbone, part["backbone"], shares[k])
+                load_share(self.net.backbone, part["backbone"], shares[k])
                 self.net.local_modules[k].local_loss.load_state_dict(part["auxiliary"])
                 load_optimizer(self.optimizers[i], part["optimizer"])
                 if self.offload:
                     self.offload.release(i)
                 if self.ema:
-                    _load_share(self.ema.module, part["ema"], shares[k])
+                    load_share(self.ema.module, part["ema"], shares[k])
                 if scaler := self.scalers[i]:
                     scaler.load_state_dict(part["scaler"])
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -256,20 +290,3 @@ class TrainingState:
 def autocast(config: OptimConfig, device: torch.device) -> AbstractContextManager[Any]:
     """The context of mixed precision, where the settings have it."""
     return torch.autocast(device.type, getattr(torch, config.amp_dtype)) if config.amp else nullcontext()
-
-
-def part_name(k: int) -> str:
-    """What the part of a checkpoint is called that holds module k."""
-    return f"module-{k}"
-
-
-def whole_weights(parts: dict[str, Any]) -> dict[str, Tensor]:
-    """The backbone's state dict from the parts of all modules: the moving average where there is one."""
-    return {name: tensor for part in parts.values() for name, tensor in part.get("ema", part["backbone"]).items()}
-
-
-def _load_share(model: nn.Module, values: dict[str, Tensor], names: list[str]) -> None:
-    """Loads a module's share of a backbone's state dict; raises ValueError if it is another one's."""
-    if other := values.keys() ^ names:
-        raise ValueError(f"its modules hold other weights, such as {min(other)}")
-    model.load_state_dict(values, strict=False)

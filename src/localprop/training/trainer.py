@@ -22,14 +22,17 @@ from localprop.system.lock import FolderLock
 from localprop.system.reading import Malformed
 from localprop.training.checkpoints.folder import checkpoint_names
 from localprop.training.checkpoints.loading import Checkpoint, newest_checkpoint
+from localprop.training.checkpoints.parts import part_name
 from localprop.training.evaluating import evaluate_network
 from localprop.training.gauge import Gauge
 from localprop.training.outputs import CHECKPOINTS, Outputs
 from localprop.training.position import Clock, Position, read_position
+from localprop.training.records import StepRecords
 from localprop.training.scores import Scores
 from localprop.training.signals import Interrupted, StopSignals
 from localprop.training.stage import Stage
-from localprop.training.state import TrainingState, autocast, part_name
+from localprop.training.state import TrainingState, autocast
+from localprop.training.stepping.captured import use_graphs
 
 
 class Trainer:
@@ -80,6 +83,7 @@ class Trainer:
         self.tests_at_end = True
         self.tested: Scores | None = None
         self._signals, self._clock = StopSignals(), Clock()
+        self._records = StepRecords(state, self.stage.reports, self.outputs, self.gauge, self._clock, device, predicted)
         self._skipped_noted = 0
 
     def resume(self) -> list[str]:
@@ -146,7 +150,10 @@ class Trainer:
             MemoryError: there is not enough.
             NonFiniteLossError, DataError, CheckpointError: see there. Checkpoints written before stay.
         """
+        self._records.progress = progress
         with self._signals, stops_cleanly(), one_memory_error():
+            if not self._at_end:
+                self._use_graphs(progress)
             rows, epoch_ends = self.outputs.rows, self.position.batch == 0 or self._at_end
             if self.state.step and epoch_ends and (not rows or rows[-1].step < self.state.step):
                 self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
@@ -162,6 +169,12 @@ class Trainer:
             if self.tests_at_end and self.data.final:
                 self.tested = self.evaluate(self.data.final)
         return rows
+
+    def _use_graphs(self, progress: Progress) -> None:
+        choice = self.config.run.cuda_graphs
+        replicas, traced = self.stage.replicas > 1, self.config.run.trace
+        if note := use_graphs(self.state, choice, self.device, replicas, traced, progress.note):
+            progress.note(note)
 
     def evaluate(self, data: Data | None = None) -> Scores | None:
         """Evaluates every module's head and the network (or its moving average).
@@ -193,20 +206,12 @@ class Trainer:
             losses, stop = self._train_step(islice(batches, optim.micro_batches))
             position.batch += 1
             self._note_skipped(progress)
-            if self.stage.reports:
-                self._record(losses.tolist(), progress)
+            self._records.add(position, losses)
             if every and self.state.step % every == 0 and position.batch < steps.stop:
                 self._save()
             self._stop_if_asked(stop)
         if position.batch < self.steps_per_epoch:
             self._save()  # --steps ends here
-
-    def _record(self, losses: list[float], progress: Progress) -> None:
-        """Takes down the losses of a step that has been done."""
-        self.position.add_losses(losses)
-        self.outputs.add_step(self.state.step, losses, *self._clock.lap(self.position, training=True))
-        peak = self.gauge.peak or self.predicted or 0
-        progress.step(self.position.epoch + 1, self.position.batch, losses, peak)
 
     def _train_step(self, micro_batches: Iterator[Carry]) -> tuple[Tensor, int]:
         """One training step on micro-batches, as they come.
@@ -239,6 +244,7 @@ class Trainer:
 
     def _finish_epoch(self, progress: Progress) -> None:
         position = self.position
+        self._records.finish(position)
         if position.batch == self.steps_per_epoch:
             position.epoch, position.batch = position.epoch + 1, 0
             self._save()  # before the evaluation, which may fail
@@ -247,6 +253,7 @@ class Trainer:
         due = position.epoch % self.config.run.val_interval == 0 or self._at_end
         scores = self.evaluate() if due else None
         self._clock.lap(position, training=False)
+        self.gauge.note_reserved()
         if self.stage.reports:
             row = self._row(scores)
             self.outputs.add_epoch(row, last=self._at_end)
@@ -272,6 +279,7 @@ class Trainer:
         )
 
     def _save(self) -> Path:
+        self._records.finish(self.position)  # nothing is saved of steps that nobody knows to be finite
         self.outputs.require_folder()
         self.position.peak = self.gauge.peak
         meta = {"position": vars(self.position), "curve": self.outputs.curve.state()}

@@ -20,7 +20,7 @@ _PART = {
     "ema?": _TENSORS,
     "scaler?": MAPPING,
 }
-_CHOSEN_BY_DEVICE = ("foreach", "fused")
+_CHOSEN_BY_DEVICE = ("foreach", "fused", "capturable")
 # Of these, each element belongs to one of the parameter's.
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
@@ -47,7 +47,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
     groups = saved["param_groups"]
     if _is_of_torch(optimizer):  # without what another version of torch keeps there, which is off
         groups = [
-            {name: group[name] for name in own if name in group}
+            {name: own[name] if name in _CHOSEN_BY_DEVICE else group[name] for name in own if name in group}
             for own, group in zip(before["param_groups"], groups, strict=False)
         ]
     optimizer.load_state_dict({**saved, "param_groups": groups})

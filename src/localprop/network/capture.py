@@ -1,0 +1,96 @@
+"""A network's backward pass as CUDA graphs, for training loops of one's own."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from localprop.errors import ConfigError, first_line
+from localprop.network.carry import Carry
+from localprop.network.graphs import CapturedPass, Recorder
+from localprop.network.output import LocalOutput
+
+
+class Network(Protocol):
+    """What is needed of a `LocalNetwork`."""
+
+    local_modules: Any
+
+    def seed_module(self, k: int, seed: int) -> None:
+        """See `LocalNetwork.seed_module`."""
+
+    def train_module(self, k: int, carry: Carry, scaler: torch.amp.GradScaler | None) -> Tensor | None:
+        """See `LocalNetwork.train_module`."""
+
+
+class CapturedBackward:
+    """`LocalNetwork.backward`, recorded at the second call and replayed from the third on; see `LocalNetwork.capture`.
+
+    Batches have to be alike: their shapes, types and devices.
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        recorder: Recorder,
+        after_module: Callable[[int, Tensor], None] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self._net, self._recorder = net, recorder
+        self._after_module, self._scaler = after_module, scaler
+        self._predictions: list[Tensor | None] = [None] * len(net.local_modules)
+        works = [partial(self._train, k) for k in range(len(net.local_modules))]
+        self._pass = CapturedPass(recorder, works, net.seed_module)
+        self._calls = 0
+
+    def __call__(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> LocalOutput:
+        """Trains on a batch.
+
+        Args:
+            inputs: see `LocalNetwork.backward`; they are copied from the second call on.
+            targets: likewise.
+            seed: likewise.
+
+        Returns:
+            Losses and predictions. The next call writes over the predictions: copy what is to be kept.
+
+        Raises:
+            ConfigError: the step does something that cannot be recorded, or a batch is unlike the recorded one.
+        """
+        carry = Carry(inputs, targets, inputs)
+        del inputs, targets
+        self._calls += 1
+        if self._calls == 1:
+            with self._recorder.apart():
+                for k in range(len(self._predictions)):
+                    if seed is not None:
+                        self._net.seed_module(k, seed)
+                    self._train(k, carry)
+        else:
+            if self._calls == 2:
+                self._record(carry)
+            if not self._pass.fits(carry):
+                raise ConfigError("this batch has other shapes or types than the recorded one; call backward for it")
+            self._pass.replay(carry, seed)
+        return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), list(self._predictions))
+
+    def _record(self, carry: Carry) -> None:
+        try:
+            self._pass.record(carry)
+        except RuntimeError as error:
+            self._calls = 1
+            raise ConfigError(
+                f"the step cannot be recorded as CUDA graphs ({first_line(error)}); keep what it does on the device, "
+                "or call backward"
+            ) from error
+
+    def _train(self, k: int, carry: Carry) -> None:
+        prediction = self._net.train_module(k, carry, self._scaler)
+        # K predictions of a vector each are small; K of a vocabulary at every position are not.
+        kept = prediction is not None and (prediction.dim() == 2 or k + 1 == len(self._predictions))
+        self._predictions[k] = prediction if kept else None
+        del prediction
+        if self._after_module:
+            self._after_module(k, carry.losses[-1])

@@ -1,0 +1,227 @@
+"""Steps of training as CUDA graphs, one for each module: the same numbers, without Python and launches."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from localprop.errors import ConfigError, first_line
+from localprop.network.carry import Carry
+from localprop.network.graphs import CapturedPass, CudaRecorder, Recorder, Work, copy_of_context
+from localprop.network.network import LocalNetwork
+from localprop.settings.config import OptimConfig
+from localprop.training.stepping.mask import Mask
+from localprop.training.stepping.offload import Offload
+from localprop.training.stepping.steps import OptimizerSteps, forget
+
+
+class Training(Protocol):
+    """What is needed of a `TrainingState`."""
+
+    net: LocalNetwork
+    config: OptimConfig
+    modules: range
+    mask: Mask | None
+    steps: OptimizerSteps
+    offload: Offload | None
+    step: int
+
+    def capture(self, recorder: Recorder, refuse: Callable[[str], None]) -> None: ...
+
+    def run(self, carry: Carry, seed: int, last: bool) -> None: ...
+
+    def train_module(self, i: int, carry: Carry, last: bool) -> None: ...
+
+    def finish_module(self, i: int, loss: Tensor, last: bool) -> None: ...
+
+    def update_average(self) -> None: ...
+
+
+def use_graphs(
+    state: Training,
+    choice: Literal["auto", "on", "off"],
+    device: torch.device,
+    replicas: bool,
+    traced: bool,
+    tell: Callable[[str], None],
+) -> str | None:
+    """Has a training's steps recorded as CUDA graphs, where that is chosen and possible.
+
+    Args:
+        state: the training.
+        choice: of `--cuda-graphs`.
+        device: where it is.
+        replicas: whether gradients are averaged over processes.
+        traced: whether it is recorded when each module computes.
+        tell: shows a line to the user.
+
+    Returns:
+        A line for the user.
+
+    Raises:
+        ConfigError: they are on, and cannot be.
+    """
+    if choice == "off" or device.type != "cuda":
+        return None
+
+    def refuse(reason: str) -> None:
+        if choice == "on":
+            raise ConfigError(f"--cuda-graphs on: {reason}; leave it out")
+        tell(f"no CUDA graphs: {reason}")
+
+    reasons = {
+        "--offload-optimizer moves what a graph has the place of": state.offload is not None,
+        "replicas average their gradients between the host's processes": replicas,
+        "--trace records when each module computes": traced,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            refuse(reason)
+            return None
+    state.capture(CudaRecorder(device), refuse)
+    if state.mask is None:
+        return f"--opt {state.config.opt} steps outside of the CUDA graphs: each module waits for one number"
+    return None
+
+
+class CapturedSteps:
+    """Records the second step that it is given, and replays it for every later one.
+
+    The first runs as usual: optimizers get their state, and kernels their workspaces. Of several micro-batches those
+    before the last are one recording, and the last is another; their gradients stay in buffers.
+
+    Args:
+        state: the training, whose steps are recorded.
+        recorder: what records.
+        refuse: called with the reason where steps cannot be recorded; they run as usual then.
+    """
+
+    def __init__(self, state: Training, recorder: Recorder, refuse: Callable[[str], None]) -> None:
+        self._state, self._recorder, self._refuse = state, recorder, refuse
+        self._passes: dict[bool, CapturedPass] = {}  # by whether the micro-batch is the last
+        self._first: int | None = None  # the step that ran as usual
+        self._gradients: list[list[Tensor]] = [[] for _ in state.modules]
+        self._refused = False
+
+    def run(self, carry: Carry, seed: int, last: bool) -> bool:
+        """Trains on a batch, if that can be recorded; gives whether it was trained on.
+
+        Arguments are those of `TrainingState.run`.
+        """
+        if self._refused:
+            return False
+        if self._first is None:
+            self._first = self._state.step
+        if self._state.step == self._first:
+            with self._recorder.apart():
+                self._state.run(carry, seed, last)
+            return True
+        if last not in self._passes:
+            self._record(carry, last)
+        if self._refused or not self._passes[last].fits(carry):
+            return False
+        self._passes[last].replay(carry, seed)
+        if last and not self._state.mask:
+            self._state.update_average()
+        if self._state.modules.stop < len(self._state.net.local_modules):
+            # The next stage reads them while the next batch writes over these.
+            carry.features, carry.context = carry.features.clone(), copy_of_context(carry.context)
+        return True
+
+    def _record(self, carry: Carry, last: bool) -> None:
+        state = self._state
+        count = len(state.modules)
+        works: list[Work] = [partial(state.train_module, i, last=last) for i in range(count)]
+        if last and state.mask:
+            works.append(lambda carry: state.update_average())
+
+        def seed_module(number: int, seed: int) -> None:
+            if number < count:
+                state.net.seed_module(state.modules[number], seed)
+
+        def recorded(number: int) -> None:
+            if number < count:
+                self._keep_gradients(number, last)
+
+        def after(number: int, output: Carry) -> None:
+            if number < count and not state.mask:
+                self._step_by_host(number, output.losses[number], last)
+
+        captured = CapturedPass(self._recorder, works, seed_module, recorded, after)
+        try:
+            self._lend_buffers()
+            captured.record(carry)
+        except Exception as error:  # whatever the code of a model, a loss or an optimizer does that a graph cannot
+            self._give_up(first_line(error), last)
+            return
+        self._passes[last] = captured
+
+    def _lend_buffers(self) -> None:
+        """Where a step has several micro-batches: has gradients added up in buffers, which graphs know the place of."""
+        steps = self._state.steps
+        if self._state.config.micro_batches == 1:
+            return
+        if steps.buffers is None:
+            steps.buffers = [[torch.empty_like(parameter) for parameter in own] for own in steps.trained]
+            for own in steps.buffers:
+                forget(own)
+        self._show(steps.buffers)
+
+    def _show(self, gradients: list[list[Tensor]], i: int | None = None) -> None:
+        """Lets parameters have these gradients: those of all modules, or of the i-th."""
+        for number, own in enumerate(self._state.steps.trained):
+            if i in (None, number):
+                for parameter, gradient in zip(own, gradients[number], strict=True):
+                    parameter.grad = gradient
+
+    def _hide(self, i: int) -> None:
+        for parameter in self._state.steps.parameters[i]:
+            parameter.grad = None
+
+    def _keep_gradients(self, i: int, last: bool) -> None:
+        """Takes the gradients from the i-th module that its graph has just got, where the host has to step it."""
+        steps = self._state.steps
+        if steps.buffers is not None:
+            self._gradients[i] = steps.buffers[i]
+        elif last and not self._state.mask:
+            steps.trained[i] = [parameter for parameter in steps.parameters[i] if parameter.grad is not None]
+            # Their memory is free for the next module, whose graph runs once the host has stepped this one.
+            self._gradients[i] = [_borrowed(parameter.grad) for parameter in steps.trained[i] if _has_grad(parameter)]
+        self._hide(i)
+
+    def _step_by_host(self, i: int, loss: Tensor, last: bool) -> None:
+        if last:
+            self._show(self._gradients, i)
+        try:
+            self._state.finish_module(i, loss, last)
+        finally:
+            self._hide(i)
+
+    def _give_up(self, reason: str, last: bool) -> None:
+        """Returns to the state before a recording that failed: nothing has been computed by it."""
+        self._refused = True
+        steps = self._state.steps
+        torch.clear_autocast_cache()
+        steps.reset_scalers()
+        for i in range(len(self._state.modules)):
+            self._hide(i)
+        if steps.buffers is not None and False in self._passes:
+            self._show(steps.buffers)  # what earlier micro-batches of this step have left
+        steps.buffers = None
+        self._passes.clear()
+        self._refuse(f"a step cannot be recorded ({reason})")
+
+
+def _has_grad(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None
+
+
+def _borrowed(tensor: Tensor | None) -> Tensor:
+    """The same memory, which its allocator may give out again meanwhile."""
+    assert tensor is not None
+    storage = tensor.untyped_storage()
+    place = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(place, tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -1,0 +1,66 @@
+"""Tells on the device whether everything has been finite, so that no optimizer waits for the host to look."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Mask:
+    """From the first loss or gradient on that is not finite, masks every step of every optimizer.
+
+    Args:
+        parameters: those of each module that is trained.
+        device: where they are.
+
+    Attributes:
+        failed: 0, or 1 from the first failure on: the `found_inf` of fused optimizers.
+        flags: (modules,) what `failed` was after each module, when that was last trained.
+    """
+
+    def __init__(self, parameters: Sequence[Sequence[nn.Parameter]], device: torch.device) -> None:
+        self.failed = torch.zeros((), device=device)
+        self.flags = torch.zeros(len(parameters), device=device)
+        self._norms = [torch.zeros(len(own), dtype=torch.float64, device=device) for own in parameters]
+
+    def note_loss(self, i: int, loss: Tensor) -> None:
+        """Looks at the loss of the i-th module."""
+        self.note(i, ~loss.isfinite())
+
+    def note(self, i: int, bad: Tensor) -> None:
+        """Notes whether something of the i-th module is not finite: a boolean scalar."""
+        self.failed.copy_(torch.maximum(self.failed, bad.to(self.failed.dtype)))
+        self.flags[i].copy_(self.failed)
+
+    def gradient_norm(self, i: int, gradients: Sequence[Tensor | None]) -> Tensor:
+        """The 2-norm of a module's gradients together, in float64: it is finite where every element is.
+
+        That of each gradient is kept as it was at the first failure, to find the one that was not finite.
+
+        Args:
+            i: the module.
+            gradients: that of each parameter; None where it has none.
+        """
+        numbers = [number for number, gradient in enumerate(gradients) if gradient is not None]
+        given = [gradient for gradient in gradients if gradient is not None]
+        norms = torch.stack(torch._foreach_norm(given, 2, dtype=torch.float64))
+        for run in _runs(numbers):
+            kept = self._norms[i][numbers[run.start] : numbers[run.stop - 1] + 1]
+            kept.copy_(torch.where(self.failed > 0, kept, norms[run.start : run.stop]))
+        return torch.linalg.vector_norm(norms)
+
+    def not_finite(self, i: int) -> int | None:
+        """The number of the first parameter whose gradient was not finite at the failure; None where all were."""
+        found = (~self._norms[i].isfinite()).nonzero()
+        return int(found[0]) if len(found) else None
+
+    def reset(self) -> None:
+        """Forgets the failure."""
+        for tensor in (self.failed, self.flags, *self._norms):
+            tensor.zero_()
+
+
+def _runs(numbers: list[int]) -> list[range]:
+    """The places in an ascending list between which each number follows the one before."""
+    starts = [place for place, number in enumerate(numbers) if not place or numbers[place - 1] + 1 != number]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True)]
