@@ -25,7 +25,7 @@ def training(opt="adamw", offload=False, device="cpu", least=0, name="vit", **ch
     device = torch.device(device)
     state = TrainingState(split(name).to(device), replace(CONFIG, opt=opt, **changes), 10, device)
     if offload and device.type == "cpu":  # beside a CPU the host is another place in the same memory
-        state.offload = Offload(state.optimizers, device, least)
+        state.steps.offload = Offload(state.optimizers, device, least)
     return state
 
 
@@ -123,7 +123,7 @@ def test_training_on_cuda_does_not_notice(opt, amp_dtype, tmp_path, monkeypatch)
     results = []
     for offload in (False, True):
         state = training(opt, device="cuda", name="mlp", offload_optimizer=offload, **amp)
-        assert (state.offload is not None) == offload
+        assert (state.steps.offload is not None) == offload
         with torch.autocast("cuda", torch.float16, enabled=amp["amp"]):
             losses = steps(state, 4, "cuda")
             path = save_checkpoint(tmp_path / str(offload), 4, state.parts(), {}, 1)

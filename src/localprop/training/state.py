@@ -63,7 +63,7 @@ class TrainingState:
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
         offloads = config.offload_optimizer and device.type == "cuda"
-        self.offload = Offload(self.optimizers, device) if offloads else None
+        offload = Offload(self.optimizers, device) if offloads else None
         scaled = config.amp and config.amp_dtype == "float16"
         # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
         self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
@@ -73,7 +73,7 @@ class TrainingState:
         masked = self.delayed and all(map(masks_its_step, trained))
         self.mask = Mask([list(module.parameters()) for module in own], device) if masked else None
         self.steps = OptimizerSteps(
-            net, self.modules, self.optimizers, self.scalers, config.clip_grad, self.offload, self.mask
+            net, self.modules, self.optimizers, self.scalers, config.clip_grad, offload, self.mask
         )
         self._rates = RatesOnDevice(trained, device) if self.mask else None
         self._average = AverageOnDevice(self.ema, self.mask.failed) if self.ema and self.mask else None
@@ -132,8 +132,8 @@ class TrainingState:
             self._rates.set()
         if self._average:
             self._average.prepare(self.step + 1)
-        if self.offload:
-            self.offload.fetch(0)
+        if self.steps.offload:
+            self.steps.offload.fetch(0)
 
     def run(self, carry: Carry, seed: int, last: bool) -> None:
         """Trains every module on a batch, one after the other; arguments as of `train_step`."""
@@ -216,8 +216,8 @@ class TrainingState:
             NonFiniteWeightError: a weight or a buffer is NaN or infinite, but for buffers that were when the network
                 was built. Optimizer states may be: where a gradient's square overflows, Adam's step is zero.
         """
-        if self.offload:
-            self.offload.synchronize()
+        if self.steps.offload:
+            self.steps.offload.synchronize()
         shares = self.net.shares()
         weights = self.net.backbone.state_dict()
         averages = self.ema.module.state_dict() if self.ema else {}
@@ -272,8 +272,8 @@ class TrainingState:
                 load_share(self.net.backbone, part["backbone"], shares[k])
                 self.net.local_modules[k].local_loss.load_state_dict(part["auxiliary"])
                 load_optimizer(self.optimizers[i], part["optimizer"])
-                if self.offload:
-                    self.offload.release(i)
+                if self.steps.offload:
+                    self.steps.offload.release(i)
                 if self.ema:
                     load_share(self.ema.module, part["ema"], shares[k])
                 if scaler := self.scalers[i]:

@@ -153,7 +153,7 @@ class Trainer:
         self._records.progress = progress
         with self._signals, stops_cleanly(), one_memory_error():
             if not self._at_end:
-                self._use_graphs(progress)
+                use_graphs(self.state, self.config.run, self.device, self.stage.replicas > 1, progress.note)
             rows, epoch_ends = self.outputs.rows, self.position.batch == 0 or self._at_end
             if self.state.step and epoch_ends and (not rows or rows[-1].step < self.state.step):
                 self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
@@ -169,12 +169,6 @@ class Trainer:
             if self.tests_at_end and self.data.final:
                 self.tested = self.evaluate(self.data.final)
         return rows
-
-    def _use_graphs(self, progress: Progress) -> None:
-        choice = self.config.run.cuda_graphs
-        replicas, traced = self.stage.replicas > 1, self.config.run.trace
-        if note := use_graphs(self.state, choice, self.device, replicas, traced, progress.note):
-            progress.note(note)
 
     def evaluate(self, data: Data | None = None) -> Scores | None:
         """Evaluates every module's head and the network (or its moving average).

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,8 @@ from localprop.errors import ConfigError, first_line
 from localprop.network.carry import Carry
 from localprop.network.graphs import CapturedPass, CudaRecorder, Recorder, Work, copy_of_context
 from localprop.network.network import LocalNetwork
-from localprop.settings.config import OptimConfig
+from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.stepping.mask import Mask
-from localprop.training.stepping.offload import Offload
 from localprop.training.stepping.steps import OptimizerSteps, forget
 
 
@@ -25,7 +24,6 @@ class Training(Protocol):
     modules: range
     mask: Mask | None
     steps: OptimizerSteps
-    offload: Offload | None
     step: int
 
     def capture(self, recorder: Recorder, refuse: Callable[[str], None]) -> None: ...
@@ -40,50 +38,38 @@ class Training(Protocol):
 
 
 def use_graphs(
-    state: Training,
-    choice: Literal["auto", "on", "off"],
-    device: torch.device,
-    replicas: bool,
-    traced: bool,
-    tell: Callable[[str], None],
-) -> str | None:
-    """Has a training's steps recorded as CUDA graphs, where that is chosen and possible.
+    state: Training, config: RunConfig, device: torch.device, replicas: bool, tell: Callable[[str], None]
+) -> None:
+    """Has a training's steps recorded as CUDA graphs, where the settings have that and it is possible.
 
     Args:
         state: the training.
-        choice: of `--cuda-graphs`.
+        config: the settings.
         device: where it is.
         replicas: whether gradients are averaged over processes.
-        traced: whether it is recorded when each module computes.
         tell: shows a line to the user.
 
-    Returns:
-        A line for the user.
-
     Raises:
-        ConfigError: they are on, and cannot be.
+        ConfigError: `--cuda-graphs on`, and a step cannot be recorded.
     """
-    if choice == "off" or device.type != "cuda":
-        return None
+    if config.cuda_graphs == "off" or device.type != "cuda":
+        return
 
     def refuse(reason: str) -> None:
-        if choice == "on":
+        if config.cuda_graphs == "on":
             raise ConfigError(f"--cuda-graphs on: {reason}; leave it out")
         tell(f"no CUDA graphs: {reason}")
 
-    reasons = {
-        "--offload-optimizer moves what a graph has the place of": state.offload is not None,
-        "replicas average their gradients between the host's processes": replicas,
-        "--trace records when each module computes": traced,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            refuse(reason)
-            return None
-    state.capture(CudaRecorder(device), refuse)
-    if state.mask is None:
-        return f"--opt {state.config.opt} steps outside of the CUDA graphs: each module waits for one number"
-    return None
+    if state.steps.offload is not None:
+        refuse("--offload-optimizer moves optimizer states, and a graph needs them in one place")
+    elif replicas:
+        refuse("replicas average their gradients, which is done by the host")
+    elif config.trace:
+        refuse("--trace records when each module computes")
+    else:
+        state.capture(CudaRecorder(device), refuse)
+        if state.mask is None:
+            tell(f"--opt {state.config.opt} steps outside of the CUDA graphs: each module waits for the device once")
 
 
 class CapturedSteps:

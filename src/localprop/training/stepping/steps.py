@@ -28,6 +28,8 @@ class OptimizerSteps:
         mask: holds steps back on the device; None where the host looks before each step.
 
     Attributes:
+        offload: see above.
+        parameters: those of each module.
         trained: the parameters of each module that had a gradient in its last step.
         buffers: the memory in which each module's gradients stay from step to step; None where they are freed.
     """
@@ -43,7 +45,7 @@ class OptimizerSteps:
         mask: Mask | None,
     ) -> None:
         self._net, self._modules, self._optimizers, self._scalers = net, modules, optimizers, scalers
-        self._clip, self._offload, self.mask = clip, offload, mask
+        self._clip, self.offload, self.mask = clip, offload, mask
         # In the module's order, by which averages and norms are rounded; looking names up at every step takes time.
         self.parameters = [list(net.local_modules[k].parameters()) for k in modules]
         self.trained: list[list[nn.Parameter]] = [[] for _ in modules]
@@ -126,7 +128,9 @@ class OptimizerSteps:
         mask.note(i, ~loss.isfinite() & ~skipped)
         found.copy_(torch.maximum(found, mask.failed))
         self._take(i, norm)
-        mask.note(i, skipped & (scaler._get_scale_async() < 1))
+        scale = scaler._get_scale_async()
+        assert scale is not None  # it has been used
+        mask.note(i, skipped & (scale < 1))
 
     def problem(self, losses: Sequence[float], flags: Sequence[float], step: int) -> NonFiniteLossError | None:
         """What the mask has found first, once its flags are known.
@@ -158,7 +162,7 @@ class OptimizerSteps:
         optimizer, scaler = self._optimizers[i], self._scalers[i]
         if self._clip:
             nn.utils.clip_grads_with_norm_(self.parameters[i], self._clip, norm)
-        with self._offload.present(i) if self._offload else nullcontext():
+        with self.offload.present(i) if self.offload else nullcontext():
             if scaler:
                 scaler.step(optimizer)
                 scaler.update()
