@@ -37,7 +37,7 @@ def check(run: Run) -> None:
             try:
                 _follow(run, process, outcomes)
             finally:
-                process.terminate()
+                _end(process)
         if process.returncode not in (0, 1):  # 1: a test has failed, which its row says
             last = (log.read_text().strip().splitlines() or ["no output"])[-1]
             raise RuntimeError(f"pytest ended with exit code {process.returncode}: {last[:200]}")
@@ -46,6 +46,16 @@ def check(run: Run) -> None:
 def gpu_tests(folder: Path) -> list[Path]:
     """The files that have tests marked gpu: only these are imported."""
     return sorted(path for path in folder.rglob("test_*.py") if "mark.gpu" in path.read_text())
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ends the tests, if they are not over: they would disturb the next stage."""
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _follow(run: Run, process: "subprocess.Popen[bytes]", outcomes: Path) -> None:

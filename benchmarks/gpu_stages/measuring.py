@@ -82,6 +82,7 @@ class Lanes:
             return {"allocated": peak_of(step, [], "cpu"), "reserved": None, "ms_alone": round(self._time(step), 3)}
         torch.cuda.synchronize()
         first = time.perf_counter() - started
+        self._clean()  # what the first step has cached is no part of what later ones reserve
         torch.cuda.reset_peak_memory_stats()
         step()  # of graphs, the capture: only then the allocator sees what a replay uses
         times = [self._time(step) for _ in range(_ALONE)]

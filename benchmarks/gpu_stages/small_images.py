@@ -60,7 +60,7 @@ def _trained(run: Run, size: _Size, folder: Path, name: str, flags: list[str], g
     kwargs = [f"{key}={str(value).replace(' ', '')}" for key, value in size.kwargs.items()]
     common = [
         *("--data", DATA, "--hold-on-device", "--model", SWIN, "--model-kwargs", *kwargs, "--img-size", "32"),
-        *("--batch-size", str(size.batch), "--amp", "--smoothing", "0", "--epochs", str(_EPOCHS)),
+        *("--batch-size", str(size.batch), "--amp", "--smoothing", "0", "--lr", "1e-4", "--epochs", str(_EPOCHS)),
         *("--val-interval", str(_EPOCHS)),
     ]
     started = time.perf_counter()
