@@ -202,7 +202,11 @@ def test_examples_and_benchmarks_use_public_names_only(path):
             assert node.attr in localprop.__all__, node.attr
 
 
-LINKING = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/guide.md", "docs/parallel.md", "docs/security.md"]
+LINKING = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ["design", "guide", "gpu", "parallel", "security"]),
+]
 
 
 @pytest.mark.parametrize("path", LINKING)

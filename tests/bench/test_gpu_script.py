@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from places import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script that lies there
 
 import gpu
+import publish_gpu
 from gpu_stages import correctness, large_images, tables
 from gpu_stages.cases import SWIN, TINY, VIT, Case, Way, cases, exact, local
 from gpu_stages.results import Results
@@ -246,3 +248,29 @@ def test_tables_of_measured_rows():
     assert tables.small(content).splitlines()[-1] == "| K=4 |  | 190 | 200 | 0.950 |"
     assert tables.problems(content) == "- x: E: no\n- small: stopped"
     assert tables.resume(content) is None
+
+
+def test_the_page_has_the_tables_of_the_committed_results(monkeypatch, tmp_path, capsys):
+    page = tmp_path / "gpu.md"
+    page.write_text(publish_gpu.filled(publish_gpu.PAGE.read_text(), "old"))
+    monkeypatch.setattr(publish_gpu, "PAGE", page)
+    assert publish_gpu.main() == 0
+    assert page.read_text() == (ROOT / "docs" / "gpu.md").read_text()
+
+    monkeypatch.setattr(publish_gpu, "RESULTS", tmp_path)
+    (tmp_path / "gpu.json").write_text('{"dry_run": true}')
+    capsys.readouterr()
+    assert publish_gpu.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert page.read_text() == (ROOT / "docs" / "gpu.md").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_loop_on_the_page_trains_on_a_gpu():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "gpu.md").read_text(), re.DOTALL)
+    batch = torch.randn(4, 3, 224, 224), torch.arange(4)
+    names = {"loader": [batch] * 6}
+    exec(code, names)
+    assert names["out"].losses.isfinite().all()
+    assert names["out"].prediction.shape == (4, 10)
