@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from localprop.data.base import Data
 from localprop.data.images import streaming
-from localprop.data.images.folder import small_sizes
+from localprop.data.images.decoding import small_sizes
 from localprop.data.images.memory import MemoryStore
 from localprop.data.images.reading import read_image
 from localprop.data.images.streaming import StreamStore

@@ -1,4 +1,4 @@
-"""The processes and threads that decode images: they end when the one that trains does, and not before."""
+"""The processes that decode images: they end when the one that trains does, and not before."""
 
 import os
 import select
@@ -9,11 +9,14 @@ import time
 from multiprocessing import active_children
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from localprop.data.images import folder
+from localprop.data.images import decoding
+from localprop.data.images.decoding import read_images, small_sizes
+from localprop.data.images.walk import File
 from localprop.data.images.workers import batches_of
 from localprop.data.loading import load_data
 from localprop.errors import DataError
@@ -176,7 +179,7 @@ def test_batches_that_are_no_longer_wanted_leave_no_worker(large):
 
 
 def test_ctrl_c_waits_for_no_more_than_the_images_being_decoded(tmp_path, monkeypatch):
-    root, read, seen = draw(tmp_path / "pets", 8, 200), folder.read_image, []
+    root, read, seen = draw(tmp_path / "pets", 8, 200), decoding.read_image, []
 
     def interrupt(path):
         seen.append(path)
@@ -185,10 +188,69 @@ def test_ctrl_c_waits_for_no_more_than_the_images_being_decoded(tmp_path, monkey
         time.sleep(0.005)
         return read(path)
 
-    monkeypatch.setattr(folder, "read_image", interrupt)
+    monkeypatch.setattr(decoding, "read_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load(root)
     assert len(seen) < 100
+
+
+@pytest.fixture
+def mixed(tmp_path, monkeypatch):
+    """600 small images, of two sizes and modes, some damaged; few enough for a test, and many enough for processes."""
+    monkeypatch.setattr(decoding, "_FILES_PER_PROCESS", 100)
+    monkeypatch.setattr(decoding, "_cores", lambda: 2)
+    rng = np.random.default_rng(0)
+    files = []
+    for number in range(600):
+        side, path = 20 + number % 3, tmp_path / f"{number:03}.{'jpg' if number % 2 else 'png'}"
+        image = Image.fromarray(rng.integers(256, size=(side, side, 3), dtype=np.uint8))
+        (image.convert("L") if number % 5 == 0 else image).save(path)
+        files.append(File(str(path), number % 7))
+    for number in (3, 130, 131, 599):
+        Path(files[number].path).write_bytes(b"damaged")
+    return files
+
+
+@pytest.mark.parametrize("side", [20, None])
+def test_processes_decode_the_same_pixels_in_the_same_order(mixed, side):
+    found = []
+    for in_processes in (False, True):
+        bad = []
+        images, labels = read_images(mixed, side, lambda one, bad=bad: bad.append(one), in_processes)
+        assert active_children() == []
+        found.append((list(images), labels, bad, small_sizes(mixed, in_processes)))
+    alone, others = found
+    assert all(torch.equal(a, b) for a, b in zip(alone[0], others[0], strict=True))
+    assert len(alone[0]) == 596
+    assert torch.equal(alone[1], others[1])
+    assert alone[2:] == others[2:]
+    assert [one.path for one in alone[2]] == [mixed[number].path for number in (3, 130, 131, 599)]
+    assert alone[3] == {(20, 20), (21, 21), (22, 22)}
+
+
+def test_after_an_error_no_process_decodes_on(mixed):
+    def refuse(bad):
+        assert len(active_children()) == 2
+        raise DataError(bad.problem)
+
+    with pytest.raises(DataError, match=r"003\.jpg is unreadable"):
+        read_images(mixed, 20, refuse)
+    assert active_children() == []
+
+
+def test_a_killed_process_is_one_line_while_images_are_decoded(mixed):
+    def kill(bad):
+        os.kill(active_children()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(DataError, match=r"a process that decodes images \(pid \d+\) was killed; "):
+        read_images(mixed * 30, 20, kill)
+    assert active_children() == []
+
+
+def test_without_workers_no_process_is_started(mixed, monkeypatch):
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", pytest.fail)
+    _, labels = read_images(mixed[:200], 20, lambda bad: None, in_processes=False)
+    assert len(labels) == 197
 
 
 def test_a_temporary_folder_with_too_long_a_name_is_told_instead_of_waiting_for_ever(large, monkeypatch):

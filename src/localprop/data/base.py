@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from localprop.data.transfer import on_device
 from localprop.data.view import View, evaluation_record, read_evaluation
 from localprop.errors import DataError
 from localprop.seeding import derive_seed, generator
@@ -207,5 +208,5 @@ class Data:
             yield self.task.prepare(batch, derive_seed(self.seed, "mix", epoch, step), training=True)
 
     def _normalisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        mean, std = torch.tensor([self.mean, self.std], device=device).mul(255).view(2, 3, 1, 1)
+        mean, std = on_device(torch.tensor([self.mean, self.std]), device).mul(255).view(2, 3, 1, 1)
         return mean, std

@@ -10,16 +10,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from localprop.data.base import Data
 from localprop.data.identity import digest, identity_of
-from localprop.data.images.folder import (
-    SMALL_SIDE,
-    Listing,
-    list_evaluated,
-    list_folder,
-    read_images,
-    refuse_image,
-    skip_image,
-    small_sizes,
-)
+from localprop.data.images.decoding import SMALL_SIDE, read_images, small_sizes
+from localprop.data.images.folder import Listing, list_evaluated, list_folder, refuse_image, skip_image
 from localprop.data.images.memory import MemoryStore
 from localprop.data.images.streaming import StreamStore
 from localprop.data.sources import read_named
@@ -110,9 +102,10 @@ def _load_folder(config: DataConfig, img_size: int | None, seed: int) -> Data:
 
 
 def _opened(root: Path, found: Listing, config: DataConfig, img_size: int | None, seed: int) -> Data:
-    train_sizes = small_sizes(found.train)
-    test_sizes = small_sizes(found.test) if train_sizes is not None else None
-    final_sizes = small_sizes(found.final) if test_sizes is not None else None
+    others = config.workers > 0
+    train_sizes = small_sizes(found.train, others)
+    test_sizes = small_sizes(found.test, others) if train_sizes is not None else None
+    final_sizes = small_sizes(found.final, others) if test_sizes is not None else None
     stores: Sequence[StreamStore] | Sequence[MemoryStore]
     if train_sizes is None or test_sizes is None or final_sizes is None:
         stores = _streamed(root, found, config, img_size or _USUAL_SIDE, seed)
@@ -169,8 +162,9 @@ def _in_memory(
     view = WHOLE if uniform else SQUASHED
     stores = []
     for train, test, own in zip((found.train, []), (found.test, found.final), test_sizes, strict=True):
-        train_images = read_images(train, side, partial(skip_image, skipped, limit=config.bad_images))
-        test_images = read_images(test, side if own == {(side, side)} else None, refuse_image)
+        others = config.workers > 0
+        train_images = read_images(train, side, partial(skip_image, skipped, limit=config.bad_images), others)
+        test_images = read_images(test, side if own == {(side, side)} else None, refuse_image, others)
         images = (*train_images, *test_images)
         hold, hflip = config.hold_on_device, _hflip(config)
         stores.append(MemoryStore(*images, img_size, crop_pad, hflip, seed, skipped, hold, view))

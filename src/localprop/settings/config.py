@@ -106,7 +106,7 @@ class DataConfig:
     """Download the dataset if it is not there."""
     val_split: Annotated[float, tyro.conf.arg(help=_VAL_SPLIT_HELP)] = 0.0
     workers: int = 2
-    """Processes that decode images, for data that is not held in memory."""
+    """Processes that decode images during training; 0 starts none, also for small images, which are decoded before."""
     hold_on_device: Annotated[bool, tyro.conf.arg(help=_HOLD_HELP)] = False
     crop_pad: OptionalInt = None
     """Padding in pixels before the random crop of small images (default: an eighth of the image; none below 16)."""

@@ -1,24 +1,34 @@
 """Random crops and flips, and resizing, of whole batches on their device."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
+
+from localprop.data.transfer import on_device
 
 
 def random_crop(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
     """Pads with black and cuts a window of the old size, at another place in each image.
 
     Args:
-        images: (batch, channels, height, width), any type.
+        images: (batch, channels, height, width), of a type that NumPy has.
         pad: pixels added on each side.
         generator: on the CPU, whatever the device of `images`.
     """
     if pad == 0:
         return images
     batch, _, height, width = images.shape
-    top, left = torch.randint(2 * pad + 1, (2, batch), generator=generator).to(images.device)
+    corners = torch.randint(2 * pad + 1, (2, batch), generator=generator)
+    padded = F.pad(images, (pad, pad, pad, pad))
     # Every window as a view; indexing copies one of them per image.
-    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+    if images.device.type == "cpu":
+        # NumPy copies row by row what torch copies value by value.
+        views = sliding_window_view(padded.numpy(), (height, width), axis=(2, 3))
+        return torch.from_numpy(views[np.arange(batch), :, corners[0].numpy(), corners[1].numpy()])
+    top, left = on_device(corners, images.device)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(batch, device=images.device), :, top, left]
 
 
@@ -30,7 +40,7 @@ def random_hflip(images: Tensor, chance: float, generator: torch.Generator) -> T
     flipped = torch.rand(batch, generator=generator) < chance
     # Choosing whole images copies memory in blocks; torch.where would go pixel by pixel.
     chosen = torch.arange(batch) + batch * flipped
-    return torch.cat([images, images.flip(3)]).index_select(0, chosen.to(images.device))
+    return torch.cat([images, images.flip(3)]).index_select(0, on_device(chosen, images.device))
 
 
 def resize(images: Tensor, side: int) -> Tensor:

@@ -2,23 +2,12 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-from localprop.data.images.reading import image_size, read_image
 from localprop.data.images.walk import File, Passed, class_names, find_images
 from localprop.errors import DataError, listing
-
-# Images up to this side are held in memory: a hundred thousand of them take a few GB at most.
-SMALL_SIDE = 96
 
 
 class Unreadable(NamedTuple):
@@ -147,80 +136,6 @@ class _Parts:
 def _require_folder(root: Path) -> None:
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; --data folder:PATH needs PATH/train and PATH/test or PATH/val")
-
-
-def small_sizes(files: list[File]) -> set[tuple[int, int]] | None:
-    """The different (width, height) of all images, from their headers; None as soon as one is larger than `SMALL_SIDE`.
-
-    A damaged image says nothing: it is met again, and reported, when it is decoded.
-    """
-    sizes: set[tuple[int, int]] = set()
-    for file in files:
-        size = image_size(file.path)
-        if size and max(size) > SMALL_SIDE:
-            return None
-        sizes |= {size} if size else set()
-    return sizes
-
-
-@overload
-def read_images(files: list[File], side: int, on_unreadable: OnUnreadable) -> tuple[Tensor, Tensor]: ...
-@overload
-def read_images(files: list[File], side: None, on_unreadable: OnUnreadable) -> tuple[list[Tensor], Tensor]: ...
-@overload
-def read_images(
-    files: list[File], side: int | None, on_unreadable: OnUnreadable
-) -> tuple[Tensor | list[Tensor], Tensor]: ...
-def read_images(
-    files: list[File], side: int | None, on_unreadable: OnUnreadable
-) -> tuple[Tensor | list[Tensor], Tensor]:
-    """Decodes all images in threads.
-
-    Args:
-        files: of the images.
-        side: the width and height to which those are squeezed that differ from it; None leaves them as they are.
-        on_unreadable: called with each image that cannot be read.
-
-    Returns:
-        images (images, 3, side, side), uint8, or without a side a list of (3, height, width); and labels (images,),
-        int64; the unreadable ones left out.
-    """
-    images: Any = [None] * len(files) if side is None else np.empty((len(files), 3, side, side), dtype=np.uint8)
-    labels = torch.tensor([file.label for file in files], dtype=torch.int64)
-    readable = torch.ones(len(files), dtype=torch.bool)
-    stopped = Event()
-
-    def decode(block: range) -> list[tuple[int, Unreadable]]:
-        unreadable = []
-        for index in block:
-            if stopped.is_set():
-                break
-            path = files[index].path
-            try:
-                image = read_image(path)
-            except DataError as error:
-                unreadable.append((index, Unreadable(path, str(error))))
-                continue
-            if side is not None and image.size != (side, side):
-                image = image.resize((side, side), Image.Resampling.BILINEAR)
-            images[index] = np.asarray(image).transpose(2, 0, 1)
-        return unreadable
-
-    # Blocks, because handing over one small image takes as long as decoding it.
-    blocks = [range(len(files))[first : first + 128] for first in range(0, len(files), 128)]
-    pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-    try:
-        for unreadable in pool.map(decode, blocks):
-            for index, bad in unreadable:
-                readable[index] = False
-                on_unreadable(bad)
-    finally:
-        stopped.set()  # Ctrl-C waits for the images being decoded, not for their blocks
-        pool.shutdown(cancel_futures=True)
-    if side is None:
-        return [torch.from_numpy(image.copy()) for image in images if image is not None], labels[readable]
-    pixels = torch.from_numpy(images)
-    return (pixels, labels) if readable.all() else (pixels[readable], labels[readable])
 
 
 def skip_image(skipped: list[str], bad: Unreadable, limit: int) -> None:

@@ -1,8 +1,9 @@
 """Small images, all held in memory; batches are made by tensor operations on the device."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from localprop.data.base import Pixels
 from localprop.data.images.augment import random_crop, random_hflip, resize
+from localprop.data.transfer import ahead, on_device
 from localprop.data.view import WHOLE, View
 from localprop.seeding import derive_seed, generator
 
@@ -59,13 +61,10 @@ class MemoryStore:
     ) -> Iterator[Pixels]:
         """Cropped, flipped and resized batches; see `localprop.data.base.Store`."""
         self._settle(device)
-        for step in steps:
-            chosen = torch.tensor(order[step * batch_size : (step + 1) * batch_size], device=self.train_images.device)
-            # index_select copies whole images; plain indexing goes byte by byte and is ten times slower.
-            images = self.train_images.index_select(0, chosen).to(device)
-            draws = generator(derive_seed(self.seed, "crop", epoch, step))
-            images = random_hflip(random_crop(images, self.crop_pad, draws), self.hflip, draws)
-            yield resize(images, self.img_size), self.train_labels[chosen].to(device)
+        batches = (self._batch(epoch, step, order[step * batch_size : (step + 1) * batch_size]) for step in steps)
+        with closing(self._without_a_wait(batches, device)) as ready:
+            for images, labels in ready:
+                yield resize(on_device(images, device), self.img_size), on_device(labels, device)
 
     def test(self, batch_size: int, device: torch.device, view: View) -> Iterator[Pixels]:
         """Batches in order; images of another size than the input's are resized by timm, for an export is by no other.
@@ -73,13 +72,9 @@ class MemoryStore:
         See `localprop.data.base.Store`.
         """
         self._settle(device)
-        transform = view.transform(self.img_size)
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for start in range(0, self.test_size, batch_size):
-                images = self.test_images[start : start + batch_size]
-                if isinstance(images, list) or not view.keeps(images.shape[3], images.shape[2], self.img_size):
-                    images = torch.stack(list(pool.map(partial(_transformed, transform), images)))
-                yield images.to(device), self.test_labels[start : start + batch_size].to(device)
+        with closing(self._without_a_wait(self._test_batches(batch_size, view), device)) as ready:
+            for images, labels in ready:
+                yield on_device(images, device), on_device(labels, device)
 
     def testing_on(self, other: "MemoryStore") -> "MemoryStore":
         """See `localprop.data.base.Store`."""
@@ -97,6 +92,32 @@ class MemoryStore:
         tensors = [self.train_images, self.train_labels, self.test_labels]
         tensors += [self.test_images] if isinstance(self.test_images, Tensor) else []
         return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
+
+    def _batch(self, epoch: int, step: int, chosen: list[int]) -> Pixels:
+        """Cropped and flipped images, and their labels, where the dataset is held."""
+        places = on_device(torch.tensor(chosen), self.train_images.device)
+        draws = generator(derive_seed(self.seed, "crop", epoch, step))
+        # index_select copies whole images; plain indexing goes byte by byte and is ten times slower.
+        images = random_crop(self.train_images.index_select(0, places), self.crop_pad, draws)
+        return random_hflip(images, self.hflip, draws), self.train_labels.index_select(0, places)
+
+    def _test_batches(self, batch_size: int, view: View) -> Generator[Pixels, None, None]:
+        """Test images as `view` shows them, and their labels, where the dataset is held."""
+        transform = view.transform(self.img_size)
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for start in range(0, self.test_size, batch_size):
+                images = self.test_images[start : start + batch_size]
+                if isinstance(images, list) or not view.keeps(images.shape[3], images.shape[2], self.img_size):
+                    images = torch.stack(list(pool.map(partial(_transformed, transform), images)))
+                yield images, self.test_labels[start : start + batch_size]
+
+    def _without_a_wait(
+        self, batches: Generator[Pixels, None, None], device: torch.device
+    ) -> Generator[Pixels, None, None]:
+        # Where the training itself computes on the CPU, a thread would only take cores from it; and what is held on the
+        # device is cheap there.
+        held = self.train_images.device.type != "cpu"
+        return batches if device.type == "cpu" or held else ahead(batches)
 
     def _settle(self, device: torch.device) -> None:
         # Everything at once, so that the first training step meets the memory that the last one does.

@@ -4,7 +4,7 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
@@ -30,7 +30,7 @@ def set_up_worker(number: int) -> None:
     end_with_parent(signal.SIGKILL)
 
 
-def batches_of(loader: DataLoader) -> Iterator[Any]:
+def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
     """What a loader gives. However that ends, its workers do not run on, not even one that hangs.
 
     Raises:
