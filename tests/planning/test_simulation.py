@@ -16,8 +16,8 @@ from localprop import chain as units
 from localprop import localize
 from localprop.decoders import DECODERS
 from localprop.errors import PlanError
-from localprop.memory.attention import kernels_of
 from localprop.memory.cost import Costs
+from localprop.memory.kernels import kernels_of
 from localprop.memory.measure import measured
 from localprop.memory.tracker import Tracker
 from localprop.planning.simulation import simulate_step

@@ -5,10 +5,6 @@ the probabilities of every head; CUDA has kernels that keep none. Source: PyTorc
 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, for one that has them all.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-from unittest import mock
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,14 +13,7 @@ _ALIGNMENT = 16
 _MOST_CHANNELS = 256  # of a head, in flash attention
 
 
-def kernels_of(device: str) -> AbstractContextManager[Any]:
-    """Inside, attention needs as much memory as on this type of device, "cpu" or "cuda"."""
-    if device != "cuda":
-        return nullcontext()
-    return mock.patch.object(F, "scaled_dot_product_attention", _attention)
-
-
-def _attention(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -34,11 +23,12 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Flash attention where it can be, else memory-efficient attention."""
-    if torch.is_autocast_enabled("cpu"):
-        half = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(half), key.to(half), value.to(half)
+    """Flash attention where it can be, else memory-efficient attention, which both take four axes; else neither."""
     aten = torch.ops.aten
+    if query.dim() != 4:
+        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[
+            0
+        ]
     if attn_mask is None and query.element_size() == 2 and query.shape[-1] <= _MOST_CHANNELS:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if attn_mask is not None:

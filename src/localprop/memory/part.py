@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from localprop.memory.attention import kernels_of
+from localprop.memory.kernels import kernels_of
 from localprop.memory.recompute import recomputing
 from localprop.memory.tracker import MACHINES, Tracker
 from localprop.settings.recipe import Recomputation

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from localprop.memory.cuda import cuda_workspace, matrix_product_buffers, rounded
 from localprop.memory.layers import Layers
 from localprop.memory.workspace import workspace
 
@@ -120,7 +121,7 @@ class Tracker(TorchDispatchMode):
                 self._reshape(result, self.layers)
             return result
         result = func(*args, **kwargs)
-        scratch = workspace(func, args) if self.machine is MACHINES["cpu"] else 0
+        scratch = cuda_workspace(func, args) if self.on_cuda else workspace(func, args)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         self._count(func, args, kwargs, result, outputs)
         for tensor in outputs:
@@ -128,7 +129,7 @@ class Tracker(TorchDispatchMode):
         if scratch:
             allocation = self._begin(scratch)
             allocation.stop = len(self.events)
-            self._record(-scratch)
+            self._record(-allocation.size)
         return result
 
     def allocation(self, tensor: Tensor) -> Allocation:
@@ -145,6 +146,17 @@ class Tracker(TorchDispatchMode):
         """Says what tensors are used for."""
         for tensor in tensors:
             self.allocation(tensor).kind = kind
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether kernels and allocator are CUDA's."""
+        return self.machine is MACHINES["cuda"]
+
+    def keep_buffers(self) -> None:
+        """Begins what libraries of the device allocate at their first call and never free."""
+        for size in matrix_product_buffers() if self.on_cuda else []:
+            allocation = self._begin(size)
+            allocation.kind, allocation.layer = "temporaries", "matrix products"
 
     @property
     def used(self) -> int:
@@ -167,7 +179,7 @@ class Tracker(TorchDispatchMode):
         self._known.clear()
 
     def _begin(self, size: int) -> Allocation:
-        allocation = Allocation(size, len(self.events))
+        allocation = Allocation(rounded(size) if self.on_cuda else size, len(self.events))
         if self.layers:
             allocation.layer, allocation.forward = self.layers.at_work(), self.layers.running
         self.allocations.append(allocation)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from localprop.errors import LocalpropError, PlanError, first_line
-from localprop.memory.attention import kernels_of
+from localprop.memory.kernels import kernels_of
 from localprop.memory.layers import Layers
 from localprop.memory.measure import plain_tensors
 from localprop.memory.tracker import MACHINES, Tracker, assumed
@@ -61,6 +61,7 @@ def fake_training(
                 _prime(state)
             following = layers.following(_layer_names(fake)) if layers else nullcontext()
             with tracker, following:
+                tracker.keep_buffers()
                 for kind, tensors in state.tensors().items():
                     tracker.label(tensors, kind)
                 if layers:

@@ -1,0 +1,93 @@
+"""Makes operations on fake tensors of the CPU dispatch as on CUDA: autocast, attention, dropout."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._C import DispatchKey, DispatchKeySet
+from torch.library import Library, fallthrough_kernel
+
+from localprop.memory.attention import attention
+from localprop.memory.autocast import CudaAutocast
+
+# What PyTorch computes in another way on CUDA, and what does so here.
+_REPLACED: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": attention}
+
+# Nothing else is registered under this key: it is autocast's on a device that PyTorch has given up. It comes before
+# the CPU's autocast and autograd, and is asked only where `kernels_of` includes it.
+_KEY = DispatchKey.AutocastIPU  # type: ignore[attr-defined]
+_KEYS = DispatchKeySet(_KEY) | DispatchKeySet(DispatchKey.AutocastCPU)
+_AFTER = torch._C._dispatch_keyset_full_after(DispatchKey.AutocastCPU)
+
+_autocast = CudaAutocast()
+
+
+@contextmanager
+def kernels_of(device: str) -> Iterator[None]:
+    """Inside, operations on the CPU need as much memory as on this type of device, "cpu" or "cuda".
+
+    `torch.autocast("cpu", ...)` then casts as `torch.autocast("cuda", ...)` does.
+    """
+    if device != "cuda":
+        yield
+        return
+    _register()
+    clear = torch.clear_autocast_cache
+
+    def clear_all() -> None:
+        clear()
+        _autocast.clear()
+
+    with torch._C._IncludeDispatchKeyGuard(_KEY), mock.patch.object(torch, "clear_autocast_cache", clear_all):
+        torch.set_autocast_enabled("ipu", True)  # else the key is passed over
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("ipu", False)
+            _autocast.clear()
+
+
+@cache
+def _register() -> tuple[Library, Library]:
+    """Registers what runs in place of every operation that an autocast knows, once for the process."""
+    library = Library("aten", "IMPL", _KEY.name)
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key
+    cuda, cpu = set(registered("AutocastCUDA")), set(registered("AutocastCPU"))
+    packets = {name.partition(".")[0] for name in cuda | cpu} | {f"aten::{name}" for name in _REPLACED}
+    for namespace, _, packet in sorted(name.partition("::") for name in packets):
+        if namespace != "aten":
+            continue
+        for form in getattr(torch.ops.aten, packet).overloads():
+            op = getattr(getattr(torch.ops.aten, packet), form)
+            run = partial(_dispatch, op, op.name() in cuda, _REPLACED.get(packet))
+            library.impl(op, run, with_keyset=True)
+    others = Library("_", "IMPL", _KEY.name)
+    others.fallback(fallthrough_kernel)
+    return library, others
+
+
+def _dispatch(
+    op: Any, casts: bool, function: Callable[..., Any] | None, keys: DispatchKeySet, *args: Any, **kwargs: Any
+) -> Any:
+    """Runs an operation as CUDA does.
+
+    Args:
+        op: the operation.
+        casts: whether CUDA's autocast knows it.
+        function: what computes it on CUDA, if that is something else.
+        keys: those under which the operation came here.
+        *args: its arguments.
+        **kwargs: likewise.
+    """
+    if _autocast.trying:
+        _autocast.found(op, args, kwargs)
+    if casts and torch.is_autocast_enabled("cpu"):
+        form, args, kwargs = _autocast.cast(op, args, kwargs)
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):  # as autocast itself does: what it calls is not cast again
+            return (function or form)(*args, **kwargs)
+    if function:
+        return function(*args, **kwargs)
+    return op.redispatch(keys & _AFTER, *args, **kwargs)

@@ -1,0 +1,123 @@
+"""Simulations for CUDA cast as PyTorch's own autocast does on CUDA: on fake tensors, so without a GPU."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from localprop.memory.kernels import kernels_of
+from localprop.memory.tracker import MACHINES, Tracker
+
+# Each is called with a map and a matrix of weights.
+FUNCTIONS = {
+    "linear": lambda x, w: F.linear(x, w, w[0]),
+    "linear without bias": F.linear,
+    "matmul": lambda x, w: x @ w,
+    "einsum": lambda x, w: torch.einsum("abcd,de->abce", x, w),
+    "conv2d": lambda x, w: F.conv2d(x, w[:, :, None, None]),
+    "conv_transpose2d": lambda x, w: F.conv_transpose2d(x, w[:, :, None, None]),
+    "layer norm": lambda x, w: F.layer_norm(x, (8,), w[0], w[1]),
+    "layer norm without weight": lambda x, w: F.layer_norm(x, (8,)),
+    "group norm": lambda x, w: F.group_norm(x, 2),
+    "batch norm": lambda x, w: F.batch_norm(x, None, None, w[0], w[1], training=True),
+    "gelu": lambda x, w: F.gelu(x),
+    "softmax": lambda x, w: F.softmax(x, -1),
+    "softmax of a type": lambda x, w: F.softmax(x, -1, dtype=torch.bfloat16),
+    "log softmax": lambda x, w: F.log_softmax(x, -1),
+    "bilinear upsampling": lambda x, w: F.interpolate(x, size=(16, 16), mode="bilinear"),
+    "nearest upsampling": lambda x, w: F.interpolate(x, size=(16, 16)),
+    "average pool": lambda x, w: F.adaptive_avg_pool2d(x, 2),
+    "mean": lambda x, w: x.mean((1, 2)),
+    "sum": lambda x, w: x.sum(),
+    "sum of axes": lambda x, w: x.sum((1, 2)),
+    "normalize": lambda x, w: F.normalize(x, dim=-1),
+    "norm": lambda x, w: x.norm(),
+    "power": lambda x, w: x**2,
+    "exp": lambda x, w: x.exp(),
+    "cat": lambda x, w: torch.cat([x, w.expand(x.shape)]),
+    "stack": lambda x, w: torch.stack([x, w.expand(x.shape)]),
+    "addcmul": lambda x, w: torch.addcmul(x, x, w),
+    "mse loss": lambda x, w: F.mse_loss(x, w.expand(x.shape)),
+    "smooth l1 loss": lambda x, w: F.smooth_l1_loss(x, x),
+    "cross entropy": lambda x, w: F.cross_entropy(x[:, :, 0, 0], torch.zeros_like(x[:, 0, 0, 0], dtype=torch.long)),
+    "binary cross entropy": lambda x, w: F.binary_cross_entropy_with_logits(x, w.expand(x.shape)),
+    "reflection": lambda x, w: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+}
+
+
+def tensors(device, dtype):
+    return torch.empty(4, 8, 8, 8, device=device, dtype=dtype), torch.empty(8, 8, device=device)
+
+
+@pytest.fixture
+def cuda_autocast():
+    """Enables PyTorch's own autocast on CUDA, which `torch.autocast` refuses without a GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_results_have_the_types_that_autocast_gives_on_cuda(function, dtype, cuda_autocast):
+    with FakeTensorMode():
+        expected = function(*tensors("cuda", dtype)).dtype
+        with kernels_of("cuda"), torch.autocast("cpu", torch.bfloat16):
+            assert function(*tensors("cpu", dtype)).dtype == expected
+
+
+def test_an_operation_that_autocast_forbids_on_cuda_is_forbidden():
+    with FakeTensorMode(), kernels_of("cuda"), torch.autocast("cpu", torch.bfloat16):
+        x, _ = tensors("cpu", torch.float32)
+        with pytest.raises(RuntimeError, match="unsafe to autocast"):
+            F.binary_cross_entropy(x, x)
+
+
+def test_nothing_is_cast_outside_of_autocast_or_of_the_simulation():
+    with FakeTensorMode():
+        x, w = tensors("cpu", torch.float32)
+        with kernels_of("cuda"):
+            assert F.linear(x, w).dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+                assert F.linear(x, w).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert F.layer_norm(x.bfloat16(), (8,)).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("ipu")
+
+
+def test_weights_are_cast_once_until_the_cache_is_cleared():
+    with FakeTensorMode(), kernels_of("cuda"):
+        layer = nn.Linear(8, 8, bias=False)
+        x = torch.empty(2, 8)
+        with Tracker(MACHINES["cuda"]) as tracker, torch.autocast("cpu", torch.bfloat16):
+            tracker.label([x, layer.weight], "given")
+            counts = []
+            for clear in (False, True, False):
+                layer(x), layer(x)
+                counts.append(sum(allocation.shape == (8, 8) for allocation in tracker.allocations))
+                if clear:
+                    torch.clear_autocast_cache()
+    assert counts == [2, 2, 3]  # the weight itself, and its casts
+
+
+def test_gradients_have_the_types_of_what_they_are_of():
+    with FakeTensorMode(), kernels_of("cuda"), torch.autocast("cpu", torch.bfloat16):
+        norm, layer = nn.LayerNorm(8), nn.Linear(8, 8)
+        x = torch.empty(2, 8, dtype=torch.bfloat16, requires_grad=True)
+        layer(norm(x)).sum().backward()
+        assert x.grad.dtype == torch.bfloat16
+        assert {p.grad.dtype for p in [*norm.parameters(), *layer.parameters()]} == {torch.float32}
+
+
+@pytest.mark.parametrize("axes", [3, 5])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_attention_has_any_number_of_axes(axes, mixed):
+    with FakeTensorMode(), kernels_of("cuda"), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        query = torch.empty(*[2] * (axes - 2), 6, 8, requires_grad=True)
+        attended = F.scaled_dot_product_attention(query, query, query)
+        assert attended.shape == query.shape
+        assert attended.dtype == (torch.bfloat16 if mixed else torch.float32)
+        attended.sum().backward()
+        assert query.grad.shape == query.shape
