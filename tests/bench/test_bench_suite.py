@@ -14,7 +14,7 @@ from localprop.errors import BenchError, ConfigError
 from localprop.heads import HEADS
 from localprop.methods import check_method
 from localprop.registry import DATASETS
-from localprop.settings.config import TrainConfig
+from localprop.settings.config import LocalConfig, TrainConfig
 from localprop.settings.flat import from_flat, to_flat
 from places import ROOT
 
@@ -171,8 +171,33 @@ def test_results_of_a_version_with_fewer_settings_are_still_of_their_suite():
     assert [differing(read_record(folder / f"{run.name}.json").config, run) for run in runs] == [None] * 20
 
 
-def test_a_result_from_before_a_setting_existed_equals_one_with_its_default(tmp_path):
-    run = SuiteRun("run", {}, TrainConfig())
+def test_defaults_fill_in_what_runs_leave_open_and_name_none(tmp_path, write):
+    runs, without = (
+        load_suite(write("defaults: {decoder: deconv, epochs: 9}\n" + GRID)).runs,
+        load_suite(write(GRID)).runs,
+    )
+    assert [run.name for run in runs] == [run.name for run in without]
+    assert {run.config.local.decoder for run in without} == {"pixel-shuffle"}
+    assert {(run.config.local.decoder, run.config.optim.epochs) for run in runs} == {("deconv", 3)}
+    (tmp_path / "below.yaml").write_text("defaults: {decoder: deconv, head: conv}\n" + GRID)
+    above = load_suite(write("base: below.yaml\ndefaults: {decoder: conv}")).runs
+    assert {(run.config.local.decoder, run.config.local.head) for run in above} == {
+        ("conv", "conv"),
+        ("conv", "linear"),
+    }
+
+
+@pytest.mark.parametrize(
+    "defaults", ["3", "[decoder]", "{decoder: [conv, deconv]}", "{output: here}", "{decoder: conf}"]
+)
+def test_wrong_defaults_are_one_line(write, defaults):
+    with pytest.raises((BenchError, ConfigError)) as error:
+        load_suite(write(f"defaults: {defaults}\n{GRID}"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_result_from_before_a_setting_existed_equals_one_with_the_default_of_then(tmp_path):
+    run = SuiteRun("run", {}, TrainConfig(local=LocalConfig(decoder="conv")))
     whole = settings_of(run.config)
     for name in sorted(whole.keys() - {"method", "seed"}):  # which every record has
         record = make_record()

@@ -32,7 +32,7 @@ def later(monkeypatch):
     """Changes a method's defaults and the way modules are balanced, as a later version may."""
 
     def change():
-        monkeypatch.setattr(FeatureReconstruction.__init__, "__defaults__", (7.0, False, 1.0))
+        monkeypatch.setattr(FeatureReconstruction.__init__, "__defaults__", (7.0, False, 0.5))
         monkeypatch.setattr(Division, "_balance", lambda self, ends, *_: [1, len(self.units)])
 
     return change

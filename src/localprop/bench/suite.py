@@ -11,7 +11,8 @@
 
 Keys are the flags of `localprop train`. The grid of `settings` goes outermost, so that here the first seed of every
 run comes before the second of any. A value that is a list itself, such as of `cuts`, is written in another list.
-`base: smoke` puts the settings and runs of that suite before a suite's own.
+`base: smoke` puts the settings and runs of that suite before a suite's own. `defaults` are settings where neither
+`settings` nor a run has a value; they name no run, so a suite keeps its names and results when a default changes.
 """
 
 import fnmatch
@@ -33,7 +34,7 @@ from localprop.settings.values import read_yaml
 _FOLDER = Path(__file__).parent / "suites"
 # Where and how far a run goes is the bench's own affair.
 _OWN = ("output", "experiment", "resume")
-_KEYS = ("description", "base", "settings", "runs")
+_KEYS = ("description", "base", "defaults", "settings", "runs")
 _MOST_RUNS = 10_000
 _LONGEST_NAME = 200  # a file's has at most 255, and gets a suffix
 # What a run is named after wherever it differs, in this order.
@@ -115,7 +116,7 @@ def load_suite(name: str, changes: dict[str, Any] | None = None, words: Sequence
         ConfigError: a setting does not exist, has an impossible value, or is not for a file to decide.
     """
     path = find_suite(name)
-    description, settings, blocks = _read(path, ())
+    description, defaults, settings, blocks = _read(path, ())
     if changes:
         from_flat(changes, "--set")  # else the suite's file would be blamed
     flats = [flat | (changes or {}) for flat in itertools.islice(_expand(settings, blocks), _MOST_RUNS + 1)]
@@ -123,11 +124,11 @@ def load_suite(name: str, changes: dict[str, Any] | None = None, words: Sequence
         raise BenchError(f"{path} comes to more than {_MOST_RUNS} runs; divide it into several suites")
     if not flats:
         raise BenchError(f"{path} has no runs: a setting has an empty list of values; give it one or more")
-    if own := set(_OWN) & {key for flat in flats for key in flat}:
+    if own := set(_OWN) & {key for flat in (defaults, *flats) for key in flat}:
         raise BenchError(f"{path}: {min(own)} is not for a suite to set; leave it out")
-    configs = [from_flat(flat, str(path)) for flat in flats]
+    configs = [from_flat(defaults | flat, str(path)) for flat in flats]
     for flat in flats:
-        require_typed({**flat, "plugin": None}, str(path), words or ("bench", name), list(changes or {}))
+        require_typed({**defaults, **flat, "plugin": None}, str(path), words or ("bench", name), list(changes or {}))
     for config in configs:
         _check(config, str(path))
     keys = _axes(settings, blocks, configs)
@@ -153,24 +154,28 @@ def find_suite(name: str, *others: str, beside: Path = Path()) -> Path:
     return shipped if shipped.is_file() else path
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Description, settings and runs of a suite, those of its base included; `above` are the suites it is a base of."""
+def _read(path: Path, above: tuple[Path, ...]) -> tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Description, defaults, settings and runs of a suite, with those of its base; it is itself a base of `above`."""
     if path in above:
         raise BenchError(f"{path} is its own base; leave that out")
     content = read_yaml(path)
     if unknown := {str(key) for key in content} - set(_KEYS):
         raise BenchError(f"{path}: unknown key {min(unknown)!r}; a suite has {listing(_KEYS)}")
-    based: tuple[str, dict[str, Any], list[dict[str, Any]]] = ("", {}, [])
+    based: tuple[str, dict[str, Any], dict[str, Any], list[dict[str, Any]]] = ("", {}, {}, [])
     if "base" in content:
         based = _read(find_suite(str(content["base"]), beside=path.parent), (*above, path))
         content = {"settings": {}, "runs": [], **content}
-    settings, runs = content.get("settings"), content.get("runs")
+    defaults, settings, runs = content.get("defaults", {}), content.get("settings"), content.get("runs")
+    if not isinstance(defaults, dict) or any(isinstance(value, list) for value in defaults.values()):
+        raise BenchError(f"{path}: 'defaults' must be a mapping with one value for each setting")
     if not isinstance(settings, dict) or not isinstance(runs, list) or not all(isinstance(r, dict) for r in runs):
         raise BenchError(f"{path} is no suite; it needs 'settings', a mapping, and 'runs', a list of mappings")
-    if not based[2] + runs:
+    if not based[3] + runs:
         raise BenchError(f"{path} has no runs; write one under 'runs'")
-    own, runs = plain_keys(settings, str(path)), [plain_keys(run, str(path)) for run in runs]
-    return str(content.get("description") or ""), based[1] | own, [*based[2], *runs]
+    source = str(path)
+    defaults, settings = based[1] | plain_keys(defaults, source), based[2] | plain_keys(settings, source)
+    runs = [*based[3], *(plain_keys(run, source) for run in runs)]
+    return str(content.get("description") or ""), defaults, settings, runs
 
 
 def check_run_name(name: str, source: str) -> None:

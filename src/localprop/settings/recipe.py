@@ -29,7 +29,7 @@ class Recipe:
     method: Annotated[str, tyro.conf.arg(help=f"How modules learn: {', '.join(METHODS)}.")] = "feature-reconstruction"
     modules: OptionalInt = None
     """Number of local modules (default: 4, or 1 for end-to-end)."""
-    decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "conv"
+    decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "pixel-shuffle"
     head: Annotated[str, tyro.conf.arg(help=f"What predicts the target in a module: {', '.join(HEADS)}.")] = "mlp"
     partition: Annotated[Literal["balanced", "compute", "stage"], tyro.conf.arg(help=_PARTITION_HELP)] = "balanced"
     cuts: OptionalNames = None

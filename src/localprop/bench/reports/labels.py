@@ -14,17 +14,33 @@ _KINDS = ("decoder", "head", "partition")  # their values are words that need a 
 _NAMES = {"grad_checkpointing": "checkpointing"}
 
 
+def usual_values(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The defaults of all settings; for a decoder, head or partition the value that most methods have here.
+
+    Records may be older than a default: where all methods have the decoder `conv`, it needs no mention.
+    """
+    usual = dict(DEFAULTS)
+    for key in _KINDS:
+        methods: dict[Any, set[Any]] = {DEFAULTS[key]: set()}  # first, so that it wins where as many have another
+        for config in configs:
+            if key in config:
+                methods.setdefault(config[key], set()).add((config["method"], config["modules"]))
+        usual[key] = max(methods, key=lambda value: len(methods[value]))
+    return usual
+
+
 def setting_labels(configs: Sequence[dict[str, Any]], shared: Collection[str]) -> list[tuple[str, str]]:
     """A long and a short name for each of some settings; the short one has no method, unless it is end-to-end.
 
     End-to-end training in K modules is "exact K=4": its gradients are those of end-to-end training with one.
 
-    Named is what varies and is not the default. (Were defaults named, a method without a decoder would be given one.)
+    Named is what varies and is not usual. (Were defaults named, a method without a decoder would be given one.)
 
     Args:
         configs: flat settings, with "method" and "modules" (their number).
         shared: keys in which none of them differ.
     """
+    usual = usual_values(configs)
     counts = {config["modules"] for config in configs if config["method"] != BASELINE}
     keys = dict.fromkeys([*DEFAULTS, *(key for config in configs for key in config)])
     varied = [key for key in keys if key not in shared and key not in ("method", "modules")]
@@ -34,8 +50,8 @@ def setting_labels(configs: Sequence[dict[str, Any]], shared: Collection[str]) -
     for config in configs:
         method, count = config["method"], f"K={config['modules']}"
         within = [k for k in varied if _differ(k, [other for other in configs if other["method"] == method])]
-        # A default is named only where it is one choice beside others: "conv decoder" beside "deconv decoder".
-        named = [k for k in varied if config.get(k) != DEFAULTS.get(k) or within == [k]]
+        # What is usual is named only where it is one choice beside others: "conv decoder" beside "deconv decoder".
+        named = [k for k in varied if config.get(k) != usual.get(k) or within == [k]]
         if method == BASELINE:
             named = [k for k in named if k in config]  # of the rest it has none
         words = [word for key in named if (word := _word(key, config.get(key)))]

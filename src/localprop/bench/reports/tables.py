@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from localprop.bench.record import Record
 from localprop.bench.reports.groups import Comparison, comparisons_of
-from localprop.bench.reports.labels import DEFAULTS
+from localprop.bench.reports.labels import usual_values
 from localprop.bench.series import BASELINE, Series, Spread
 from localprop.report.texts import markdown
 
@@ -75,10 +75,11 @@ def results_table(records: Sequence[Record], most: int) -> str:
 
 
 def typical(comparison: Comparison, method: str, modules: int) -> Series | None:
-    """The baseline, or else the setting with most defaults, among those with a method and K; None if there is none."""
+    """The baseline, or else the most usual setting, among those with a method and K; None if there is none."""
+    usual = usual_values([series.config for series in comparison.series])
 
     def distance(series: Series) -> int:
-        return sum(v is not None and v != DEFAULTS[k] for k, v in series.config.items() if k in DEFAULTS)
+        return sum(v is not None and v != usual[k] for k, v in series.config.items() if k in usual)
 
     alike = [s for s in comparison.series if (s.method, s.modules) == (method, modules)]
     return min(alike, key=lambda s: (s is not comparison.baseline, distance(s)), default=None)
