@@ -90,6 +90,7 @@ def steps(batch_size: int, device: str) -> dict[str, Callable[[], Step]]:
     """Functions that build each step, by its name."""
 
     def local(modules: int, method: str = "feature-reconstruction", **options) -> Callable[[], Step]:
+        options = {"decoder": "conv"} | options  # the default when the committed results were made
         return lambda: local_step(
             localprop.localize(backbone(), modules, method, batch_size=batch_size, **options), batch_size, device
         )

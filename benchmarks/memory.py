@@ -21,6 +21,7 @@ import localprop
 
 SWIN = "swin_tiny_patch4_window7_224"
 GRID = [SWIN, "vit_small_patch16_224", "deit_tiny_patch16_224", "convnext_tiny", "pvt_v2_b1"]
+CONV = {"decoder": "conv"}  # the default when the committed results were made
 LIGHT = {"decoder": "pixel-shuffle", "head": "linear"}
 
 
@@ -41,7 +42,7 @@ def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, *
         batch_size=row.batch_size,
         micro_batches=row.micro_batches,
         amp_dtype=torch.bfloat16 if amp else None,
-        **(options if local else {}),
+        **(CONV | options if local else {}),
     )
     assert [module.units for module in net.local_modules] == row.module_units  # the plan describes this very network
     step, kept = local_step(net, row.batch_size, device, amp, row.micro_batches)
@@ -75,7 +76,7 @@ def table(device: str) -> None:
     rows: list[dict] = []
 
     def add(batch_size: int, modules: list, **options) -> None:
-        plan = localprop.plan(backbone(SWIN), batch_size, modules=modules, device=device, **options)
+        plan = localprop.plan(backbone(SWIN), batch_size, modules=modules, device=device, **CONV | options)
         first = not any(r["batch_size"] == batch_size for r in rows)
         arguments = {k: v for k, v in options.items() if k not in ("method", "split_blocks")}
         for row in plan.rows:
@@ -97,7 +98,7 @@ def table(device: str) -> None:
 
 def micro(device: str) -> None:
     """The same in micro-batches; ratios are relative to undivided batches, which `table` measures."""
-    plan = localprop.plan(backbone(SWIN), 128, modules=[4, 8], micro_batches=4, device=device)
+    plan = localprop.plan(backbone(SWIN), 128, modules=[4, 8], micro_batches=4, device=device, **CONV)
     rows = [measure(SWIN, row, device) for row in plan.rows]
     write_result(_name("memory_micro", device), {"device": device, "rows": rows})
 
@@ -111,7 +112,7 @@ def grid(device: str) -> None:
                 dtype = torch.bfloat16 if amp else None
                 plan = localprop.plan(
                     backbone(name), 8, modules=[2, 4, "max"], amp_dtype=dtype, device=device,
-                    grad_checkpointing=checkpointing,
+                    grad_checkpointing=checkpointing, **CONV,
                 )  # fmt: skip
                 for row in plan.rows:
                     if row.setting.grad_checkpointing == checkpointing:

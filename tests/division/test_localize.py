@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from localprop import localize
-from localprop.decoders.conv import ConvDecoder
+from localprop.decoders.pixel_shuffle import PixelShuffleDecoder
 from localprop.errors import ChainError, ConfigError
 from localprop.heads.mlp import MlpHead
 from localprop.methods.feature_reconstruction import FeatureReconstruction
@@ -32,7 +32,7 @@ def test_defaults():
     assert len(net.local_modules) == 4
     loss = net.local_modules[1].local_loss
     assert isinstance(loss, FeatureReconstruction)
-    assert isinstance(loss.decoder, ConvDecoder)
+    assert isinstance(loss.decoder, PixelShuffleDecoder)
     assert isinstance(loss.head, MlpHead)
     assert units(localize(build("vit"), method="end-to-end")) == [names_of("vit")]
 

@@ -82,7 +82,7 @@ def test_every_module_learns(name, modules, case):
         optimizers[k].step()
         optimizers[k].zero_grad()
 
-    for _ in range(4):
+    for _ in range(6):
         output = net.backward(images, labels, seed=0, after_module=step)
         curve.append(output.losses)
         assert output.losses.shape == (modules,)
