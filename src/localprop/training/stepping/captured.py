@@ -5,6 +5,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from localprop.errors import ConfigError, first_line
@@ -23,6 +24,7 @@ class Training(Protocol):
     config: OptimConfig
     modules: range
     mask: Mask | None
+    ema: ModelEmaV3 | None
     steps: OptimizerSteps
     step: int
 
@@ -120,7 +122,7 @@ class CapturedSteps:
         state = self._state
         count = len(state.modules)
         works: list[Work] = [partial(state.train_module, i, last=last) for i in range(count)]
-        if last and state.mask:
+        if last and state.mask and state.ema:
             works.append(lambda carry: state.update_average())
 
         def seed_module(number: int, seed: int) -> None:

@@ -1,0 +1,105 @@
+"""A backward pass recorded for a loop of one's own gives the bits of `backward`."""
+
+import pytest
+import torch
+from torch import nn
+
+from localprop.errors import ConfigError
+from localprop.network.capture import CapturedBackward
+from tape import TapeRecorder
+from tiny import batch, split
+
+
+def loop(net, optimizers, clip):
+    """What is done after each module: everything stays on the device."""
+
+    def after(k, loss):
+        if clip:
+            nn.utils.clip_grad_norm_(net.local_modules[k].parameters(), clip)
+        optimizers[k].step()
+        optimizers[k].zero_grad(set_to_none=True)
+
+    return after
+
+
+def optimizers_of(net):
+    rate = torch.tensor(1e-3, device=next(net.parameters()).device)
+    cuda = rate.is_cuda
+    return [
+        torch.optim.AdamW(module.parameters(), lr=rate, fused=True, capturable=cuda) for module in net.local_modules
+    ]
+
+
+def outputs(step, device="cpu"):
+    found = []
+    for seed in range(5):
+        images, labels = (tensor.to(device) for tensor in batch(seed=seed))
+        output = step(images, labels, seed=seed)
+        found.append([output.losses.clone(), *(p.clone() for p in output.predictions if p is not None)])
+    return found
+
+
+def assert_equal(a, b):
+    for own, other in zip(a, b, strict=True):
+        for x, y in zip(own, other, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("name", "method"), [("swin", "greedy"), ("vit", "feature-reconstruction")])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_recorded_pass_is_backward(name, method, clip):
+    nets = [split(name, method=method).train() for _ in range(2)]
+    after = [loop(net, optimizers_of(net), clip) for net in nets]
+    usual = outputs(lambda images, labels, seed: nets[0].backward(images, labels, seed=seed, after_module=after[0]))
+    recorder = TapeRecorder()
+    assert_equal(usual, outputs(CapturedBackward(nets[1], recorder, after[1])))
+    assert recorder.recordings == 3
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_recorded_is_one_line():
+    net = split("mlp", method="greedy").train()
+    step = CapturedBackward(net, TapeRecorder(), lambda k, loss: loss.item())
+    images, labels = batch()
+    step(images, labels)
+    with pytest.raises(ConfigError, match="cannot be recorded as CUDA graphs .*capturing.*call backward") as caught:
+        step(images, labels)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_unlike_the_recorded_one_is_refused():
+    net = split("mlp", method="greedy").train()
+    step = CapturedBackward(net, TapeRecorder())
+    images, labels = batch()
+    for _ in range(3):
+        step(images, labels)
+        net.zero_grad()
+    with pytest.raises(ConfigError, match="other shapes or types than the recorded one"):
+        step(images[:2], labels[:2])
+
+
+def test_elsewhere_than_on_cuda_it_is_one_line():
+    with pytest.raises(ConfigError, match="CUDA graphs need CUDA, and the network is on cpu"):
+        split("mlp", method="greedy").capture()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("name", "method"), [("swin", "greedy"), ("vit", "feature-reconstruction")])
+def test_a_recorded_pass_is_backward_on_cuda(name, method, half):
+    results = []
+    for recorded in (False, True):
+        net = split(name, method=method, decoder="pixel-shuffle").to("cuda").train()
+        after = loop(net, optimizers_of(net), 0.1)
+        step = net.capture(after_module=after) if recorded else None
+
+        def train(images, labels, seed, net=net, after=after, step=step):
+            with torch.autocast("cuda", torch.bfloat16, enabled=half):
+                if step:
+                    return step(images, labels, seed=seed)
+                return net.backward(images, labels, seed=seed, after_module=after)
+
+        results.append([*outputs(train, "cuda"), [p.detach().clone() for p in net.parameters()]])
+    assert_equal(*results)

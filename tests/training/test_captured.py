@@ -1,0 +1,151 @@
+"""A step recorded once and replayed gives the bits of the same step run as usual, and asks the device for nothing."""
+
+import pytest
+import torch
+
+from localprop.network.carry import Carry
+from localprop.settings.config import OptimConfig
+from localprop.training.state import TrainingState
+from tape import Reads, TapeRecorder
+from tiny import batch, split
+
+CPU = torch.device("cpu")
+SETTINGS = {
+    "plain": {},
+    "bfloat16": {"amp": True},
+    "float16": {"amp": True, "amp_dtype": "float16"},
+    "clipped": {"clip_grad": 0.05},
+    "averaged": {"model_ema": True, "model_ema_decay": 0.9},
+    "micro-batches": {"micro_batches": 3, "clip_grad": 1.0},
+    "micro-batches, float16": {"micro_batches": 2, "amp": True, "amp_dtype": "float16"},
+    "sgd": {"opt": "momentum", "lr": 0.01},
+    "looked at": {"opt": "lamb", "model_ema": True},
+    "looked at, micro-batches": {"opt": "lamb", "micro_batches": 2, "clip_grad": 1.0},
+}
+
+
+def state_of(kind="swin", method="feature-reconstruction", modules=None, **settings):
+    net = split(kind, method=method, decoder="pixel-shuffle").train()
+    if settings.get("amp_dtype") == "float16":
+        settings = settings | {"lr": 1e-4}
+    return TrainingState(net, OptimConfig(**settings), 10, CPU, modules, delayed=True)
+
+
+def train(state, steps, first=0):
+    losses = []
+    # Of float16 only the loss scale is tried: the CPU has no such products for all layers.
+    half = state.config.amp and state.config.amp_dtype == "bfloat16"
+    for step in range(first, first + steps):
+        for part in range(state.config.micro_batches):
+            own = batch(seed=10 * step + part)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                losses.append(state.train_step(list(own), 100 * step + part, part + 1 == state.config.micro_batches))
+    return losses
+
+
+def content(state):
+    return {
+        **{f"net {name}": tensor for name, tensor in state.net.state_dict().items()},
+        **({f"ema {name}": t for name, t in state.ema.state_dict().items()} if state.ema else {}),
+        **{f"optimizer {i}": tensor for i, tensor in enumerate(state.tensors()["optimizer"])},
+        **{f"scale {i}": torch.tensor(scaler.get_scale()) for i, scaler in enumerate(state.scalers) if scaler},
+    }
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_recorded_step_has_the_bits_of_the_same_step_run_as_usual(name):
+    usual, recorded = (state_of(**SETTINGS[name]) for _ in range(2))
+    recorder = TapeRecorder()
+    recorded.capture(recorder, pytest.fail)
+    assert_same(content(usual), content(recorded))
+    for a, b in zip(train(usual, 5), train(recorded, 5), strict=True):
+        assert torch.equal(a, b)
+    parts = 1 if usual.config.micro_batches == 1 else 2
+    assert recorder.recordings == parts * 3 + (usual.ema is not None and usual.mask is not None)
+    assert_same(content(usual), content(recorded))
+    assert all(parameter.grad is None for parameter in recorded.net.parameters())
+
+
+@pytest.mark.parametrize(("kind", "method"), [("vit", "infopro"), ("resnet", "greedy"), ("swin", "infopro")])
+def test_other_models_and_methods_are_recorded(kind, method):
+    usual, recorded = (state_of(kind, method) for _ in range(2))
+    recorded.capture(TapeRecorder(), pytest.fail)
+    for a, b in zip(train(usual, 4), train(recorded, 4), strict=True):
+        assert torch.equal(a, b)
+    assert_same(content(usual), content(recorded))
+
+
+def test_a_process_with_some_of_the_modules_records_them_and_hands_on_memory_of_its_own():
+    outputs = []
+    for recorder in (None, TapeRecorder()):
+        state = state_of(modules=range(1, 2))
+        if recorder:
+            state.capture(recorder, pytest.fail)
+        first = state_of().net.local_modules[0]
+        carries = []
+        for step in range(4):
+            carry = Carry.of(list(batch(seed=step)))
+            with torch.no_grad():
+                carry.features, carry.inputs = first(carry.features, carry.context), None
+            carry.losses = [torch.tensor(float(step))]
+            losses = state.train_step(carry, step)
+            carries.append((carry.features, losses))
+        outputs.append(carries)
+    for usual, recorded in zip(*outputs, strict=True):
+        for a, b in zip(usual, recorded, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_batch_of_another_size_runs_as_usual():
+    usual, recorded = (state_of() for _ in range(2))
+    recorded.capture(TapeRecorder(), pytest.fail)
+    for state in (usual, recorded):
+        train(state, 3)
+        images, labels = batch(seed=9)
+        state.train_step([images[:2], labels[:2]], 9)
+        train(state, 2, first=5)
+    assert_same(content(usual), content(recorded))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_a_step_that_cannot_be_recorded_runs_as_usual_and_says_why(parts, when):
+    usual, recorded = (state_of(micro_batches=parts) for _ in range(2))
+    reasons = []
+    recorded.capture(TapeRecorder(), reasons.append)
+    masked = recorded.steps.masked
+
+    def ask(i, loss, last, average):
+        if i == 1 and last == (when == "last" or parts == 1):
+            loss.item()
+        masked(i, loss, last, average)
+
+    recorded.steps.masked = ask
+    for a, b in zip(train(usual, 4), train(recorded, 4), strict=True):
+        assert torch.equal(a, b)
+    assert len(reasons) == 1
+    assert "not permitted when stream is capturing" in reasons[0]
+    assert_same(content(usual), content(recorded))
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if not name.startswith("looked")])
+def test_a_masked_step_asks_the_device_for_no_number(name):
+    state = state_of(**SETTINGS[name])
+    train(state, 1)
+    with Reads() as reads:
+        train(state, 2, first=1)
+    assert reads.count == 0
+
+
+def test_an_optimizer_that_cannot_be_masked_asks_once_a_module():
+    state = state_of(opt="lion")
+    train(state, 1)
+    with Reads() as reads:
+        train(state, 1, first=1)
+    assert reads.count == 3
