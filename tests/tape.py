@@ -1,6 +1,6 @@
 """Records work on the CPU as CUDA records a graph: operations on tensors at fixed places, done again without Python."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 
 import torch
@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default)
+
+EMPTY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty)
 
 
 def tensors_of(value):
@@ -58,6 +60,8 @@ class _Recording(TorchDispatchMode):
         new = [tensor for tensor in tensors_of(result) if place(tensor) not in given_places]
         self.made |= {place(tensor) for tensor in new}
         self.kept += [*given, *tensors_of(result)]
+        if func.overloadpacket in EMPTY:
+            return result  # no kernel runs
         if new or func._schema.is_mutable:
             self.operations.append((func, args, kwargs, result))
         return result
@@ -69,13 +73,26 @@ class _Recording(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """Stands for `localprop.network.graphs.CudaRecorder`."""
+    """Stands for `localprop.network.graphs.CudaRecorder`.
 
-    def __init__(self):
+    Args:
+        watches: whether it sees that the host waits, before it records.
+    """
+
+    def __init__(self, watches=True):
         self.recordings = 0
+        self.watches = watches
 
     def apart(self):
         return nullcontext()
+
+    @contextmanager
+    def watched(self):
+        places = []
+        with Reads() as reads:
+            yield places
+        if reads.count and self.watches:
+            places.append("line 1 of model.py")
 
     def record(self, work):
         recording = _Recording()

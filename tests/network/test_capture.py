@@ -63,7 +63,7 @@ def test_what_cannot_be_recorded_is_one_line():
     step = CapturedBackward(net, TapeRecorder(), lambda k, loss: loss.item())
     images, labels = batch()
     step(images, labels)
-    with pytest.raises(ConfigError, match="cannot be recorded as CUDA graphs .*capturing.*call backward") as caught:
+    with pytest.raises(ConfigError, match=r"cannot be recorded as CUDA graphs .*capturing.*call backward") as caught:
         step(images, labels)
     assert "\n" not in str(caught.value)
 

@@ -115,10 +115,11 @@ def test_a_batch_of_another_size_runs_as_usual():
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("when", ["first", "last"])
-def test_a_step_that_cannot_be_recorded_runs_as_usual_and_says_why(parts, when):
+@pytest.mark.parametrize("watches", [True, False])
+def test_a_step_that_cannot_be_recorded_runs_as_usual_and_says_why(parts, when, watches):
     usual, recorded = (state_of(micro_batches=parts) for _ in range(2))
     reasons = []
-    recorded.capture(TapeRecorder(), reasons.append)
+    recorded.capture(TapeRecorder(watches), reasons.append)
     masked = recorded.steps.masked
 
     def ask(i, loss, last, average):
@@ -127,10 +128,10 @@ def test_a_step_that_cannot_be_recorded_runs_as_usual_and_says_why(parts, when):
         masked(i, loss, last, average)
 
     recorded.steps.masked = ask
-    for a, b in zip(train(usual, 4), train(recorded, 4), strict=True):
+    for a, b in zip(train(usual, 5), train(recorded, 5), strict=True):
         assert torch.equal(a, b)
     assert len(reasons) == 1
-    assert "not permitted when stream is capturing" in reasons[0]
+    assert ("waits for the device" if watches else "not permitted when stream is capturing") in reasons[0]
     assert_same(content(usual), content(recorded))
 
 

@@ -1,8 +1,11 @@
 """Work on a GPU as CUDA graphs: recorded once, then started as a whole, without Python or a launch for each kernel."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +21,11 @@ Work = Callable[[Carry], None]
 class Recorder(Protocol):
     """Where work is recorded."""
 
-    def apart(self) -> Any:
+    def apart(self) -> AbstractContextManager[None]:
         """A context in which work runs as usual, in the place where it will be recorded."""
+
+    def watched(self) -> AbstractContextManager[list[str]]:
+        """A context that gives a list of the lines of code in which the host waits for the device, after the end."""
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Records work without doing it; gives what does it."""
@@ -39,6 +45,7 @@ class CudaRecorder:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []  # torch's allocator may ask them about later recordings
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -49,18 +56,46 @@ class CudaRecorder:
             yield
         current.wait_stream(self._stream)
 
+    @contextmanager
+    def watched(self) -> Iterator[list[str]]:
+        """See `Recorder`. Waiting makes a recording fail, after which torch would not be in order."""
+        places: list[str] = []
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield places
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                places.append(f"line {warning.lineno} of {Path(warning.filename).name}")
+
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`. Other threads may use the device meanwhile, such as one that loads data."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        except Exception:
+            self._failed.append(graph)
+            self._recover()
+            raise
         return graph.replay
+
+    def _recover(self) -> None:
+        """Ends what a failed recording may have begun: generators stay in it until another recording ends well."""
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(self._device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
+                torch.zeros(1, device=self._device)
 
 
 class CapturedPass:
     """A batch's way through some modules, as one graph for each: recorded once, replayed for every later batch.
 
-    Batches are copied into buffers of its own. Each work gets its random numbers from a seed that is set before it.
+    Each work gets its random numbers from a seed that is set before it.
 
     Args:
         recorder: what records; one for all passes that share memory.
@@ -83,15 +118,34 @@ class CapturedPass:
         self._graphs: list[Callable[[], None]] = []
 
     def record(self, carry: Carry) -> None:
-        """Records every work on buffers that take batches like `carry`, whose tensors are replaced by these."""
+        """Records every work for batches like `carry`, whose features and inputs are on the host afterwards."""
         self._form = form(carry)
-        self._buffers = _copy(carry)
-        _hand_over(carry, self._buffers)
-        own = replace(self._buffers, losses=[], sums=[], context=dict(self._buffers.context))
+        device, shared = carry.features.device, carry.inputs is carry.features
+        like = [None if tensor is None else torch.empty_like(tensor, device="meta") for tensor in _large(carry)]
+        share = None if carry.share is None else carry.share.clone()
+        own = replace(carry, targets=carry.targets.clone(), share=share, context=copy_of_context(carry.context))
+        own.losses, own.sums = [], []
+        self._small = [own.targets, own.share, *_context(own)]  # which every module may look at
+        _move(carry, torch.device("cpu"))  # or else the batch would be there twice while memory is measured
+
+        def begin(work: Work) -> None:
+            # In the memory of the graphs, so that later modules get it once the first does not need it any more.
+            features, inputs = (None if t is None else torch.empty_like(t, device=device) for t in like)
+            assert features is not None
+            own.features, own.inputs = features, features if shared else inputs
+            self._buffers = [None if t is None else borrowed(t) for t in (features, inputs, *self._small)]
+            del features, inputs
+            work(own)
+
         graphs = []
-        for number, work in enumerate(self._works):
-            graphs.append(self._recorder.record(lambda work=work: work(own)))  # type: ignore[misc]
-            self._recorded(number)
+        try:
+            for number, work in enumerate(self._works):
+                start = partial(begin, work) if number == 0 else partial(work, own)
+                graphs.append(self._recorder.record(start))
+                self._recorded(number)
+        except Exception:
+            _move(carry, device)
+            raise
         self._output, self._graphs = own, graphs
 
     def fits(self, carry: Carry) -> bool:
@@ -100,47 +154,58 @@ class CapturedPass:
 
     def replay(self, carry: Carry, seed: int | None) -> None:
         """Does every work on a batch, which then has the recorded outputs: the next replay writes over them."""
-        for buffer, tensor in zip(_tensors(self._buffers), _tensors(carry), strict=True):
-            if buffer is not tensor:
+        given = [*_large(carry), carry.targets, carry.share, *_context(carry)]
+        for buffer, tensor in zip(self._buffers, given, strict=True):
+            if buffer is not None and tensor is not None:
                 buffer.copy_(tensor, non_blocking=True)
-        _hand_over(carry, self._buffers)
+        del given
         output = self._output
+        # Frees the batch's own memory.
+        carry.features, carry.inputs, carry.context = output.features, output.inputs, dict(output.context)
         for number, start in enumerate(self._graphs):
             if seed is not None:
                 self._seed(number, seed)
             start()
             self._after(number, output)
-        carry.features, carry.inputs, carry.context = output.features, output.inputs, dict(output.context)
         carry.losses.extend(output.losses)
 
 
 def form(carry: Carry) -> tuple[Any, ...]:
     """What recorded work depends on, beside the numbers in a batch's tensors."""
-    tensors = [(tensor.shape, tensor.dtype, tensor.device) for tensor in _tensors(carry)]
+    tensors = [*_large(carry), carry.targets, carry.share, *_context(carry)]
+    forms = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
     others = tree_map_only(Tensor, lambda tensor: None, carry.context)
-    shared = carry.inputs is carry.features, carry.inputs is None, carry.share is None
-    return tensors, repr(sorted(others.items())), shared
+    return forms, repr(sorted(others.items())), carry.inputs is carry.features
 
 
-def _tensors(carry: Carry) -> list[Tensor]:
-    inputs = None if carry.inputs is carry.features else carry.inputs
-    context = [value for _, value in sorted(carry.context.items())]
-    leaves = tree_leaves([carry.features, carry.targets, inputs, carry.share, context])
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _copy(carry: Carry) -> Carry:
-    """The same with tensors of its own."""
-    share = None if carry.share is None else carry.share.clone()
-    return replace(carry.clone(), share=share, context=copy_of_context(carry.context))
-
-
-def _hand_over(carry: Carry, buffers: Carry) -> None:
-    """Puts the buffers in the place of a batch's tensors, whose memory is free then."""
-    carry.features, carry.targets, carry.inputs = buffers.features, buffers.targets, buffers.inputs
-    carry.share, carry.context = buffers.share, dict(buffers.context)
+def borrowed(tensor: Tensor) -> Tensor:
+    """The same memory, which its allocator may give out again meanwhile."""
+    storage = tensor.untyped_storage()
+    place = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(place, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
 def copy_of_context(context: dict[str, Any]) -> dict[str, Any]:
     """The same with tensors of its own."""
     return tree_map_only(Tensor, Tensor.clone, context)
+
+
+def _large(carry: Carry) -> list[Tensor | None]:
+    """Features and inputs; no inputs where they are the features."""
+    return [carry.features, None if carry.inputs is carry.features else carry.inputs]
+
+
+def _context(carry: Carry) -> list[Tensor]:
+    leaves = tree_leaves([value for _, value in sorted(carry.context.items())])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _move(carry: Carry, device: torch.device) -> None:
+    """Moves a batch's features and inputs, which frees their memory where they were."""
+    shared = carry.inputs is carry.features
+    carry.features = carry.features.to(device, copy=True)
+    if shared:
+        carry.inputs = carry.features
+    elif carry.inputs is not None:
+        carry.inputs = carry.inputs.to(device, copy=True)

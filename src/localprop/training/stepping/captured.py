@@ -6,15 +6,17 @@ from typing import Protocol
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from localprop.errors import ConfigError, first_line
 from localprop.network.carry import Carry
-from localprop.network.graphs import CapturedPass, CudaRecorder, Recorder, Work, copy_of_context
+from localprop.network.graphs import CapturedPass, CudaRecorder, Recorder, Work, borrowed, copy_of_context
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.stepping.mask import Mask
 from localprop.training.stepping.steps import OptimizerSteps, forget
+
+_USUAL = 2  # steps before the one that is recorded
 
 
 class Training(Protocol):
@@ -75,10 +77,11 @@ def use_graphs(
 
 
 class CapturedSteps:
-    """Records the second step that it is given, and replays it for every later one.
+    """Records the third step that it is given, and replays it for every later one.
 
-    The first runs as usual: optimizers get their state, and kernels their workspaces. Of several micro-batches those
-    before the last are one recording, and the last is another; their gradients stay in buffers.
+    The first runs as usual: optimizers get their state, and kernels their workspaces. So does the second, and it is
+    watched: what waits for the device cannot be recorded. Of several micro-batches those before the last are one
+    recording, and the last is another; their gradients stay in buffers.
 
     Args:
         state: the training, whose steps are recorded.
@@ -89,7 +92,7 @@ class CapturedSteps:
     def __init__(self, state: Training, recorder: Recorder, refuse: Callable[[str], None]) -> None:
         self._state, self._recorder, self._refuse = state, recorder, refuse
         self._passes: dict[bool, CapturedPass] = {}  # by whether the micro-batch is the last
-        self._first: int | None = None  # the step that ran as usual
+        self._first: int | None = None  # the step that it began with
         self._gradients: list[list[Tensor]] = [[] for _ in state.modules]
         self._refused = False
 
@@ -102,9 +105,9 @@ class CapturedSteps:
             return False
         if self._first is None:
             self._first = self._state.step
-        if self._state.step == self._first:
+        if self._state.step - self._first < _USUAL:
             with self._recorder.apart():
-                self._state.run(carry, seed, last)
+                self._run_as_usual(carry, seed, last, self._state.step > self._first)
             return True
         if last not in self._passes:
             self._record(carry, last)
@@ -117,6 +120,23 @@ class CapturedSteps:
             # The next stage reads them while the next batch writes over these.
             carry.features, carry.context = carry.features.clone(), copy_of_context(carry.context)
         return True
+
+    def _run_as_usual(self, carry: Carry, seed: int, last: bool, watched: bool) -> None:
+        if not watched:
+            self._state.run(carry, seed, last)
+            return
+        places: list[str] = []
+        for i, k in enumerate(self._state.modules):
+            self._state.net.seed_module(k, seed)
+            with self._recorder.watched() as found:
+                self._state.train_module(i, carry, last)
+            places += found
+            self._state.finish_module(i, carry.losses[-1], last)
+        if last:
+            self._state.update_average()
+        if places and not self._refused:
+            self._refused = True
+            self._refuse(f"{places[0]} waits for the device")
 
     def _record(self, carry: Carry, last: bool) -> None:
         state = self._state
@@ -176,7 +196,7 @@ class CapturedSteps:
         elif last and not self._state.mask:
             steps.trained[i] = [parameter for parameter in steps.parameters[i] if parameter.grad is not None]
             # Their memory is free for the next module, whose graph runs once the host has stepped this one.
-            self._gradients[i] = [_borrowed(parameter.grad) for parameter in steps.trained[i] if _has_grad(parameter)]
+            self._gradients[i] = [borrowed(p.grad) for p in steps.trained[i] if p.grad is not None]
         self._hide(i)
 
     def _step_by_host(self, i: int, loss: Tensor, last: bool) -> None:
@@ -200,16 +220,3 @@ class CapturedSteps:
         steps.buffers = None
         self._passes.clear()
         self._refuse(f"a step cannot be recorded ({reason})")
-
-
-def _has_grad(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None
-
-
-def _borrowed(tensor: Tensor | None) -> Tensor:
-    """The same memory, which its allocator may give out again meanwhile."""
-    assert tensor is not None
-    storage = tensor.untyped_storage()
-    place = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(place, tensor.storage_offset(), tensor.size(), tensor.stride())
