@@ -65,7 +65,7 @@ def _trained(run: Run, size: _Size, folder: Path, name: str, flags: list[str], g
     ]
     started = time.perf_counter()
     finished = train(run, folder, name, *common, *flags, graphs=graphs)
-    return spread(images_per_second(finished)) | {"whole_run_s": round(time.perf_counter() - started, 1)}
+    return spread(images_per_second(finished.folder)) | {"whole_run_s": round(time.perf_counter() - started, 1)}
 
 
 def _bare(run: Run, size: _Size, folder: Path) -> dict[str, Any]:

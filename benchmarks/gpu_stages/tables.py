@@ -149,12 +149,13 @@ def streams(content: dict[str, Any]) -> str | None:
 
 
 def problems(content: dict[str, Any]) -> str | None:
-    """A line for each stage and row that failed."""
+    """A line for each stage and row that failed, or was not recorded as CUDA graphs."""
     lines = []
     for name, stage in content["stages"].items():
         if stage["error"] or not stage["finished"]:
             lines.append(f"- {name}: {stage['error'] or 'not finished'}")
-        lines += [f"- {row['name']}: {row['error']}" for row in stage["rows"] if row.get("error")]
+        for row in stage["rows"]:
+            lines += [f"- {row['name']}: {row[key]}" for key in ("error", "not_recorded") if row.get(key)]
     return "\n".join(lines) or None
 
 

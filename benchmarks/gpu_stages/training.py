@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import runpy
 import statistics
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,33 @@ import localprop
 from gpu_stages.running import Run
 
 
-def train(run: Run, folder: Path, name: str, *flags: str, graphs: str | None = None) -> Path:
-    """Trains, and gives the run folder.
+@dataclass(frozen=True)
+class Finished:
+    """A training that has ended.
+
+    Attributes:
+        folder: the run folder.
+        notes: the lines that say why a step was not recorded as CUDA graphs; none where it was.
+    """
+
+    folder: Path
+    notes: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """Of its weights."""
+        return hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def train(run: Run, folder: Path, name: str, *flags: str, graphs: str | None = None) -> Finished:
+    """Trains.
 
     Args:
         run: the stage's.
         folder: that holds run folders.
         name: of the run folder.
         flags: of `localprop train`.
-        graphs: the value of `--cuda-graphs`; without CUDA the flag is left out.
+        graphs: the value of `--cuda-graphs`; without CUDA it is off.
 
     Raises:
         RuntimeError: training failed, with its line.
@@ -32,15 +52,15 @@ def train(run: Run, folder: Path, name: str, *flags: str, graphs: str | None = N
     words = ["train", "--device", run.device.type, "--output", str(folder), *flags]
     if "--resume" not in flags:
         words += ["--experiment", name]
-    if graphs and run.cuda:
-        words += ["--cuda-graphs", graphs]
-    errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+    if graphs:
+        words += ["--cuda-graphs", graphs if run.cuda else "off"]
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         code = _command(words)
     if code:
         lines = errors.getvalue().strip().splitlines() or [f"it ended with exit code {code}"]
         raise RuntimeError(f"localprop train: {lines[-1]}")
-    return folder / name
+    return Finished(folder / name, [line for line in printed.getvalue().splitlines() if "CUDA graphs" in line])
 
 
 def _command(words: list[str]) -> int:
