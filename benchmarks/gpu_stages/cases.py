@@ -99,6 +99,7 @@ def cases(dry: bool) -> list[Case]:
         "K=8, blocks split": local(SWIN_8, split_blocks=True),
         "K=2": local(SWIN_2),
         "K=4, greedy": local(SWIN_4, method="greedy"),
+        "K=4, decoder conv": local(SWIN_4, decoder="conv"),
     }
     vit = {
         "end-to-end": Way("ordinary"),

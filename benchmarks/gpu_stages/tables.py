@@ -80,7 +80,7 @@ def large(content: dict[str, Any]) -> str | None:
     texts = []
     for case, ways in found.items():
         example = next(row for modes in ways.values() for row in modes.values())
-        texts.append(f"{case}, batch {example['batch']}:")
+        texts.append(f"{case}, batch {example['batch']}, decoder {example['decoder']} where no other is named:")
         base = next(iter(ways.values()))
         texts.append(table(_LARGE, [_large_row(case, way, modes, base, predicted) for way, modes in ways.items()]))
     return "\n\n".join(texts) or None

@@ -221,7 +221,7 @@ def test_a_wrong_command_is_one_line(monkeypatch, capsys, words, said):
 
 def test_tables_of_measured_rows():
     def row(way, mode, allocated, ms):
-        known = {"case": "Swin", "batch": 128, "way": way, "mode": mode}
+        known = {"case": "Swin", "batch": 128, "way": way, "mode": mode, "decoder": "conv"}
         return {"name": f"Swin: {way}, {mode}", **known, "allocated": allocated, "reserved": allocated, "ms": ms}
 
     def stage(*own, error=None):
