@@ -1,5 +1,6 @@
 """A network's backward pass as CUDA graphs, for training loops of one's own."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -63,7 +64,8 @@ class CapturedBackward:
         del inputs, targets
         self._calls += 1
         if self._calls == 1:
-            with self._recorder.apart():
+            with self._recorder.apart(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True")  # torch wonders why nothing is recorded yet
                 for k in range(len(self._predictions)):
                     if seed is not None:
                         self._net.seed_module(k, seed)

@@ -68,7 +68,6 @@ class Gauge:
             train(own)
         del earlier
         self.peak = max(self.peak or 0, measurement.peak - self._data.held_bytes)
-        self.note_reserved()
         return own
 
     def note_reserved(self) -> None:
@@ -81,7 +80,7 @@ class Gauge:
 
     def _due(self, number: int) -> bool:
         if self._device.type == "cuda":
-            return True
+            return not (self._state.captured and self._state.captured.complete)
         # The most is in use either in a micro-batch that finds all gradients and leaves them, or in the last.
         if self._settled or self._steps < 2 or number < self._micro_batches - 2:
             return False

@@ -96,6 +96,11 @@ class CapturedSteps:
         self._gradients: list[list[Tensor]] = [[] for _ in state.modules]
         self._refused = False
 
+    @property
+    def complete(self) -> bool:
+        """Whether everything has been recorded: what is measured later is less than a step takes."""
+        return len(self._passes) == (2 if self._state.config.micro_batches > 1 else 1)
+
     def run(self, carry: Carry, seed: int, last: bool) -> bool:
         """Trains on a batch, if that can be recorded; gives whether it was trained on.
 
