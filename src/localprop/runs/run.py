@@ -11,6 +11,7 @@ from localprop.parallel.job import in_job
 from localprop.runs.common import announce, begin, prepare_run, show_interruption, train
 from localprop.runs.folder import create_run_folder, starts_anew
 from localprop.runs.headroom import Headroom, predict
+from localprop.runs.repeatable import repeatable_kernels
 from localprop.runs.together import run_together
 from localprop.settings.config import TrainConfig
 from localprop.system.lock import FolderLock
@@ -31,16 +32,22 @@ def run(config: TrainConfig, resumed: Path | None) -> int:
     """
     if config.run.parallel:
         return run_together(config, resumed)
+    with repeatable_kernels(config.run.deterministic):
+        return _run_alone(config, resumed)
+
+
+def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
+    """Trains in this process alone."""
     if in_job() and os.environ["WORLD_SIZE"] != "1":
         raise ConfigError("torchrun started several processes, which would all do the same; add --parallel modules")
     with ExitStack() as locks:
         # Before anything is loaded: what the folder holds must not change meanwhile.
         lock = locks.enter_context(FolderLock(resumed)) if resumed else None
-        return _run_alone(config, resumed, lock, locks)
+        return _train_alone(config, resumed, lock, locks)
 
 
-def _run_alone(config: TrainConfig, resumed: Path | None, lock: FolderLock | None, locks: ExitStack) -> int:
-    """Trains in this process alone; `lock` is on the folder that is resumed, and `locks` takes that of a new one."""
+def _train_alone(config: TrainConfig, resumed: Path | None, lock: FolderLock | None, locks: ExitStack) -> int:
+    """Trains; `lock` is on the folder that is resumed, and `locks` takes that of a new one."""
     console, anew = Console(), resumed is None or starts_anew(resumed)
     experiment, notes = prepare_run(config, resumed, anew, console)
     config = experiment.config

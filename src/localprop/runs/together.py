@@ -31,6 +31,7 @@ from localprop.runs.common import announce, begin, command_to_resume, prepare_ru
 from localprop.runs.experiment import Experiment
 from localprop.runs.folder import create_run_folder, folder_of_job, starts_anew
 from localprop.runs.recorded_data import data_of_run
+from localprop.runs.repeatable import repeatable_kernels
 from localprop.settings.config import TrainConfig, require_equal_parts
 from localprop.system.launched import Ranks, describe_ranks, leave, leave_failure
 from localprop.system.lock import FolderLock
@@ -55,7 +56,8 @@ def run_together(config: TrainConfig, resumed: Path | None) -> int:
     try:
         job.agree(facts(config, resumed, job.device.type))
         job.connect()
-        code = _run(config, resumed, job)
+        with repeatable_kernels(config.run.deterministic):
+            code = _run(config, resumed, job)
     except LocalpropError as error:
         code = _report_failure(error, job)
     except (BrokenPipeError, SystemExit):  # whom it is piped to has read enough: rich makes an exit of that

@@ -179,6 +179,8 @@ class RunConfig:
     """cpu, cuda, cuda:1, ... (default: cuda if there is one)."""
     compile: bool = False
     """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
+    deterministic: bool = False
+    """Use torch's deterministic algorithms alone: on CUDA, attention over many tokens repeats bit for bit only so."""
     cuda_graphs: Annotated[Literal["auto", "on", "off"], tyro.conf.arg(help=_GRAPHS_HELP)] = "auto"
     steps: OptionalInt = None
     """Stop after this many steps in all, as at the end of a run; --resume continues, up to --epochs."""

@@ -12,6 +12,7 @@ NEWER: dict[str, Any] = {
     "steps": None,
     "recompute_units": None,
     "cuda_graphs": "off",
+    "deterministic": False,
 }
 """Settings that version 0.1 did not have, and what they were then."""
 

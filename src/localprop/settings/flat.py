@@ -31,6 +31,7 @@ _FREE = {
     "checkpoint_hist": ("resume", "record"),
     "val_interval": ("resume",),
     "compile": ("resume",),
+    "deterministic": ("resume",),
     "cuda_graphs": ("resume", "record"),
     "offload_optimizer": ("resume",),
 }
