@@ -12,11 +12,14 @@ of its own; one that fails is noted in one line, and the next begins. `predictio
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # whoever asks for CUDA does not start it before a fork
 
 import torch
 from gpu_stages import correctness, large_images, resuming, small_images, streams, tables

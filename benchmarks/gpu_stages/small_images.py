@@ -18,7 +18,7 @@ from gpu_stages.cases import SWIN
 from gpu_stages.large_images import EAGER_NOTE
 from gpu_stages.running import Run
 from gpu_stages.steps import BareGraph, Train, autocast
-from gpu_stages.training import images_per_second, register_random_images, spread, train
+from gpu_stages.training import register_random_images, spread, throughput, train
 
 DATA = "random-images"
 METHODS = {"end-to-end": ["--method", "end-to-end"], "K=4": ["--modules", "4", "--partition", "stage"]}
@@ -65,7 +65,7 @@ def _trained(run: Run, size: _Size, folder: Path, name: str, flags: list[str], g
     ]
     started = time.perf_counter()
     finished = train(run, folder, name, *common, *flags, graphs=graphs)
-    return spread(images_per_second(finished.folder)) | {"whole_run_s": round(time.perf_counter() - started, 1)}
+    return throughput(finished.folder) | {"whole_run_s": round(time.perf_counter() - started, 1)}
 
 
 def _bare(run: Run, size: _Size, folder: Path) -> dict[str, Any]:

@@ -112,23 +112,21 @@ def _ms(row: Row) -> float | None:
 
 
 def small(content: dict[str, Any]) -> str | None:
-    """Images per second of training, and of the bare graph."""
+    """Images per second of training and of the bare graph, and the memory of training as graphs."""
     rows = rows_of(content, "small")
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[str, dict[str, Row]] = {}
     for row in rows:
         kind = row["name"].removeprefix(f"{row['method']}, ")
-        found.setdefault(row["method"], {})[kind] = row.get("images_per_second")
+        found.setdefault(row["method"], {})[kind] = row
     kinds = ("localprop train, eager", "localprop train, graphs", "bare graph")
-    cells = [
-        [
-            method,
-            *(_number(rates.get(kind), 0) for kind in kinds),
-            _ratio(rates.get("localprop train, graphs"), rates.get("bare graph")),
-        ]
-        for method, rates in found.items()
-    ]
+    cells = []
+    for method, own in found.items():
+        rates = [own.get(kind, {}).get("images_per_second") for kind in kinds]
+        graphs = own.get(kinds[1], {})
+        memory = [_mib(graphs.get(name)) for name in ("predicted_memory", "peak_memory")]
+        cells.append([method, *(_number(rate, 0) for rate in rates), _ratio(rates[1], rates[2]), *memory])
     heads = ["images per second", "`--cuda-graphs off`", "`--cuda-graphs on`", "bare graph", "on / bare"]
-    return table(heads, cells) if cells else None
+    return table([*heads, "on: MiB predicted", "measured"], cells) if cells else None
 
 
 def resume(content: dict[str, Any]) -> str | None:

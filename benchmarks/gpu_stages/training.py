@@ -75,11 +75,15 @@ def _command(words: list[str]) -> int:
     return 0
 
 
-def images_per_second(folder: Path) -> list[float]:
-    """Training throughput of each epoch but the first, which warms up and captures."""
+def throughput(folder: Path) -> dict[str, Any]:
+    """What a run's results.csv says: images per second of all epochs but the first, and the peak of memory.
+
+    The first epoch warms up, and records what is recorded.
+    """
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [float(row["images_per_second"]) for row in rows[1:]]
+    memory = {name: int(rows[-1][name] or 0) or None for name in ("predicted_memory", "peak_memory")}
+    return spread([float(row["images_per_second"]) for row in rows[1:]]) | memory
 
 
 def spread(values: list[float]) -> dict[str, Any]:
