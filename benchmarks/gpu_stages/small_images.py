@@ -69,7 +69,8 @@ def _trained(run: Run, size: _Size, folder: Path, name: str, flags: list[str], g
 
 
 def _bare(run: Run, size: _Size, folder: Path) -> dict[str, Any]:
-    """The step that a finished run took, alone: the same network, losses and optimizers, and a batch that is there."""
+    """A finished run's step, alone: the same network, losses, optimizers and kernels, and a batch that is there."""
+    torch.backends.cudnn.deterministic = run.cuda  # as in a run
     step, batch = bare_step(run, folder, size.batch), _batch(run, size.batch)
     rates = []
     for number in range(1 if run.dry else 8):
