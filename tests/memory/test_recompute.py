@@ -226,6 +226,8 @@ def test_local_modules_recompute_and_end_to_end_training_does_not():
     assert recompute(cuts=["blocks.1"], recompute=False) == [False, False]
     assert recompute(method="end-to-end") == [False]
     assert recompute(method="end-to-end", recompute=True) == [True]
+    assert recompute(cuts=["blocks.1"], device="cuda") == [False, False]
+    assert recompute(cuts=["blocks.1"], device="cuda", recompute=True) == [True, True]
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -15,6 +15,7 @@ import torch
 from localprop import localize, plan
 from localprop.cli import main
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
+from localprop.planning.settings import chosen, train_command
 from localprop.planning.simulation import simulate_step
 from localprop.planning.steps import PARTS
 from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, TrainConfig
@@ -151,6 +152,39 @@ def test_the_fastest_that_fits_is_chosen():
     assert choice(whole - 1).setting.name == "K=2"  # faster than checkpointing
     # Who names a number wants local modules, though end-to-end training fits.
     assert choice(whole, modules=(2,)).setting.name == "K=2"
+
+
+def test_on_cuda_results_are_computed_again_only_where_a_budget_needs_it():
+    def rows(budget=None, device="cuda", **options):
+        found = small_plan((2,), budget=budget, device=device, **options)
+        return {row.setting.name: row for row in found.rows}, found.choice
+
+    plain, _ = rows()
+    asked, _ = rows(recompute=True)
+    kept, again = plain["K=2"].step, asked["K=2"].step
+    assert again.peak < kept.peak
+    assert again.seconds > kept.seconds
+    assert rows(recompute=False)[0]["K=2"].step.peak == kept.peak
+    fits, choice = rows(kept.peak)
+    assert list(fits) == list(plain)
+    assert choice.setting.recipe.recompute is None
+    more, choice = rows(again.peak)
+    assert list(more) == [*plain, "K=2 + recompute"]
+    assert choice is more["K=2 + recompute"]
+    assert (choice.step.peak, choice.step.seconds) == (again.peak, again.seconds)
+    assert choice.setting.recipe.recompute is True
+    assert choice.setting.described()["recompute"] is True
+    assert choice.micro_batches == 1
+    assert list(rows(again.peak, recompute=False)[0]) == list(plain)
+    assert list(rows(again.peak, device="cpu")[0]) == list(plain)
+
+
+def test_what_a_budget_needs_is_in_the_command_that_trains():
+    again = small_plan((2,), device="cuda", recompute=True).rows[-1].step.peak
+    row = small_plan((2,), device="cuda", budget=again).choice
+    config = chosen(TrainConfig(local=LocalConfig("greedy")), row)
+    assert "--recompute True" in train_command(config)
+    assert config.local.recompute is True
 
 
 def test_a_budget_below_a_single_image_is_an_error_of_one_line():

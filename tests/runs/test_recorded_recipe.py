@@ -100,6 +100,14 @@ def test_a_result_of_other_defaults_is_not_taken_for_done(later):
 def test_a_result_of_another_default_recomputation_is_not_taken_for_done(monkeypatch):
     recipe = Recipe(method="greedy", modules=2)
     later = replace(resolved(recipe), recompute=False)
-    monkeypatch.setattr("localprop.runs.recorded_recipe.resolved", lambda own: later)
+    monkeypatch.setattr("localprop.runs.recorded_recipe.resolved", lambda own, device: later)
     expected = "recompute is False now where it is left open, and was True then"
     assert changed_default(recipe, None) == changed_default(recipe, resolved(recipe).record()) == expected
+
+
+def test_recomputation_is_compared_with_the_default_of_the_results_own_device():
+    recipe = Recipe(method="greedy", modules=2)
+    for device in ("cpu", "cuda"):
+        assert changed_default(recipe, resolved(recipe, device).record(), device) is None
+    assert resolved(recipe, "cpu").recompute
+    assert not resolved(recipe, "cuda").recompute

@@ -125,7 +125,7 @@ def test_code_meets_the_same_bounds():
         ("train --lr --epochs 3", "--lr needs a value: a number"),
         ("train --partition stages", "--partition is 'stages'; did you mean 'stage'?"),
         ("train --partition x", "--partition is 'x'; it must be balanced, compute or stage"),
-        ("train --recompute maybe", "--recompute is 'maybe'; it must be True or False"),
+        ("train --recompute maybe", "--recompute is 'maybe'; it must be auto, True or False"),
         ("train --parallel both", "--parallel is 'both'; it must be modules or data"),
         ("train --model-kwargs depth:3", "--model-kwargs is 'depth:3'; it must be KEY=VALUE"),
         ("train --warmup-epochs one", "--warmup-epochs is 'one'; it must be a number"),

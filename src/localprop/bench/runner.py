@@ -128,10 +128,11 @@ class Runner:
         if record.exists():
             known = read_record(record)
             found, place, state, recipe = known.config, record, "done", known.network.get("recipe")
+            device = known.cost.get("device", "cpu")
             self._require_same_data(run.config.data, known.data.get("identity"), record)
         elif has_checkpoint(folder / CHECKPOINTS):
             found, place, state = settings_in(folder, run), folder, "waiting"
-            recipe = None  # it is resumed with its own
+            recipe, device = None, "cpu"  # it is resumed with its own
         elif os.path.lexists(folder) and not attempt.log.is_file():
             # Every run that a bench starts has a log: what has none was put there by somebody else.
             raise BenchError(
@@ -141,7 +142,7 @@ class Runner:
             return attempt
         difference = differing(found, run)
         if state == "done" and not difference:
-            difference = changed_default(run.config.local.recipe, recipe)
+            difference = changed_default(run.config.local.recipe, recipe, device)
         if difference:
             raise BenchError(f"{place} is of other settings ({difference}); delete it or choose another --output")
         attempt.state = state  # type: ignore[assignment]

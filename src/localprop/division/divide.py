@@ -56,7 +56,8 @@ def localize(
         batch_size: batch size for which the partition is made.
         micro_batches: equal parts of a batch, of which only one has activations at a time, for which it is made.
         amp_dtype: type of mixed precision for which the partition is made; default: none.
-        device: "cpu" or "cuda", for which the partition is made; default: where the model is.
+        device: "cpu" or "cuda", for which the partition is made, and recomputation is chosen where it is left open;
+            default: where the model is.
         task: what the network is trained for; default: `Classification`.
         criterion: of a classification: its loss, from (logits, labels); default: cross-entropy.
         mean: per channel, with which images are normalised, for methods that rebuild the image in [0, 1]; default:
@@ -103,7 +104,8 @@ def divide(
     std: Sequence[float] | None = None,
 ) -> LocalNetwork:
     """`localize`, for a recipe."""
-    recipe = resolved(recipe)
+    where = assumed(device or next((p.device.type for p in model.parameters()), "cpu"))
+    recipe = resolved(recipe, where)
     if task is not None and criterion is not None:
         raise ConfigError("a task has a loss of its own; leave out either task or criterion")
     task = task or Classification(criterion)
@@ -129,7 +131,6 @@ def divide(
         mean=tuple(mean or settings.get("mean") or IMAGENET_DEFAULT_MEAN),
         std=tuple(std or settings.get("std") or IMAGENET_DEFAULT_STD),
     )
-    where = assumed(device or next((p.device.type for p in model.parameters()), "cpu"))
     step = Conditions(-(-batch_size // micro_batches), amp_dtype, device=where, gradients_wait=micro_batches > 1)
     division = Division(costs, recipe, spec, step)
     return division.build(division.ends())

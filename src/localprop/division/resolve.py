@@ -9,8 +9,13 @@ from localprop.registry import DECODERS, HEADS, METHODS
 from localprop.settings.recipe import Recipe
 
 
-def resolved(recipe: Recipe) -> Recipe:
+def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
     """The recipe with every default that depends on others filled in: modules, recompute, the method's options.
+
+    Args:
+        recipe: the recipe.
+        device: the type of device on which the network is trained. On CUDA nothing is computed again unless it is asked
+            for: it was measured to take 7% of a step of Swin-Tiny in four modules there.
 
     Raises:
         ConfigError: no such method, option, head or decoder, or a number of modules that the method does not allow.
@@ -20,7 +25,7 @@ def resolved(recipe: Recipe) -> Recipe:
     DECODERS.lookup(recipe.decoder)
     cheap = recipe.recompute
     if cheap is None:
-        cheap = count > 1 and not recipe.end_to_end
+        cheap = count > 1 and not recipe.end_to_end and device != "cuda"
     return replace(recipe, modules=count, recompute=cheap, method_kwargs={**_defaults(recipe.method), **recipe.options})
 
 

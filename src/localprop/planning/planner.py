@@ -98,6 +98,17 @@ class Planner:
                 split = True
         return rows
 
+    def recomputing(self, rows: list[PlanRow], budget: int) -> list[PlanRow]:
+        """The rows of local modules that a budget does not fit, with cheap results computed again.
+
+        None where the user has chosen, or where they are computed again anyway.
+        """
+        if self.recipe.recompute is not None or self.device != "cuda":
+            return []
+        large = [row.setting for row in rows if row.setting.modules > 1 and row.step.peak > budget]
+        again = [replace(own, recipe=replace(own.recipe, recompute=True), recomputes=True) for own in large]
+        return [row for setting in again if (row := self.row(setting))]
+
     def setting(self, count: int | Literal["max"], split: bool) -> Setting:
         """The recipe with a number of modules, of whole blocks or of their parts."""
         units = self.known(split).chain

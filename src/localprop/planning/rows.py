@@ -16,10 +16,12 @@ class Setting:
     Attributes:
         recipe: what the network is made of, with a number of modules.
         largest: whether there cannot be more modules.
+        recomputes: whether cheap results are computed again because a budget needs it.
     """
 
     recipe: Recipe
     largest: bool = False
+    recomputes: bool = False
 
     @property
     def modules(self) -> int:
@@ -47,12 +49,14 @@ class Setting:
         words = ["end-to-end" if self.modules == 1 else f"{'exact ' if self.recipe.end_to_end else ''}K={self.modules}"]
         words += ["split"] if self.split_blocks else []
         words += ["max"] if self.largest else []
-        return ", ".join(words) + (" + ckpt" if self.grad_checkpointing else "")
+        more = (" + recompute" if self.recomputes else "") + (" + ckpt" if self.grad_checkpointing else "")
+        return ", ".join(words) + more
 
     def described(self) -> dict[str, Any]:
         """Name and settings, for a JSON file. A setting that is not there is off."""
         keys = ("modules", "method", "split_blocks", "grad_checkpointing", "largest")
-        return {"setting": self.name, **{key: getattr(self, key) for key in keys}}
+        again = {"recompute": True} if self.recomputes else {}
+        return {"setting": self.name, **{key: getattr(self, key) for key in keys}, **again}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ def choose_for_budget(experiment: Experiment) -> tuple[Experiment, str]:
         PlanError: nothing fits, or with more micro-batches only, which is the user's choice to make.
     """
     config, budget = experiment.config, parse_bytes(experiment.config.local.budget or "")
-    result = plan_for(experiment.backbone, config.local, config.optim, experiment.input_size, budget)
+    device = assumed(experiment.device.type)
+    result = plan_for(experiment.backbone, config.local, config.optim, experiment.input_size, budget, device=device)
     row = result.choice
     assert row is not None
     limit, peak = format_bytes(budget), format_bytes(row.step.peak)
@@ -70,7 +71,9 @@ class Headroom:
                 local=replace(config.local, modules=None, cuts=None, budget=None),
                 run=replace(config.run, experiment=None, resume=None),  # the folder of this run is taken
             )
-            row = plan_for(experiment.backbone.cpu(), config.local, config.optim, experiment.input_size, limit).choice
+            backbone, device = experiment.backbone.cpu(), assumed(experiment.device.type)
+            size = experiment.input_size
+            row = plan_for(backbone, config.local, config.optim, size, limit, device=device).choice
         except PlanError as nothing:
             return OutOfMemory(f"{text}; {nothing}")
         assert row is not None

@@ -38,16 +38,17 @@ def recipe_of_run(folder: Path, recipe: Recipe) -> Recipe:
     return replace(recipe, modules=len(modules), cuts=cuts, recompute=again, method_kwargs=options)
 
 
-def changed_default(recipe: Recipe, recorded: dict[str, Any] | None) -> str | None:
+def changed_default(recipe: Recipe, recorded: dict[str, Any] | None, device: str = "cpu") -> str | None:
     """Says which default has changed since a network was made; None if none has.
 
     Args:
         recipe: the settings.
         recorded: `Recipe.record()` of a network of these settings; None of one of version 0.1.
+        device: the type of device on which that was trained.
     """
     if recipe.method not in METHODS:
         return None  # a plugin's, which is not looked into here
-    now = resolved(recipe).record()
+    now = resolved(recipe, device).record()
     then = options_as_recorded(recipe.method, recorded)
     again = recorded["recompute"] if recorded else now["modules"] > 1
     if recipe.recompute is None and again != now["recompute"]:

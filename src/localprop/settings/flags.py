@@ -13,7 +13,7 @@ from localprop.errors import ConfigError, shown, suggestion
 from localprop.settings.flat import to_flat
 from localprop.settings.values import Pairs, read_pairs
 
-_KINDS = {int: "a whole number", float: "a number", bool: "True or False"}
+_KINDS = {int: "a whole number", float: "a number", bool: "auto, True or False"}
 
 
 def parse(kind: Any, command: str, argv: Sequence[str], default: Any = tyro.MISSING) -> Any:
@@ -117,7 +117,7 @@ def _fits(value: str, hint: Any) -> bool:
     kind = _plain(hint)
     if _is_optional(hint) and value == "None":
         return True
-    if choices := ["True", "False"] if kind is bool else _choices(hint):
+    if choices := ["auto", "True", "False"] if kind is bool else _choices(hint):
         return value in choices
     try:
         if hint == Pairs:

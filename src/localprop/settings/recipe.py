@@ -10,7 +10,7 @@ import tyro
 from localprop.errors import ConfigError, suggestion
 from localprop.registry import DECODERS, HEADS, METHODS
 from localprop.settings.bounds import require_within_bounds
-from localprop.settings.values import OptionalBool, OptionalInt, OptionalNames, Pairs
+from localprop.settings.values import AutoBool, OptionalInt, OptionalNames, Pairs
 
 Recomputation = Literal["none", "cheap", "whole"]
 """What a unit computes again in backward instead of keeping it: nothing; activation functions and layer norms (see
@@ -38,8 +38,8 @@ class Recipe:
     """Least number of blocks, or of parts of split ones, in a module; very shallow modules learn worse."""
     split_blocks: bool = False
     """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
-    recompute: OptionalBool = None
-    """Run activation functions and layer norms again in backward to save memory (default: in local modules only)."""
+    recompute: AutoBool = None
+    """Run activation functions and layer norms again in backward (auto: local modules; on CUDA if --budget asks)."""
     grad_checkpointing: bool = False
     """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
     recompute_units: Pairs = None

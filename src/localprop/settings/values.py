@@ -28,6 +28,14 @@ def read_pairs(words: list[str]) -> dict[str, Any]:
     return pairs
 
 
+def read_auto(word: str) -> bool | None:
+    """Reads True, False, or auto, which leaves the choice open and is None."""
+    values = {"auto": None, "None": None, "True": True, "False": False}
+    if word not in values:
+        raise ValueError(f"{word!r} is not auto, True or False")
+    return values[word]
+
+
 def parse_bytes(text: str, flag: str = "") -> int:
     """Reads an amount of memory: 8GiB, 500MiB, 2G, or plain bytes. G and GB are GiB, as with `ulimit`.
 
@@ -83,13 +91,25 @@ Pairs = Annotated[
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
-OptionalBool = Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint="")]
+AutoBool = Annotated[
+    bool | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{auto,True,False}",
+        instance_from_str=lambda words: read_auto(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, bool),
+        str_from_instance=lambda value: ["auto" if value is None else str(value)],
+    ),
+    tyro.conf.arg(help_behavior_hint=""),
+]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 OptionalNames = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
 
 
 def typed(key: str, value: Any, hint: Any, source: str) -> Any:
     """Converts one YAML value to the type its field is annotated with (YAML reads 1e-3 as a string)."""
+    if hint == AutoBool and value == "auto":
+        return None
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     union = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
