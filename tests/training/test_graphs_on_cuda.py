@@ -161,3 +161,12 @@ def test_the_measured_peak_is_that_of_eager_steps_and_buffers(tmp_path, monkeypa
     batch_size = 64 * 3 * 32 * 32 * 4
     assert peaks[0] <= peaks[1] * 1.02
     assert peaks[1] <= peaks[0] * 1.05 + 2 * batch_size + (64 << 20)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_processes_with_graphs_have_the_bits_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for flag in SMALL if flag not in ("--device", "cuda")]
+    assert main([*flags, "--cuda-graphs", "off", "--output", "one"]) == 0
+    assert main([*flags, "--cuda-graphs", "on", "--parallel", "modules", "--nproc", "2", "--output", "two"]) == 0
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
