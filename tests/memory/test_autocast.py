@@ -9,45 +9,47 @@ from torch.nn import functional as F
 from localprop.memory.kernels import kernels_of
 from localprop.memory.tracker import MACHINES, Tracker
 
-# Each is called with a map and a matrix of weights.
+# Each is called with a map, a matrix and a vector of weights.
 FUNCTIONS = {
-    "linear": lambda x, w: F.linear(x, w, w[0]),
-    "linear without bias": F.linear,
-    "matmul": lambda x, w: x @ w,
-    "einsum": lambda x, w: torch.einsum("abcd,de->abce", x, w),
-    "conv2d": lambda x, w: F.conv2d(x, w[:, :, None, None]),
-    "conv_transpose2d": lambda x, w: F.conv_transpose2d(x, w[:, :, None, None]),
-    "layer norm": lambda x, w: F.layer_norm(x, (8,), w[0], w[1]),
-    "layer norm without weight": lambda x, w: F.layer_norm(x, (8,)),
-    "group norm": lambda x, w: F.group_norm(x, 2),
-    "batch norm": lambda x, w: F.batch_norm(x, None, None, w[0], w[1], training=True),
-    "gelu": lambda x, w: F.gelu(x),
-    "softmax": lambda x, w: F.softmax(x, -1),
-    "softmax of a type": lambda x, w: F.softmax(x, -1, dtype=torch.bfloat16),
-    "log softmax": lambda x, w: F.log_softmax(x, -1),
-    "bilinear upsampling": lambda x, w: F.interpolate(x, size=(16, 16), mode="bilinear"),
-    "nearest upsampling": lambda x, w: F.interpolate(x, size=(16, 16)),
-    "average pool": lambda x, w: F.adaptive_avg_pool2d(x, 2),
-    "mean": lambda x, w: x.mean((1, 2)),
-    "sum": lambda x, w: x.sum(),
-    "sum of axes": lambda x, w: x.sum((1, 2)),
-    "normalize": lambda x, w: F.normalize(x, dim=-1),
-    "norm": lambda x, w: x.norm(),
-    "power": lambda x, w: x**2,
-    "exp": lambda x, w: x.exp(),
-    "cat": lambda x, w: torch.cat([x, w.expand(x.shape)]),
-    "stack": lambda x, w: torch.stack([x, w.expand(x.shape)]),
-    "addcmul": lambda x, w: torch.addcmul(x, x, w),
-    "mse loss": lambda x, w: F.mse_loss(x, w.expand(x.shape)),
-    "smooth l1 loss": lambda x, w: F.smooth_l1_loss(x, x),
-    "cross entropy": lambda x, w: F.cross_entropy(x[:, :, 0, 0], torch.zeros_like(x[:, 0, 0, 0], dtype=torch.long)),
-    "binary cross entropy": lambda x, w: F.binary_cross_entropy_with_logits(x, w.expand(x.shape)),
-    "reflection": lambda x, w: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "linear": lambda x, w, v: F.linear(x, w, v),
+    "linear without bias": lambda x, w, v: F.linear(x, w),
+    "matmul": lambda x, w, v: x @ w,
+    "einsum": lambda x, w, v: torch.einsum("abcd,de->abce", x, w),
+    "layer norm": lambda x, w, v: F.layer_norm(x, (8,), v, v),
+    "layer norm without weight": lambda x, w, v: F.layer_norm(x, (8,)),
+    "group norm": lambda x, w, v: F.group_norm(x, 2),
+    "batch norm": lambda x, w, v: F.batch_norm(x, None, None, v, v, training=True),
+    "gelu": lambda x, w, v: F.gelu(x),
+    "softmax": lambda x, w, v: F.softmax(x, -1),
+    "softmax of a type": lambda x, w, v: F.softmax(x, -1, dtype=torch.bfloat16),
+    "log softmax": lambda x, w, v: F.log_softmax(x, -1),
+    "bilinear upsampling": lambda x, w, v: F.interpolate(x, size=(16, 16), mode="bilinear"),
+    "nearest upsampling": lambda x, w, v: F.interpolate(x, size=(16, 16)),
+    "average pool": lambda x, w, v: F.adaptive_avg_pool2d(x, 2),
+    "mean": lambda x, w, v: x.mean((1, 2)),
+    "sum": lambda x, w, v: x.sum(),
+    "sum of axes": lambda x, w, v: x.sum((1, 2)),
+    "normalize": lambda x, w, v: F.normalize(x, dim=-1),
+    "norm": lambda x, w, v: x.norm(),
+    "power": lambda x, w, v: x**2,
+    "exp": lambda x, w, v: x.exp(),
+    "cat": lambda x, w, v: torch.cat([x, w.expand(x.shape)]),
+    "stack": lambda x, w, v: torch.stack([x, w.expand(x.shape)]),
+    "addcmul": lambda x, w, v: torch.addcmul(x, x, w),
+    "mse loss": lambda x, w, v: F.mse_loss(x, w.expand(x.shape)),
+    "smooth l1 loss": lambda x, w, v: F.smooth_l1_loss(x, x),
+    "cross entropy": lambda x, w, v: F.cross_entropy(x, torch.empty(4, 8, 8, dtype=torch.long, device=x.device)),
+    "binary cross entropy": lambda x, w, v: F.binary_cross_entropy_with_logits(x, w.expand(x.shape)),
+    "reflection": lambda x, w, v: F.pad(x, (1, 1, 1, 1), mode="reflect"),
 }
 
 
 def tensors(device, dtype):
-    return torch.empty(4, 8, 8, 8, device=device, dtype=dtype), torch.empty(8, 8, device=device)
+    return (
+        torch.empty(4, 8, 8, 8, device=device, dtype=dtype),
+        torch.empty(8, 8, device=device),
+        torch.empty(8, device=device),
+    )
 
 
 @pytest.fixture
@@ -68,16 +70,23 @@ def test_results_have_the_types_that_autocast_gives_on_cuda(function, dtype, cud
             assert function(*tensors("cpu", dtype)).dtype == expected
 
 
+def test_convolutions_run_in_half_precision():
+    with FakeTensorMode(), kernels_of("cuda"), torch.autocast("cpu", torch.bfloat16):
+        x, w, _ = tensors("cpu", torch.float32)
+        assert F.conv2d(x, w.view(8, 8, 1, 1)).dtype == torch.bfloat16
+        assert F.conv_transpose2d(x, w.view(8, 8, 1, 1)).dtype == torch.bfloat16
+
+
 def test_an_operation_that_autocast_forbids_on_cuda_is_forbidden():
     with FakeTensorMode(), kernels_of("cuda"), torch.autocast("cpu", torch.bfloat16):
-        x, _ = tensors("cpu", torch.float32)
+        x, _, _ = tensors("cpu", torch.float32)
         with pytest.raises(RuntimeError, match="unsafe to autocast"):
             F.binary_cross_entropy(x, x)
 
 
 def test_nothing_is_cast_outside_of_autocast_or_of_the_simulation():
     with FakeTensorMode():
-        x, w = tensors("cpu", torch.float32)
+        x, w, _ = tensors("cpu", torch.float32)
         with kernels_of("cuda"):
             assert F.linear(x, w).dtype == torch.float32
             with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
