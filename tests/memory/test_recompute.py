@@ -85,6 +85,27 @@ def test_a_cheap_result_is_computed_again(name):
     assert kept[0] - kept[1] == WIDTH
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", [False, True])
+def test_on_cuda_gradients_are_the_same_and_fewer_bytes_are_kept(amp):
+    model = build("vit").train().cuda()
+    images, labels = (tensor.cuda() for tensor in batch(64))
+    found, kept = [], []
+    for recompute in (False, False, True):  # the first allocates workspaces that stay
+        torch.manual_seed(0)
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp, cache_enabled=False), recomputing(recompute):
+            loss = F.cross_entropy(model(images), labels)
+        kept.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        del loss
+        model.zero_grad()
+    assert [name for name in found[1] if not torch.equal(found[1][name], found[2][name])] == []
+    assert kept[2] < kept[1]
+
+
 @pytest.mark.parametrize(("name", "most"), [("swin", 0.85), ("vit", 0.8)])
 def test_fewer_bytes_are_kept_for_backward(name, most):
     model, images = build(name).eval(), batch(16)[0]  # without dropout, which has results of its own

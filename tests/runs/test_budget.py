@@ -3,6 +3,7 @@
 import re
 import shlex
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import yaml
 from safetensors.torch import load_file
 
 from localprop.cli import main
+from localprop.errors import PlanError
 from localprop.report.progress import Progress
 from localprop.report.results import read_results
-from localprop.settings.config import TrainConfig
+from localprop.runs.headroom import choose_for_budget
+from localprop.settings.config import LocalConfig, TrainConfig
 from localprop.settings.flags import parse
 from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
@@ -77,6 +80,23 @@ def test_a_budget_never_changes_the_batch(tmp_path, capsys):
     assert 1 < config.optim.micro_batches < 24
     assert config.local.modules == 2
     assert config.run.output == tmp_path
+
+
+@pytest.mark.parametrize(("device", "assumed"), [("cpu", "cpu"), ("cuda", "cuda"), ("mps", "cpu")])
+def test_what_fits_is_planned_for_the_device_that_trains(monkeypatch, device, assumed):
+    planned = []
+
+    def plan_for(*arguments, **options):
+        planned.append(options["device"])
+        raise PlanError("enough")
+
+    monkeypatch.setattr("localprop.runs.headroom.plan_for", plan_for)
+    config = TrainConfig(local=LocalConfig(budget="1GiB"))
+    backbone, size = torch.nn.Linear(1, 1), (3, 8, 8)
+    experiment = SimpleNamespace(config=config, device=torch.device(device), backbone=backbone, input_size=size)
+    with pytest.raises(PlanError, match="enough"):
+        choose_for_budget(experiment)
+    assert planned == [assumed]
 
 
 def test_a_resumed_run_does_not_choose_again(tmp_path, monkeypatch):
