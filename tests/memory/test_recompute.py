@@ -232,6 +232,17 @@ def test_what_is_changed_in_place_is_kept(function):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_hooks_of_parameters_are_called():
+    """PyTorch 2.8 forgets those of a parameter that the graph is asked for."""
+    norm, linear, called = nn.LayerNorm(8), nn.Linear(8, 8), []
+    for name, parameter in [*norm.named_parameters("norm"), *linear.named_parameters("linear")]:
+        parameter.register_hook(lambda gradient, name=name: called.append(name))
+    with recomputing():
+        loss = F.gelu(linear(norm(torch.randn(4, 8, requires_grad=True)))).square().sum()
+    loss.backward()
+    assert sorted(called) == ["linear.bias", "linear.weight", "norm.bias", "norm.weight"]
+
+
 def test_arguments_may_be_given_by_name():
     for function in (lambda x: F.gelu(input=x), lambda x: F.layer_norm(input=x, normalized_shape=(64,))):
         product(function, True)[0].backward()

@@ -20,12 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LAYER_NORM = "NativeLayerNormBackward0"
-_EPS = "localprop.eps"
+_NOTES = "localprop.notes"
 
 
 def _layer_norm(node: Any) -> Tensor:
-    size, eps = node._saved_normalized_shape, node.metadata[_EPS]
-    return torch.native_layer_norm(node._saved_input, size, node._saved_weight, node._saved_bias, eps)[0]
+    source, (*kept, eps) = node._saved_input, node.metadata[_NOTES]
+    weight, bias = (None if own is None else own.unpack() for own in kept)
+    if source.dtype == torch.float32:  # autocast may have widened weights, too
+        weight, bias = (None if tensor is None else tensor.to(source.dtype) for tensor in (weight, bias))
+    return torch.native_layer_norm(source, node._saved_normalized_shape, weight, bias, eps)[0]
 
 
 # How the result of a node, by its name, is computed again. Each node keeps its own input for backward, and gives
@@ -104,10 +107,10 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
             return _Kept(tensor)
         changed = tensor._version > 0
         elsewhere = node._sequence_nr() not in own  # what activation checkpointing keeps can be had only once
-        unknown = node.name() == _LAYER_NORM and _EPS not in node.metadata
+        unknown = node.name() == _LAYER_NORM and _NOTES not in node.metadata
         return _Kept(tensor) if changed or elsewhere or unknown else _Recomputed(node, tensor)
 
-    with _eps_noted(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+    with _norms_noted(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield
 
 
@@ -123,13 +126,15 @@ def _unpack(packed: _Kept | _Recomputed) -> Tensor:
 
 
 _lock = threading.Lock()
-_inside = 0  # how many forwards, of all threads, are inside `_eps_noted`
+_inside = 0  # how many forwards, of all threads, are inside `_norms_noted`
 _original: Any = None
 
 
 @contextmanager
-def _eps_noted() -> Iterator[None]:
-    """Inside, layer norms note their eps in the graph, where torch leaves it out.
+def _norms_noted() -> Iterator[None]:
+    """Inside, layer norms note in the graph their eps, which torch leaves out, and their weights.
+
+    The graph has the weights, too. But up to torch 2.8, who asks it for a parameter removes that parameter's hooks.
 
     `torch.layer_norm` is what `torch.nn.functional.layer_norm` calls, under whatever name that is imported.
     """
@@ -158,5 +163,6 @@ def _noting_layer_norm(
 ) -> Tensor:
     result = _original(input, normalized_shape, weight, bias, eps, cudnn_enable)
     if result.grad_fn is not None:
-        result.grad_fn.metadata[_EPS] = eps
+        kept = (None if tensor is None else _Kept(tensor.detach()) for tensor in (weight, bias))
+        result.grad_fn.metadata[_NOTES] = (*kept, eps)
     return result
