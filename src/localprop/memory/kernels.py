@@ -3,26 +3,48 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.library import Library, fallthrough_kernel
 
 from localprop.memory.attention import attention
 from localprop.memory.autocast import CudaAutocast
 
-# What PyTorch computes in another way on CUDA, and what does so here.
-_REPLACED: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": attention}
-
-# Nothing else is registered under this key: it is autocast's on a device that PyTorch has given up. It comes before
-# the CPU's autocast and autograd, and is asked only where `kernels_of` includes it.
-_KEY = DispatchKey.AutocastIPU  # type: ignore[attr-defined]
-_KEYS = DispatchKeySet(_KEY) | DispatchKeySet(DispatchKey.AutocastCPU)
-_AFTER = torch._C._dispatch_keyset_full_after(DispatchKey.AutocastCPU)
-
 _autocast = CudaAutocast()
+
+
+class _Keys(NamedTuple):
+    """Keys of PyTorch's dispatch.
+
+    Attributes:
+        own: under which operations come to `_dispatch`. Nothing else is registered under it: it is autocast's on a
+            device that PyTorch has given up. It comes before autograd, and is asked only inside `kernels_of`.
+        autocast: that key, and the key of autocast on the CPU.
+        after: all that come after autocast's.
+    """
+
+    own: DispatchKey
+    autocast: DispatchKeySet
+    after: DispatchKeySet
+
+
+@cache
+def _keys() -> _Keys:
+    own, cpu = DispatchKey.AutocastIPU, DispatchKey.AutocastCPU  # type: ignore[attr-defined]
+    return _Keys(own, DispatchKeySet(own) | DispatchKeySet(cpu), torch._C._dispatch_keyset_full_after(cpu))
+
+
+def _dropout(source: Tensor, p: float, train: bool) -> Tensor:
+    """Dropout that keeps a mask of bytes (dropout in aten/src/ATen/native/Dropout.cpp)."""
+    return torch.native_dropout(source, p, train)[0] if train and p > 0 else source
+
+
+# What PyTorch computes in another way on CUDA, and what does so here.
+_REPLACED: dict[str, Callable[..., Any]] = {"dropout": _dropout, "scaled_dot_product_attention": attention}
 
 
 @contextmanager
@@ -41,7 +63,7 @@ def kernels_of(device: str) -> Iterator[None]:
         clear()
         _autocast.clear()
 
-    with torch._C._IncludeDispatchKeyGuard(_KEY), mock.patch.object(torch, "clear_autocast_cache", clear_all):
+    with torch._C._IncludeDispatchKeyGuard(_keys().own), mock.patch.object(torch, "clear_autocast_cache", clear_all):
         torch.set_autocast_enabled("ipu", True)  # else the key is passed over
         try:
             yield
@@ -53,7 +75,7 @@ def kernels_of(device: str) -> Iterator[None]:
 @cache
 def _register() -> tuple[Library, Library]:
     """Registers what runs in place of every operation that an autocast knows, once for the process."""
-    library = Library("aten", "IMPL", _KEY.name)
+    library = Library("aten", "IMPL", _keys().own.name)
     registered = torch._C._dispatch_get_registrations_for_dispatch_key
     cuda, cpu = set(registered("AutocastCUDA")), set(registered("AutocastCPU"))
     packets = {name.partition(".")[0] for name in cuda | cpu} | {f"aten::{name}" for name in _REPLACED}
@@ -64,7 +86,7 @@ def _register() -> tuple[Library, Library]:
             op = getattr(getattr(torch.ops.aten, packet), form)
             run = partial(_dispatch, op, op.name() in cuda, _REPLACED.get(packet))
             library.impl(op, run, with_keyset=True)
-    others = Library("_", "IMPL", _KEY.name)
+    others = Library("_", "IMPL", _keys().own.name)
     others.fallback(fallthrough_kernel)
     return library, others
 
@@ -86,8 +108,10 @@ def _dispatch(
         _autocast.found(op, args, kwargs)
     if casts and torch.is_autocast_enabled("cpu"):
         form, args, kwargs = _autocast.cast(op, args, kwargs)
-        with torch._C._ExcludeDispatchKeyGuard(_KEYS):  # as autocast itself does: what it calls is not cast again
+        with torch._C._ExcludeDispatchKeyGuard(
+            _keys().autocast
+        ):  # as autocast itself does: what it calls is not cast again
             return (function or form)(*args, **kwargs)
     if function:
         return function(*args, **kwargs)
-    return op.redispatch(keys & _AFTER, *args, **kwargs)
+    return op.redispatch(keys & _keys().after, *args, **kwargs)

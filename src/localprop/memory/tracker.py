@@ -183,7 +183,7 @@ class Tracker(TorchDispatchMode):
         if self.layers:
             allocation.layer, allocation.forward = self.layers.at_work(), self.layers.running
         self.allocations.append(allocation)
-        self._record(size)
+        self._record(allocation.size)
         return allocation
 
     def _end(self, key: int) -> None:
