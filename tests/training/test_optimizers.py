@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from checkpoint_states import bits
 from localprop.errors import ConfigError
+from localprop.memory.tracker import Tracker
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
 from localprop.tracing.copies import fake_copy
@@ -153,7 +154,7 @@ def test_a_state_is_built_and_stepped_on_fake_tensors(opt, request):
         request.getfixturevalue("torchao")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     net = fake_copy(split("vit"), mode).train()
-    with mode:
+    with mode, Tracker():  # which answers when the state asks whether a buffer is finite
         state = TrainingState(net, replace(CONFIG, opt=opt), 10, CPU)
         for module, optimizer in zip(net.local_modules, state.optimizers, strict=True):
             for parameter in module.parameters():

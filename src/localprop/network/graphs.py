@@ -52,9 +52,11 @@ class CudaRecorder:
         """Inside, work runs on the stream that graphs are recorded on: libraries keep their workspaces by stream."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
 
     @contextmanager
     def watched(self) -> Iterator[list[str]]:
@@ -75,21 +77,40 @@ class CudaRecorder:
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """See `Recorder`. Other threads may use the device meanwhile, such as one that loads data."""
         graph = torch.cuda.CUDAGraph()
+        problem: Exception | None = None
+        # The outer context is the way back to the caller's stream: torch takes it only after a recording that ended.
+        with torch.cuda.stream(self._stream):
+            try:
+                with self._recording(graph, pool=self._pool):
+                    try:
+                        work()
+                    except Exception as error:
+                        problem = error
+            except Exception as error:
+                problem = problem or error  # ending a broken recording fails too, and says less than what broke it
+            if problem:
+                self._recover(graph)
+        if problem is None:
+            return graph.replay
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                work()
-        except Exception:
-            self._failed.append(graph)
-            self._recover()
-            raise
-        return graph.replay
+            raise problem
+        finally:
+            del problem  # else it would keep itself, and the tensors of its frames, until garbage is collected
 
-    def _recover(self) -> None:
-        """Ends what a failed recording may have begun: generators stay in it until another recording ends well."""
-        with suppress(RuntimeError):
-            torch.cuda.synchronize(self._device)
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream):
-                torch.zeros(1, device=self._device)
+    def _recording(self, graph: torch.cuda.CUDAGraph, **options: Any) -> AbstractContextManager[None]:
+        return torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local", **options)
+
+    def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends what a failed recording may have begun, and gives its memory back."""
+        with suppress(RuntimeError):  # where torch has done it
+            torch._C._cuda_endAllocateToPool(self._stream.device.index, self._pool)
+            torch._C._cuda_releasePool(self._stream.device.index, self._pool)
+        graph.reset()
+        self._failed.append(graph)
+        self._pool = torch.cuda.graph_pool_handle()  # one without graphs cannot be shared any more
+        # Generators stay in a failed recording until another one ends well.
+        with suppress(RuntimeError), self._recording(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device=self._device)
 
 
 class CapturedPass:

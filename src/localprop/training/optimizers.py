@@ -42,9 +42,23 @@ def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opti
     chosen["capturable"] = chosen["fused"] and "capturable" in options and device.type == "cuda"
     given: dict[str, Any] = {name: True for name, value in chosen.items() if value}
     try:
-        return create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **given)
+        optimizer = create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **given)
     except (AssertionError, ImportError) as error:
         raise ConfigError(f"--opt {config.opt} needs a library that is missing ({error}); choose another") from None
+    if isinstance(optimizer, torch.optim.SGD) and chosen["fused"] and config.amp and config.amp_dtype == "float16":
+        _begin_momentum(optimizer)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.SGD) -> None:
+    """Has momentum begin at 0, which gives the same first step.
+
+    Torch's fused SGD makes it in its first step. Where a loss scale that is too large skips that step, torch keeps
+    memory that nobody has written to, and adds to it in the next.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @cache

@@ -31,7 +31,7 @@ class Delayed(Generic[T]):
         host = torch.empty_like(numbers, device="cpu", pin_memory=True)
         host.copy_(numbers, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(numbers.device))  # which need not be the current device
         self._pending.append((step, host, event))
 
     def arrived(self) -> Iterator[tuple[T, list[float]]]:

@@ -15,7 +15,7 @@ class Mask:
 
     Attributes:
         failed: 0, or 1 from the first failure on: the `found_inf` of fused optimizers.
-        flags: (modules,) what `failed` was after each module, when that was last trained.
+        flags: (modules,) 1 for the module in which the first failure was, else 0.
     """
 
     def __init__(self, parameters: Sequence[Sequence[nn.Parameter]], device: torch.device) -> None:
@@ -29,8 +29,9 @@ class Mask:
 
     def note(self, i: int, bad: Tensor) -> None:
         """Notes whether something of the i-th module is not finite: a boolean scalar."""
-        self.failed.copy_(torch.maximum(self.failed, bad.to(self.failed.dtype)))
-        self.flags[i].copy_(self.failed)
+        number = bad.to(self.failed.dtype)
+        self.flags[i].add_(number * (1 - self.failed))
+        self.failed.copy_(torch.maximum(self.failed, number))
 
     def gradient_norm(self, i: int, gradients: Sequence[Tensor | None]) -> Tensor:
         """The 2-norm of a module's gradients together, in float64: it is finite where every element is.

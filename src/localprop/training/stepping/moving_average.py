@@ -27,6 +27,8 @@ class AverageOnDevice:
         weight = self._weight * (1 - self._failed)
         floats: list[tuple[Tensor, Tensor]] = []
         for own, new in zip(self._ema.module.state_dict().values(), model.state_dict().values(), strict=True):
+            if own.is_meta:
+                continue  # another process trains it
             if own.is_floating_point():
                 floats.append((own, new))
             else:
