@@ -88,7 +88,8 @@ def test_elsewhere_than_on_cuda_it_is_one_line():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("name", "method"), [("swin", "greedy"), ("vit", "feature-reconstruction")])
-def test_a_recorded_pass_is_backward_on_cuda(name, method, half):
+def test_a_recorded_pass_is_backward_on_cuda(name, method, half, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as in a run, or no two passes are equal
     results = []
     for recorded in (False, True):
         net = split(name, method=method, decoder="pixel-shuffle").to("cuda").train()

@@ -9,6 +9,7 @@ from test_captured import SETTINGS, assert_same, content
 from localprop.cli import main
 from localprop.network.graphs import CudaRecorder
 from localprop.report.results import read_results
+from localprop.runs.repeatable import repeatable_kernels
 from localprop.settings.config import OptimConfig
 from localprop.training.state import TrainingState, autocast
 from tiny import batch, split
@@ -18,6 +19,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_a_run():
+    """As in a run, or no two trainings with convolutions are equal."""
+    with repeatable_kernels(False):
+        yield
 
 
 def state_of(kind="swin", method="feature-reconstruction", options=None, **settings):
