@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from localprop.network.carry import Carry
-from localprop.settings.config import OptimConfig
+from localprop.parallel.placement import IN_FLIGHT
+from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.state import TrainingState
+from localprop.training.stepping import captured
 from tape import Reads, TapeRecorder
 from tiny import batch, split
 
@@ -150,3 +152,35 @@ def test_an_optimizer_that_cannot_be_masked_asks_once_a_module():
     with Reads() as reads:
         train(state, 1, first=1)
     assert reads.count == 3
+
+
+class Graphs:
+    """A recorder that needs no CUDA; nothing is recorded."""
+
+    def __init__(self, device):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("first", "start", "every", "step"),
+    [
+        *[(1, 0, every, every * -(-3 // every)) for every in (1, 2, 3, 4)],
+        *[(1, 0, 5, None), (1, 97, 100, 100), (1, 96, 100, 100), (1, 95, 100, None), (1, 0, None, None)],
+        *[(0, 0, 1, None), (0, 97, 100, None)],
+    ],
+)
+def test_a_process_that_receives_does_not_record_while_a_checkpoint_holds_its_batches(
+    first, start, every, step, monkeypatch
+):
+    monkeypatch.setattr(captured, "CudaRecorder", Graphs)
+    state, lines = state_of(modules=range(first, 2)), []
+    state.step = start
+    captured.use_graphs(state, RunConfig(checkpoint_steps=every), torch.device("cuda"), False, lines.append)
+    assert (state.captured is None) == (step is not None)
+    assert [line.partition(" waits")[0] for line in lines] == (
+        [] if step is None else [f"no CUDA graphs: the checkpoint of step {step}"]
+    )
+
+
+def test_what_a_process_asks_for_ahead_is_known():
+    assert captured.AHEAD == IN_FLIGHT

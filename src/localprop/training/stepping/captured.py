@@ -17,6 +17,8 @@ from localprop.training.stepping.mask import Mask
 from localprop.training.stepping.steps import OptimizerSteps, forget
 
 _USUAL = 2  # steps before the one that is recorded
+AHEAD = 2
+"""Batches that a process of a pipeline has asked for beside the one that it trains on."""
 
 
 class Training(Protocol):
@@ -70,10 +72,24 @@ def use_graphs(
         refuse("replicas average their gradients, which is done by the host")
     elif config.trace:
         refuse("--trace records when each module computes")
+    elif step := _checkpoint_in_the_way(state, config.checkpoint_steps):
+        refuse(f"the checkpoint of step {step} waits for this process, whose recording waits for the batches after it")
     else:
         state.capture(CudaRecorder(device), refuse)
         if state.mask is None:
             tell(f"--opt {state.config.opt} steps outside of the CUDA graphs: each module waits for the device once")
+
+
+def _checkpoint_in_the_way(state: Training, every: int | None) -> int | None:
+    """The step whose checkpoint, of every so many steps, would never be saved; None where there is no such step.
+
+    A recording waits until the device is idle. So it waits for the batches that this process has asked the process
+    before for, which sends them after a checkpoint, for which all processes come together.
+    """
+    if not every or not state.modules.start:
+        return None
+    recorded = state.step + _USUAL + 1
+    return next((step for step in range(recorded, recorded + AHEAD) if step % every == 0), None)
 
 
 class CapturedSteps:
