@@ -70,13 +70,31 @@ def test_what_cannot_be_recorded_is_one_line():
 
 def test_a_batch_unlike_the_recorded_one_is_refused():
     net = split("mlp", method="greedy").train()
-    step = CapturedBackward(net, TapeRecorder())
+    step = CapturedBackward(net, TapeRecorder(), lambda k, loss: net.local_modules[k].zero_grad())
     images, labels = batch()
     for _ in range(3):
         step(images, labels)
-        net.zero_grad()
     with pytest.raises(ConfigError, match="other shapes or types than the recorded one"):
         step(images[:2], labels[:2])
+
+
+def test_gradients_that_a_step_leaves_are_refused_unless_the_caller_keeps_them():
+    net = split("mlp", method="greedy").train()
+    step = CapturedBackward(net, TapeRecorder())
+    images, labels = batch()
+    step(images, labels)
+    net.zero_grad()
+    with pytest.raises(ConfigError, match=r"leaves gradients; .* sets its gradients to None, or call backward"):
+        step(images, labels)
+    assert all(parameter.grad is None for parameter in net.parameters())
+    step = CapturedBackward(net, TapeRecorder())
+    found = []
+    for _ in range(4):
+        step(images, labels, seed=0)
+        found.append([parameter.grad.clone() for parameter in net.parameters()])
+        net.zero_grad(set_to_none=False)
+    for own in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], own, strict=True))
 
 
 def test_elsewhere_than_on_cuda_it_is_one_line():

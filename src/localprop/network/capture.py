@@ -58,7 +58,8 @@ class CapturedBackward:
             Losses and predictions. The next call writes over the predictions: copy what is to be kept.
 
         Raises:
-            ConfigError: the step does something that cannot be recorded, or a batch is unlike the recorded one.
+            ConfigError: the step does something that cannot be recorded, it leaves gradients, or a batch is unlike the
+                recorded one.
         """
         carry = Carry(inputs, targets, inputs)
         del inputs, targets
@@ -79,6 +80,8 @@ class CapturedBackward:
         return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), list(self._predictions))
 
     def _record(self, carry: Carry) -> None:
+        modules = self._net.local_modules
+        without = [own for module in modules for own in module.parameters() if own.grad is None]
         try:
             self._pass.record(carry)
         except RuntimeError as error:
@@ -87,6 +90,15 @@ class CapturedBackward:
                 f"the step cannot be recorded as CUDA graphs ({first_line(error)}); keep what it does on the device, "
                 "or call backward"
             ) from error
+        if any(parameter.grad is not None for parameter in without):
+            self._calls = 1
+            for parameter in without:
+                parameter.grad = None
+            # Their memory is the recording's: once the caller sets them to None, no later step would bring any.
+            raise ConfigError(
+                "a recorded step leaves gradients; give capture an after_module that steps the module's optimizer and "
+                "sets its gradients to None, or call backward"
+            )
 
     def _train(self, k: int, carry: Carry) -> None:
         prediction = self._net.train_module(k, carry, self._scaler)
