@@ -93,6 +93,18 @@ def test_small_tensors_stay():
     assert {True, False} == set(stayed)
 
 
+def test_a_state_before_the_first_step_rests_on_the_host_too(monkeypatch):
+    sent, to_host = [], Offload._to_host
+
+    def note(self, tensor):
+        sent.append(tensor.nbytes)
+        return to_host(self, tensor)
+
+    monkeypatch.setattr(Offload, "_to_host", note)
+    state = training("momentum", offload=True, amp=True, amp_dtype="float16")
+    assert sum(sent) == sum(parameter.nbytes for parameter in state.net.parameters())
+
+
 def test_a_failed_step_leaves_a_state_that_goes_on():
     plain, moved = training(), training(offload=True)
     for state in (plain, moved):

@@ -27,6 +27,8 @@ class Offload:
         self.optimizers, self.device, self.least = optimizers, device, least
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._away: list[list[tuple[Any, Any]]] = [[] for _ in optimizers]
+        for k in range(len(optimizers)):
+            self.release(k)  # some have a state before their first step
 
     def fetch(self, k: int) -> None:
         """Begins to bring module k's state in; nothing happens if that has been done."""
