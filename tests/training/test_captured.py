@@ -115,6 +115,22 @@ def test_a_batch_of_another_size_runs_as_usual():
     assert_same(content(usual), content(recorded))
 
 
+@pytest.mark.parametrize("opt", ["adamw", "lamb"])  # masked, and looked at
+@pytest.mark.parametrize("others", [{0}, {1}, {0, 1}])
+def test_a_micro_batch_of_another_size_adds_to_the_same_gradients(others, opt):
+    usual, recorded = (state_of(micro_batches=2, opt=opt) for _ in range(2))
+    recorded.capture(TapeRecorder(), pytest.fail)
+    for state in (usual, recorded):
+        train(state, 3)
+        for step in range(2):
+            for part in range(2):
+                images, labels = batch(seed=20 + part)
+                size = 2 if part in others else 4
+                state.train_step([images[:size], labels[:size]], step, part == 1)
+        train(state, 2, first=5)
+    assert_same(content(usual), content(recorded))
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("when", ["first", "last"])
 @pytest.mark.parametrize("watches", [True, False])

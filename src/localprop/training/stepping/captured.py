@@ -132,7 +132,11 @@ class CapturedSteps:
             return True
         if last not in self._passes:
             self._record(carry, last)
-        if self._refused or not self._passes[last].fits(carry):
+        if self._refused:
+            return False
+        if not self._passes[last].fits(carry):
+            if self._state.steps.buffers is not None:
+                self._show(self._state.steps.buffers)  # which other micro-batches of this step add to
             return False
         self._passes[last].replay(carry, seed)
         if last and not self._state.mask:
