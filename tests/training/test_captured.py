@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from localprop.errors import NonFiniteLossError
 from localprop.network.carry import Carry
 from localprop.parallel.placement import IN_FLIGHT
 from localprop.settings.config import OptimConfig, RunConfig
@@ -127,6 +128,19 @@ def test_a_micro_batch_of_another_size_adds_to_the_same_gradients(others, opt):
                 images, labels = batch(seed=20 + part)
                 size = 2 if part in others else 4
                 state.train_step([images[:size], labels[:size]], step, part == 1)
+        train(state, 2, first=5)
+    assert_same(content(usual), content(recorded))
+
+
+def test_after_a_failed_step_no_gradients_are_left_in_recorded_micro_batches():
+    usual, recorded = (state_of(micro_batches=2, opt="lamb") for _ in range(2))
+    recorded.capture(TapeRecorder(), pytest.fail)
+    for state in (usual, recorded):
+        train(state, 4)
+        images, labels = batch(seed=20)
+        state.train_step([images, labels], 0, False)
+        with pytest.raises(NonFiniteLossError):
+            state.train_step([images * float("nan"), labels], 1, True)
         train(state, 2, first=5)
     assert_same(content(usual), content(recorded))
 

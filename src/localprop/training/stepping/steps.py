@@ -60,6 +60,8 @@ class OptimizerSteps:
         """Removes all gradients, and forgets a failure: a later step must not add to them."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
+        for gradients in self.buffers or []:
+            forget(gradients)
         if self.mask:
             self.mask.reset()
 
