@@ -1,6 +1,7 @@
 """Training on CUDA: steps as graphs have the bits of eager ones, nobody waits for the device, memory is told truly."""
 
 import hashlib
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -75,10 +76,19 @@ def test_checkpointed_units_are_captured_or_run_eagerly():
     print("checkpointing under graphs:", reasons or "captured")
 
 
-def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why():
-    eager, graphs = (state_of() for _ in range(2))
+class Blind(CudaRecorder):
+    """Sees nothing of code that waits for the device, so that a recording of it fails."""
+
+    @contextmanager
+    def watched(self):
+        yield []
+
+
+@pytest.mark.parametrize("recorder", [CudaRecorder, Blind])
+def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(recorder):
+    eager, graphs, others = (state_of() for _ in range(3))
     reasons = []
-    graphs.capture(CudaRecorder(CUDA), reasons.append)
+    graphs.capture(recorder(CUDA), reasons.append)
     masked = graphs.steps.masked
 
     def ask(i, loss, last, average):
@@ -87,10 +97,16 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why():
         masked(i, loss, last, average)
 
     graphs.steps.masked = ask
-    for a, b in zip(train(eager, 4), train(graphs, 4), strict=True):
+    losses = train(eager, 4)
+    for a, b in zip(losses, train(graphs, 4), strict=True):
         assert torch.equal(a, b)
     assert len(reasons) == 1
+    assert ("waits for the device" if recorder is CudaRecorder else "cannot be recorded") in reasons[0]
     assert_same(content(eager), content(graphs))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    others.capture(CudaRecorder(CUDA), pytest.fail)  # torch is in order: another network can be recorded
+    for a, b in zip(losses, train(others, 4), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("captured", [False, True])
