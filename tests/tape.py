@@ -1,4 +1,4 @@
-"""Records work on the CPU as CUDA records a graph: operations on tensors at fixed places, done again without Python."""
+"""Captures work on the CPU as CUDA captures a graph: operations at fixed addresses, replayed without Python."""
 
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -33,8 +33,8 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Recording(TorchDispatchMode):
-    """Takes down every operation, and what it wrote over that was there before."""
+class _Tape(TorchDispatchMode):
+    """Notes every operation, and the memory that it overwrites."""
 
     def __init__(self):
         super().__init__()
@@ -72,38 +72,38 @@ class _Recording(TorchDispatchMode):
                 self.before[place(tensor)] = (tensor.untyped_storage(), tensor.untyped_storage().clone())
 
 
-class TapeRecorder:
-    """Stands for `localprop.network.graphs.CudaRecorder`.
+class TapePool:
+    """Stands for `localprop.network.graphs.CudaGraphPool`.
 
     Args:
-        watches: whether it sees that the host waits, before it records.
+        finds: whether it finds code that waits for the device, before a capture.
     """
 
-    def __init__(self, watches=True):
-        self.recordings = 0
-        self.watches = watches
+    def __init__(self, finds=True):
+        self.captures = 0
+        self.finds = finds
 
-    def apart(self):
+    def warm_up(self):
         return nullcontext()
 
     @contextmanager
-    def watched(self):
+    def find_syncs(self):
         places = []
         with Reads() as reads:
             yield places
-        if reads.count and self.watches:
+        if reads.count and self.finds:
             places.append("line 1 of model.py")
 
-    def record(self, work):
-        recording = _Recording()
+    def capture(self, work):
+        tape = _Tape()
         try:
-            with recording:
+            with tape:
                 work()
         finally:
-            for storage, content in recording.before.values():  # a recording computes nothing
+            for storage, content in tape.before.values():  # a capture computes nothing
                 storage.copy_(content)
-        self.recordings += 1
-        operations, kept = recording.operations, recording.kept
+        self.captures += 1
+        operations, kept = tape.operations, tape.kept
 
         def replay():
             assert kept

@@ -1,4 +1,4 @@
-"""A backward pass recorded for a loop of one's own gives the bits of `backward`."""
+"""A captured backward pass, for a training loop of one's own, gives the bits of `backward`."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from localprop.errors import ConfigError
 from localprop.network.capture import CapturedBackward
-from tape import TapeRecorder
+from tape import TapePool
 from tiny import batch, split
 
 
@@ -47,47 +47,47 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize(("name", "method"), [("swin", "greedy"), ("vit", "feature-reconstruction")])
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_a_recorded_pass_is_backward(name, method, clip):
+def test_a_captured_pass_is_backward(name, method, clip):
     nets = [split(name, method=method).train() for _ in range(2)]
     after = [loop(net, optimizers_of(net), clip) for net in nets]
-    usual = outputs(lambda images, labels, seed: nets[0].backward(images, labels, seed=seed, after_module=after[0]))
-    recorder = TapeRecorder()
-    assert_equal(usual, outputs(CapturedBackward(nets[1], recorder, after[1])))
-    assert recorder.recordings == 3
+    eager = outputs(lambda images, labels, seed: nets[0].backward(images, labels, seed=seed, after_module=after[0]))
+    pool = TapePool()
+    assert_equal(eager, outputs(CapturedBackward(nets[1], pool, after[1])))
+    assert pool.captures == 3
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_what_cannot_be_recorded_is_one_line():
+def test_what_cannot_be_captured_is_one_line():
     net = split("mlp", method="greedy").train()
-    step = CapturedBackward(net, TapeRecorder(), lambda k, loss: loss.item())
+    step = CapturedBackward(net, TapePool(), lambda k, loss: loss.item())
     images, labels = batch()
     step(images, labels)
-    with pytest.raises(ConfigError, match=r"cannot be recorded as CUDA graphs .*capturing.*call backward") as caught:
+    with pytest.raises(ConfigError, match=r"cannot be captured as CUDA graphs .*capturing.*call backward") as caught:
         step(images, labels)
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_unlike_the_recorded_one_is_refused():
+def test_a_batch_unlike_the_captured_one_is_refused():
     net = split("mlp", method="greedy").train()
-    step = CapturedBackward(net, TapeRecorder(), lambda k, loss: net.local_modules[k].zero_grad())
+    step = CapturedBackward(net, TapePool(), lambda k, loss: net.local_modules[k].zero_grad())
     images, labels = batch()
     for _ in range(3):
         step(images, labels)
-    with pytest.raises(ConfigError, match="other shapes or types than the recorded one"):
+    with pytest.raises(ConfigError, match="other shapes or types than the captured one"):
         step(images[:2], labels[:2])
 
 
 def test_gradients_that_a_step_leaves_are_refused_unless_the_caller_keeps_them():
     net = split("mlp", method="greedy").train()
-    step = CapturedBackward(net, TapeRecorder())
+    step = CapturedBackward(net, TapePool())
     images, labels = batch()
     step(images, labels)
     net.zero_grad()
     with pytest.raises(ConfigError, match=r"leaves gradients; .* sets its gradients to None, or call backward"):
         step(images, labels)
     assert all(parameter.grad is None for parameter in net.parameters())
-    step = CapturedBackward(net, TapeRecorder())
+    step = CapturedBackward(net, TapePool())
     found = []
     for _ in range(4):
         step(images, labels, seed=0)
@@ -97,7 +97,7 @@ def test_gradients_that_a_step_leaves_are_refused_unless_the_caller_keeps_them()
         assert all(torch.equal(a, b) for a, b in zip(found[0], own, strict=True))
 
 
-def test_elsewhere_than_on_cuda_it_is_one_line():
+def test_without_cuda_it_is_one_line():
     with pytest.raises(ConfigError, match="CUDA graphs need CUDA, and the network is on cpu"):
         split("mlp", method="greedy").capture()
 
@@ -106,13 +106,13 @@ def test_elsewhere_than_on_cuda_it_is_one_line():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("name", "method"), [("swin", "greedy"), ("vit", "feature-reconstruction")])
-def test_a_recorded_pass_is_backward_on_cuda(name, method, half, monkeypatch):
+def test_a_captured_pass_is_backward_on_cuda(name, method, half, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as in a run, or no two passes are equal
     results = []
-    for recorded in (False, True):
+    for captured in (False, True):
         net = split(name, method=method, decoder="pixel-shuffle").to("cuda").train()
         after = loop(net, optimizers_of(net), 0.1)
-        step = net.capture(after_module=after) if recorded else None
+        step = net.capture(after_module=after) if captured else None
 
         def train(images, labels, seed, net=net, after=after, step=step):
             with torch.autocast("cuda", torch.bfloat16, enabled=half):

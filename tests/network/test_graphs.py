@@ -1,4 +1,4 @@
-"""A recording that fails leaves PyTorch in order, shown without a GPU by what is asked of `torch.cuda`."""
+"""A capture that fails leaves PyTorch in order. A stand-in for `torch.cuda` shows this without a GPU."""
 
 import gc
 import weakref
@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from localprop.network.graphs import CudaRecorder
+from localprop.network.graphs import CudaGraphPool
 
 CUDA = torch.device("cuda", 0)
 
 
 class Cuda:
-    """Stands for `torch.cuda`: streams, a recording, and an allocator that counts what is begun and not ended."""
+    """Stands for `torch.cuda`: streams, a capture, and an allocator that counts what is begun and not ended."""
 
     def __init__(self, breaks):
-        self.breaks = breaks  # whether an error inside breaks the recording, as waiting for the device does
+        self.breaks = breaks  # whether an error inside breaks the capture, as waiting for the device does
         self.current, self.modes = "default", []
         self.begun, self.users, self.pools, self.resets = [], {}, 0, 0
         self.errors, self.kept = [], []
@@ -90,27 +90,27 @@ def failing(cuda):
     return work
 
 
-def test_after_a_failed_recording_the_caller_has_its_stream_and_all_is_ended(cuda):
-    recorder = CudaRecorder(CUDA)
+def test_after_a_failed_capture_the_caller_has_its_stream_and_nothing_stays_open(cuda):
+    pool = CudaGraphPool(CUDA)
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        recorder.record(failing(cuda))
+        pool.capture(failing(cuda))
     assert cuda.current == "default"
     assert cuda.begun == []
     assert cuda.resets == 1
-    # A recording that has ended gives its part of the pool back when it is reset.
+    # A capture that has ended gives its part of the pool back when it is reset.
     assert cuda.users[(0, 1)] == (0 if cuda.breaks else 1)
-    assert set(cuda.modes) == {"thread_local"}  # also of the recording that recovers: others load data meanwhile
+    assert set(cuda.modes) == {"thread_local"}  # also of the capture that recovers: other threads load data meanwhile
 
 
-def test_another_recording_can_follow_a_failed_one(cuda):
-    recorder = CudaRecorder(CUDA)
+def test_another_capture_can_follow_a_failed_one(cuda):
+    pool = CudaGraphPool(CUDA)
     with pytest.raises(RuntimeError):
-        recorder.record(failing(cuda))
-    assert recorder.record(lambda: None) == cuda.replay
+        pool.capture(failing(cuda))
+    assert pool.capture(lambda: None) == cuda.replay
     assert cuda.users[(0, 2)] == 1
 
 
-def test_what_a_failed_recording_made_is_freed_at_once(cuda):
+def test_what_a_failed_capture_made_is_freed_at_once(cuda):
     made = []
 
     def work():
@@ -122,13 +122,13 @@ def test_what_a_failed_recording_made_is_freed_at_once(cuda):
     gc.disable()
     try:
         with pytest.raises(RuntimeError):
-            CudaRecorder(CUDA).record(work)
+            CudaGraphPool(CUDA).capture(work)
         assert made[0]() is None
     finally:
         gc.enable()
 
 
-def test_work_that_fails_apart_still_joins_the_streams(monkeypatch):
+def test_a_warm_up_that_fails_still_joins_the_streams(monkeypatch):
     waits = []
     side = SimpleNamespace(device=CUDA, wait_stream=lambda other: waits.append(("side", other)))
     default = SimpleNamespace(wait_stream=lambda other: waits.append((other, "default")))
@@ -136,7 +136,7 @@ def test_work_that_fails_apart_still_joins_the_streams(monkeypatch):
     cuda.install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: default)
-    with pytest.raises(ValueError, match="broken"), CudaRecorder(CUDA).apart():
+    with pytest.raises(ValueError, match="broken"), CudaGraphPool(CUDA).warm_up():
         raise ValueError("broken")
     assert waits == [("side", default), (side, "default")]
     assert cuda.current == "default"

@@ -1,4 +1,4 @@
-"""A step recorded once and replayed gives the bits of the same step run as usual, and asks the device for nothing."""
+"""A step that is captured and replayed gives the bits of an eager step, and never waits for the device."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from localprop.parallel.placement import IN_FLIGHT
 from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.state import TrainingState
 from localprop.training.stepping import captured
-from tape import Reads, TapeRecorder
+from tape import Reads, TapePool
 from tiny import batch, split
 
 CPU = torch.device("cpu")
@@ -62,34 +62,34 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_recorded_step_has_the_bits_of_the_same_step_run_as_usual(name):
-    usual, recorded = (state_of(**SETTINGS[name]) for _ in range(2))
-    recorder = TapeRecorder()
-    recorded.capture(recorder, pytest.fail)
-    assert_same(content(usual), content(recorded))
-    for a, b in zip(train(usual, 5), train(recorded, 5), strict=True):
+def test_a_captured_step_has_the_bits_of_an_eager_step(name):
+    eager, graphs = (state_of(**SETTINGS[name]) for _ in range(2))
+    pool = TapePool()
+    graphs.capture(pool, pytest.fail)
+    assert_same(content(eager), content(graphs))
+    for a, b in zip(train(eager, 5), train(graphs, 5), strict=True):
         assert torch.equal(a, b)
-    parts = 1 if usual.config.micro_batches == 1 else 2
-    assert recorder.recordings == parts * 3 + (usual.ema is not None and usual.mask is not None)
-    assert_same(content(usual), content(recorded))
-    assert all(parameter.grad is None for parameter in recorded.net.parameters())
+    parts = 1 if eager.config.micro_batches == 1 else 2
+    assert pool.captures == parts * 3 + (eager.ema is not None and eager.mask is not None)
+    assert_same(content(eager), content(graphs))
+    assert all(parameter.grad is None for parameter in graphs.net.parameters())
 
 
 @pytest.mark.parametrize(("kind", "method"), [("vit", "infopro"), ("resnet", "greedy"), ("swin", "infopro")])
-def test_other_models_and_methods_are_recorded(kind, method):
-    usual, recorded = (state_of(kind, method) for _ in range(2))
-    recorded.capture(TapeRecorder(), pytest.fail)
-    for a, b in zip(train(usual, 4), train(recorded, 4), strict=True):
+def test_other_models_and_methods_are_captured(kind, method):
+    eager, graphs = (state_of(kind, method) for _ in range(2))
+    graphs.capture(TapePool(), pytest.fail)
+    for a, b in zip(train(eager, 4), train(graphs, 4), strict=True):
         assert torch.equal(a, b)
-    assert_same(content(usual), content(recorded))
+    assert_same(content(eager), content(graphs))
 
 
-def test_a_process_with_some_of_the_modules_records_them_and_hands_on_memory_of_its_own():
+def test_a_process_with_some_of_the_modules_captures_them_and_sends_copies():
     outputs = []
-    for recorder in (None, TapeRecorder()):
+    for pool in (None, TapePool()):
         state = state_of(modules=range(1, 2))
-        if recorder:
-            state.capture(recorder, pytest.fail)
+        if pool:
+            state.capture(pool, pytest.fail)
         first = state_of().net.local_modules[0]
         carries = []
         for step in range(4):
@@ -100,28 +100,28 @@ def test_a_process_with_some_of_the_modules_records_them_and_hands_on_memory_of_
             losses = state.train_step(carry, step)
             carries.append((carry.features, losses))
         outputs.append(carries)
-    for usual, recorded in zip(*outputs, strict=True):
-        for a, b in zip(usual, recorded, strict=True):
+    for eager, graphs in zip(*outputs, strict=True):
+        for a, b in zip(eager, graphs, strict=True):
             assert torch.equal(a, b)
 
 
-def test_a_batch_of_another_size_runs_as_usual():
-    usual, recorded = (state_of() for _ in range(2))
-    recorded.capture(TapeRecorder(), pytest.fail)
-    for state in (usual, recorded):
+def test_a_batch_of_another_size_runs_eagerly():
+    eager, graphs = (state_of() for _ in range(2))
+    graphs.capture(TapePool(), pytest.fail)
+    for state in (eager, graphs):
         train(state, 3)
         images, labels = batch(seed=9)
         state.train_step([images[:2], labels[:2]], 9)
         train(state, 2, first=5)
-    assert_same(content(usual), content(recorded))
+    assert_same(content(eager), content(graphs))
 
 
 @pytest.mark.parametrize("opt", ["adamw", "lamb"])  # masked, and looked at
 @pytest.mark.parametrize("others", [{0}, {1}, {0, 1}])
 def test_a_micro_batch_of_another_size_adds_to_the_same_gradients(others, opt):
-    usual, recorded = (state_of(micro_batches=2, opt=opt) for _ in range(2))
-    recorded.capture(TapeRecorder(), pytest.fail)
-    for state in (usual, recorded):
+    eager, graphs = (state_of(micro_batches=2, opt=opt) for _ in range(2))
+    graphs.capture(TapePool(), pytest.fail)
+    for state in (eager, graphs):
         train(state, 3)
         for step in range(2):
             for part in range(2):
@@ -129,42 +129,42 @@ def test_a_micro_batch_of_another_size_adds_to_the_same_gradients(others, opt):
                 size = 2 if part in others else 4
                 state.train_step([images[:size], labels[:size]], step, part == 1)
         train(state, 2, first=5)
-    assert_same(content(usual), content(recorded))
+    assert_same(content(eager), content(graphs))
 
 
-def test_after_a_failed_step_no_gradients_are_left_in_recorded_micro_batches():
-    usual, recorded = (state_of(micro_batches=2, opt="lamb") for _ in range(2))
-    recorded.capture(TapeRecorder(), pytest.fail)
-    for state in (usual, recorded):
+def test_after_a_failed_step_no_gradients_are_left_in_captured_micro_batches():
+    eager, graphs = (state_of(micro_batches=2, opt="lamb") for _ in range(2))
+    graphs.capture(TapePool(), pytest.fail)
+    for state in (eager, graphs):
         train(state, 4)
         images, labels = batch(seed=20)
         state.train_step([images, labels], 0, False)
         with pytest.raises(NonFiniteLossError):
             state.train_step([images * float("nan"), labels], 1, True)
         train(state, 2, first=5)
-    assert_same(content(usual), content(recorded))
+    assert_same(content(eager), content(graphs))
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("when", ["first", "last"])
-@pytest.mark.parametrize("watches", [True, False])
-def test_a_step_that_cannot_be_recorded_runs_as_usual_and_says_why(parts, when, watches):
-    usual, recorded = (state_of(micro_batches=parts) for _ in range(2))
+@pytest.mark.parametrize("finds", [True, False])
+def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(parts, when, finds):
+    eager, graphs = (state_of(micro_batches=parts) for _ in range(2))
     reasons = []
-    recorded.capture(TapeRecorder(watches), reasons.append)
-    masked = recorded.steps.masked
+    graphs.capture(TapePool(finds), reasons.append)
+    masked = graphs.steps.masked
 
     def ask(i, loss, last, average):
         if i == 1 and last == (when == "last" or parts == 1):
             loss.item()
         masked(i, loss, last, average)
 
-    recorded.steps.masked = ask
-    for a, b in zip(train(usual, 5), train(recorded, 5), strict=True):
+    graphs.steps.masked = ask
+    for a, b in zip(train(eager, 5), train(graphs, 5), strict=True):
         assert torch.equal(a, b)
     assert len(reasons) == 1
-    assert ("waits for the device" if watches else "not permitted when stream is capturing") in reasons[0]
-    assert_same(content(usual), content(recorded))
+    assert ("waits for the device" if finds else "not permitted when stream is capturing") in reasons[0]
+    assert_same(content(eager), content(graphs))
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if not name.startswith("looked")])
@@ -184,8 +184,8 @@ def test_an_optimizer_that_cannot_be_masked_asks_once_a_module():
     assert reads.count == 3
 
 
-class Graphs:
-    """A recorder that needs no CUDA; nothing is recorded."""
+class UnusedPool:
+    """A pool that needs no CUDA; it captures nothing."""
 
     def __init__(self, device):
         pass
@@ -199,10 +199,10 @@ class Graphs:
         *[(0, 0, 1, None), (0, 97, 100, None)],
     ],
 )
-def test_a_process_that_receives_does_not_record_while_a_checkpoint_holds_its_batches(
+def test_a_process_that_receives_captures_nothing_where_a_checkpoint_would_hold_its_batches(
     first, start, every, step, monkeypatch
 ):
-    monkeypatch.setattr(captured, "CudaRecorder", Graphs)
+    monkeypatch.setattr(captured, "CudaGraphPool", UnusedPool)
     state, lines = state_of(modules=range(first, 2)), []
     state.step = start
     captured.use_graphs(state, RunConfig(checkpoint_steps=every), torch.device("cuda"), False, lines.append)

@@ -1,4 +1,4 @@
-"""Training on CUDA: steps as graphs have the bits of eager ones, nobody waits for the device, memory is told truly."""
+"""Training on CUDA: graphs have the bits of eager steps, the host does not wait, and the measured memory is right."""
 
 import hashlib
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from test_captured import SETTINGS, assert_same, content
 
 from localprop.cli import main
-from localprop.network.graphs import CudaRecorder
+from localprop.network.graphs import CudaGraphPool
 from localprop.report.results import read_results
 from localprop.runs.repeatable import repeatable_kernels
 from localprop.settings.config import OptimConfig
@@ -47,7 +47,7 @@ def train(state, steps, first=0):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_graphs_have_the_bits_of_eager_steps(name):
     eager, graphs = (state_of(**SETTINGS[name]) for _ in range(2))
-    graphs.capture(CudaRecorder(CUDA), pytest.fail)
+    graphs.capture(CudaGraphPool(CUDA), pytest.fail)
     for a, b in zip(train(eager, 6), train(graphs, 6), strict=True):
         assert torch.equal(a, b)
     assert_same(content(eager), content(graphs))
@@ -60,7 +60,7 @@ def test_models_methods_and_decoders_are_captured(kind, method, decoder):
     if method == "greedy" and decoder != "conv":
         pytest.skip("greedy has no decoder")
     eager, graphs = (state_of(kind, method, {"decoder": decoder}, amp=True) for _ in range(2))
-    graphs.capture(CudaRecorder(CUDA), pytest.fail)
+    graphs.capture(CudaGraphPool(CUDA), pytest.fail)
     for a, b in zip(train(eager, 4), train(graphs, 4), strict=True):
         assert torch.equal(a, b)
     assert_same(content(eager), content(graphs))
@@ -69,26 +69,26 @@ def test_models_methods_and_decoders_are_captured(kind, method, decoder):
 def test_checkpointed_units_are_captured_or_run_eagerly():
     eager, graphs = (state_of(options={"grad_checkpointing": True}) for _ in range(2))
     reasons = []
-    graphs.capture(CudaRecorder(CUDA), reasons.append)
+    graphs.capture(CudaGraphPool(CUDA), reasons.append)
     for a, b in zip(train(eager, 4), train(graphs, 4), strict=True):
         assert torch.equal(a, b)
     assert_same(content(eager), content(graphs))
     print("checkpointing under graphs:", reasons or "captured")
 
 
-class Blind(CudaRecorder):
-    """Sees nothing of code that waits for the device, so that a recording of it fails."""
+class Blind(CudaGraphPool):
+    """Finds no code that waits for the device, so that its capture fails."""
 
     @contextmanager
-    def watched(self):
+    def find_syncs(self):
         yield []
 
 
-@pytest.mark.parametrize("recorder", [CudaRecorder, Blind])
-def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(recorder):
+@pytest.mark.parametrize("pool", [CudaGraphPool, Blind])
+def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(pool):
     eager, graphs, others = (state_of() for _ in range(3))
     reasons = []
-    graphs.capture(recorder(CUDA), reasons.append)
+    graphs.capture(pool(CUDA), reasons.append)
     masked = graphs.steps.masked
 
     def ask(i, loss, last, average):
@@ -101,10 +101,10 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(recorder):
     for a, b in zip(losses, train(graphs, 4), strict=True):
         assert torch.equal(a, b)
     assert len(reasons) == 1
-    assert ("waits for the device" if recorder is CudaRecorder else "cannot be recorded") in reasons[0]
+    assert ("waits for the device" if pool is CudaGraphPool else "cannot be captured") in reasons[0]
     assert_same(content(eager), content(graphs))
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
-    others.capture(CudaRecorder(CUDA), pytest.fail)  # torch is in order: another network can be recorded
+    others.capture(CudaGraphPool(CUDA), pytest.fail)  # torch is in order: another network can be captured
     for a, b in zip(losses, train(others, 4), strict=True):
         assert torch.equal(a, b)
 
@@ -114,7 +114,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(recorder):
 def test_a_step_waits_for_nothing(name, captured):
     state = state_of(**SETTINGS[name])
     if captured:
-        state.capture(CudaRecorder(CUDA), pytest.fail)
+        state.capture(CudaGraphPool(CUDA), pytest.fail)
     train(state, 3)
     parts = state.config.micro_batches
     batches = [[tensor.to(CUDA) for tensor in batch(seed=seed)] for seed in range(2 * parts)]
@@ -132,7 +132,7 @@ def test_a_step_waits_for_nothing(name, captured):
 def test_what_is_not_finite_is_masked(captured):
     state = state_of("mlp", "greedy", clip_grad=1.0, model_ema=True)
     if captured:
-        state.capture(CudaRecorder(CUDA), pytest.fail)
+        state.capture(CudaGraphPool(CUDA), pytest.fail)
     train(state, 3)
     before = {name: tensor.clone() for name, tensor in content(state).items()}
     images, labels = (tensor.to(CUDA) for tensor in batch())
@@ -183,7 +183,7 @@ def test_resumed_equals_uninterrupted_with_every_decoder(decoder, tmp_path, monk
 
 
 def test_the_measured_peak_is_that_of_eager_steps_and_buffers(tmp_path, monkeypatch):
-    """During replays the allocator counts nothing of a graph's own: the recording tells what a step takes."""
+    """During replays the allocator counts none of a graph's own memory: the peak is that of the capture."""
     monkeypatch.chdir(tmp_path)
     peaks = []
     for choice in ("off", "on"):

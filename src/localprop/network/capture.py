@@ -10,7 +10,7 @@ from torch import Tensor
 
 from localprop.errors import ConfigError, first_line
 from localprop.network.carry import Carry
-from localprop.network.graphs import CapturedPass, Recorder
+from localprop.network.graphs import CapturedPass, GraphPool
 from localprop.network.output import LocalOutput
 
 
@@ -27,76 +27,76 @@ class Network(Protocol):
 
 
 class CapturedBackward:
-    """`LocalNetwork.backward`, recorded at the second call and replayed from the third on; see `LocalNetwork.capture`.
+    """`LocalNetwork.backward`, captured in the second call and replayed from then on; see `LocalNetwork.capture`.
 
-    Batches have to be alike: their shapes, types and devices.
+    All batches must have the same shapes, types and devices.
     """
 
     def __init__(
         self,
         net: Network,
-        recorder: Recorder,
+        pool: GraphPool,
         after_module: Callable[[int, Tensor], None] | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self._net, self._recorder = net, recorder
+        self._net, self._pool = net, pool
         self._after_module, self._scaler = after_module, scaler
         self._predictions: list[Tensor | None] = [None] * len(net.local_modules)
         works = [partial(self._train, k) for k in range(len(net.local_modules))]
-        self._pass = CapturedPass(recorder, works, net.seed_module)
+        self._pass = CapturedPass(pool, works, net.seed_module)
         self._calls = 0
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> LocalOutput:
         """Trains on a batch.
 
         Args:
-            inputs: see `LocalNetwork.backward`; they are copied from the second call on.
+            inputs: see `LocalNetwork.backward`; from the second call on they are copied.
             targets: likewise.
             seed: likewise.
 
         Returns:
-            Losses and predictions. The next call writes over the predictions: copy what is to be kept.
+            Losses and predictions. The next call overwrites the predictions: copy what you want to keep.
 
         Raises:
-            ConfigError: the step does something that cannot be recorded, it leaves gradients, or a batch is unlike the
-                recorded one.
+            ConfigError: the step does something that cannot be captured, it leaves gradients, or a batch is unlike the
+                captured one.
         """
         carry = Carry(inputs, targets, inputs)
         del inputs, targets
         self._calls += 1
         if self._calls == 1:
-            with self._recorder.apart(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*capturable=True")  # torch wonders why nothing is recorded yet
+            with self._pool.warm_up(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True")  # torch warns that nothing is captured yet
                 for k in range(len(self._predictions)):
                     if seed is not None:
                         self._net.seed_module(k, seed)
                     self._train(k, carry)
         else:
             if self._calls == 2:
-                self._record(carry)
+                self._capture(carry)
             if not self._pass.fits(carry):
-                raise ConfigError("this batch has other shapes or types than the recorded one; call backward for it")
+                raise ConfigError("this batch has other shapes or types than the captured one; call backward for it")
             self._pass.replay(carry, seed)
         return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), list(self._predictions))
 
-    def _record(self, carry: Carry) -> None:
+    def _capture(self, carry: Carry) -> None:
         modules = self._net.local_modules
         without = [own for module in modules for own in module.parameters() if own.grad is None]
         try:
-            self._pass.record(carry)
+            self._pass.capture(carry)
         except RuntimeError as error:
             self._calls = 1
             raise ConfigError(
-                f"the step cannot be recorded as CUDA graphs ({first_line(error)}); keep what it does on the device, "
+                f"the step cannot be captured as CUDA graphs ({first_line(error)}); keep what it does on the device, "
                 "or call backward"
             ) from error
         if any(parameter.grad is not None for parameter in without):
             self._calls = 1
             for parameter in without:
                 parameter.grad = None
-            # Their memory is the recording's: once the caller sets them to None, no later step would bring any.
+            # Their memory is the graphs': after the caller sets them to None, no replay would bring them back.
             raise ConfigError(
-                "a recorded step leaves gradients; give capture an after_module that steps the module's optimizer and "
+                "a captured step leaves gradients; give capture an after_module that steps the module's optimizer and "
                 "sets its gradients to None, or call backward"
             )
 

@@ -10,7 +10,7 @@ from localprop.errors import ChainError, ConfigError, batch_norm_told, warn_rena
 from localprop.memory.recompute import recomputing
 from localprop.network.capture import CapturedBackward
 from localprop.network.carry import Carry
-from localprop.network.graphs import CudaRecorder
+from localprop.network.graphs import CudaGraphPool
 from localprop.network.module import LocalModule
 from localprop.network.output import LocalOutput
 from localprop.seeding import derive_seed
@@ -178,11 +178,11 @@ class LocalNetwork(nn.Module):
         after_module: Callable[[int, Tensor], None] | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> CapturedBackward:
-        """`backward` as CUDA graphs, one for each module: what is called in its place, under the same autocast.
+        """`backward` as CUDA graphs, one for each module. Call the result in its place, under the same autocast.
 
-        The first call runs as usual. The second one records, and later ones replay: no Python and few launches, so
-        steps of small images take a third of the time. `after_module` is recorded too. All that it and the losses do
-        has to stay on the device: an optimizer takes `capturable=True`, and its learning rate is a tensor there.
+        The first call runs eagerly, as a warm-up. The second is captured and replayed, and later ones are replayed:
+        without Python, and with few launches. `after_module` is captured too. All that it and the losses do must stay
+        on the device: an optimizer needs `capturable=True`, and a tensor there as its learning rate.
 
         Args:
             after_module: see `backward`; the place to step module k's optimizer and set its gradients to None.
@@ -194,7 +194,7 @@ class LocalNetwork(nn.Module):
         device = next(self.parameters()).device
         if device.type != "cuda":
             raise ConfigError(f"CUDA graphs need CUDA, and the network is on {device}; call backward there")
-        return CapturedBackward(self, CudaRecorder(device), after_module, scaler)
+        return CapturedBackward(self, CudaGraphPool(device), after_module, scaler)
 
     def _require_size(self, inputs: Tensor) -> None:
         if self.input_size and inputs.shape[1:] != self.input_size:

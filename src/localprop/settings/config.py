@@ -41,8 +41,8 @@ _MICRO_BATCHES_HELP = (
     "gradients: less memory and the same training, except that batch norm and contrastive losses see parts."
 )
 _GRAPHS_HELP = (
-    "On CUDA, record a step as CUDA graphs, one for each module, and replay them: the same numbers without Python and "
-    "launches, about three times as fast on small images. auto: where a step can be recorded."
+    "Capture a training step as CUDA graphs, one for each module, and replay them: the same numbers, faster on small "
+    "images. auto: on CUDA, where a step can be captured."
 )
 _PARALLEL_HELP = (
     "Train in several processes, started by --nproc or torchrun: modules (each process trains its own modules, with "
@@ -180,7 +180,7 @@ class RunConfig:
     compile: bool = False
     """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
     deterministic: bool = False
-    """Use torch's deterministic algorithms alone: on CUDA, attention over many tokens repeats bit for bit only so."""
+    """Use torch's deterministic algorithms only; on CUDA, attention over many tokens repeats bit for bit only so."""
     cuda_graphs: Annotated[Literal["auto", "on", "off"], tyro.conf.arg(help=_GRAPHS_HELP)] = "auto"
     steps: OptionalInt = None
     """Stop after this many steps in all, as at the end of a run; --resume continues, up to --epochs."""

@@ -28,7 +28,7 @@ class Gauge:
 
     Attributes:
         peak: the largest number of bytes in use so far; None before anything has been measured. Of CUDA graphs it is
-            that of their recording: what they compute later is in the memory that the recording found.
+            that of their capture: replays use the memory that the capture allocated.
         reserved: the largest number of bytes that PyTorch has held on the device so far, in use or not; None elsewhere
             than on CUDA.
     """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from localprop.errors import CheckpointError, NonFiniteLossError, first_line
 from localprop.memory.measure import plain_tensors
 from localprop.network.carry import Carry
-from localprop.network.graphs import Recorder
+from localprop.network.graphs import GraphPool
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig
 from localprop.system.reading import Malformed
@@ -87,9 +87,9 @@ class TrainingState:
         with self._plain_rates():
             return max(group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups)
 
-    def capture(self, recorder: Recorder, refuse: Callable[[str], None]) -> None:
-        """Has steps recorded as CUDA graphs; arguments as of `CapturedSteps`."""
-        self.captured = CapturedSteps(self, recorder, refuse)
+    def capture(self, pool: GraphPool, refuse: Callable[[str], None]) -> None:
+        """Captures steps as CUDA graphs; arguments as of `CapturedSteps`."""
+        self.captured = CapturedSteps(self, pool, refuse)
 
     def train_step(self, batch: list[Tensor] | Carry, seed: int, last: bool = True) -> Tensor:
         """A step, or one micro-batch of it: forward and backward, module by module, and after the last optimizer steps.

@@ -1,1 +1,1 @@
-"""An optimizer's step without waiting for the device: masked where a number is not finite, recorded as CUDA graphs."""
+"""Training steps that do not wait for the device: masked where a number is not finite, captured as CUDA graphs."""

@@ -1,4 +1,4 @@
-"""Steps of training as CUDA graphs, one for each module: the same numbers, without Python and launches."""
+"""Training steps as CUDA graphs, one for each module: the same numbers without Python and launches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from localprop.errors import ConfigError, first_line
 from localprop.network.carry import Carry
-from localprop.network.graphs import CapturedPass, CudaRecorder, Recorder, Work, borrowed, copy_of_context
+from localprop.network.graphs import CapturedPass, CudaGraphPool, GraphPool, Work, borrowed, copy_of_context
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.stepping.mask import Mask
 from localprop.training.stepping.steps import OptimizerSteps, forget
 
-_USUAL = 2  # steps before the one that is recorded
+_WARM_UP = 2  # eager steps before the one that is captured
 AHEAD = 2
-"""Batches that a process of a pipeline has asked for beside the one that it trains on."""
+"""Batches that a process of a pipeline has asked for besides the one that it trains on."""
 
 
 class Training(Protocol):
@@ -32,7 +32,7 @@ class Training(Protocol):
     steps: OptimizerSteps
     step: int
 
-    def capture(self, recorder: Recorder, refuse: Callable[[str], None]) -> None: ...
+    def capture(self, pool: GraphPool, refuse: Callable[[str], None]) -> None: ...
 
     def run(self, carry: Carry, seed: int, last: bool) -> None: ...
 
@@ -46,7 +46,7 @@ class Training(Protocol):
 def use_graphs(
     state: Training, config: RunConfig, device: torch.device, replicas: bool, tell: Callable[[str], None]
 ) -> None:
-    """Has a training's steps recorded as CUDA graphs, where the settings have that and it is possible.
+    """Captures a training's steps as CUDA graphs, where the settings ask for it and it is possible.
 
     Args:
         state: the training.
@@ -56,7 +56,7 @@ def use_graphs(
         tell: shows a line to the user.
 
     Raises:
-        ConfigError: `--cuda-graphs on`, and a step cannot be recorded.
+        ConfigError: `--cuda-graphs on`, and a step cannot be captured.
     """
     if config.cuda_graphs == "off" or device.type != "cuda":
         return
@@ -69,56 +69,56 @@ def use_graphs(
     if state.steps.offload is not None:
         refuse("--offload-optimizer moves optimizer states, and a graph needs them in one place")
     elif replicas:
-        refuse("replicas average their gradients, which is done by the host")
+        refuse("replicas average their gradients, which the host does")
     elif config.trace:
-        refuse("--trace records when each module computes")
+        refuse("--trace notes when each module computes, which the host does")
     elif step := _checkpoint_in_the_way(state, config.checkpoint_steps):
-        refuse(f"the checkpoint of step {step} waits for this process, whose recording waits for the batches after it")
+        refuse(f"the checkpoint of step {step} waits for this process, whose capture waits for the batches after it")
     else:
-        state.capture(CudaRecorder(device), refuse)
+        state.capture(CudaGraphPool(device), refuse)
         if state.mask is None:
-            tell(f"--opt {state.config.opt} steps outside of the CUDA graphs: each module waits for the device once")
+            tell(f"--opt {state.config.opt} steps outside the CUDA graphs: the host waits for each module")
 
 
 def _checkpoint_in_the_way(state: Training, every: int | None) -> int | None:
-    """The step whose checkpoint, of every so many steps, would never be saved; None where there is no such step.
+    """The step whose checkpoint would never be saved, if one is saved every so many steps; None where there is none.
 
-    A recording waits until the device is idle. So it waits for the batches that this process has asked the process
-    before for, which sends them after a checkpoint, for which all processes come together.
+    A capture waits until the device is idle, so it waits for the batches that this process has asked for. The process
+    before sends them after a checkpoint, and the checkpoint waits for all processes.
     """
     if not every or not state.modules.start:
         return None
-    recorded = state.step + _USUAL + 1
-    return next((step for step in range(recorded, recorded + AHEAD) if step % every == 0), None)
+    captured = state.step + _WARM_UP + 1
+    return next((step for step in range(captured, captured + AHEAD) if step % every == 0), None)
 
 
 class CapturedSteps:
-    """Records the third step that it is given, and replays it for every later one.
+    """Captures the third step that it is given, and replays it for every later one.
 
-    The first runs as usual: optimizers get their state, and kernels their workspaces. So does the second, and it is
-    watched: what waits for the device cannot be recorded. Of several micro-batches those before the last are one
-    recording, and the last is another; their gradients stay in buffers.
+    The first two run eagerly, as a warm-up. In the first, optimizers make their state and kernels their workspaces. The
+    second is searched for code that waits for the device, which cannot be captured. With several micro-batches there
+    are two captures, one for those before the last and one for the last; gradients stay in buffers between them.
 
     Args:
-        state: the training, whose steps are recorded.
-        recorder: what records.
-        refuse: called with the reason where steps cannot be recorded; they run as usual then.
+        state: the training, whose steps are captured.
+        pool: captures the graphs.
+        refuse: called with the reason where steps cannot be captured; they then run eagerly.
     """
 
-    def __init__(self, state: Training, recorder: Recorder, refuse: Callable[[str], None]) -> None:
-        self._state, self._recorder, self._refuse = state, recorder, refuse
+    def __init__(self, state: Training, pool: GraphPool, refuse: Callable[[str], None]) -> None:
+        self._state, self._pool, self._refuse = state, pool, refuse
         self._passes: dict[bool, CapturedPass] = {}  # by whether the micro-batch is the last
-        self._first: int | None = None  # the step that it began with
+        self._first: int | None = None  # the first step of the warm-up
         self._gradients: list[list[Tensor]] = [[] for _ in state.modules]
         self._refused = False
 
     @property
     def complete(self) -> bool:
-        """Whether everything has been recorded: what is measured later is less than a step takes."""
+        """Whether everything has been captured: later measurements would miss the graphs' own memory."""
         return len(self._passes) == (2 if self._state.config.micro_batches > 1 else 1)
 
     def run(self, carry: Carry, seed: int, last: bool) -> bool:
-        """Trains on a batch, if that can be recorded; gives whether it was trained on.
+        """Trains on a batch, if that is possible here; returns whether it did.
 
         Arguments are those of `TrainingState.run`.
         """
@@ -126,12 +126,12 @@ class CapturedSteps:
             return False
         if self._first is None:
             self._first = self._state.step
-        if self._state.step - self._first < _USUAL:
-            with self._recorder.apart():
-                self._run_as_usual(carry, seed, last, self._state.step > self._first)
+        if self._state.step - self._first < _WARM_UP:
+            with self._pool.warm_up():
+                self._warm_up(carry, seed, last, search=self._state.step > self._first)
             return True
         if last not in self._passes:
-            self._record(carry, last)
+            self._capture(carry, last)
         if self._refused:
             return False
         if not self._passes[last].fits(carry):
@@ -146,14 +146,14 @@ class CapturedSteps:
             carry.features, carry.context = carry.features.clone(), copy_of_context(carry.context)
         return True
 
-    def _run_as_usual(self, carry: Carry, seed: int, last: bool, watched: bool) -> None:
-        if not watched:
+    def _warm_up(self, carry: Carry, seed: int, last: bool, search: bool) -> None:
+        if not search:
             self._state.run(carry, seed, last)
             return
         places: list[str] = []
         for i, k in enumerate(self._state.modules):
             self._state.net.seed_module(k, seed)
-            with self._recorder.watched() as found:
+            with self._pool.find_syncs() as found:
                 self._state.train_module(i, carry, last)
             places += found
             self._state.finish_module(i, carry.losses[-1], last)
@@ -163,7 +163,7 @@ class CapturedSteps:
             self._refused = True
             self._refuse(f"{places[0]} waits for the device")
 
-    def _record(self, carry: Carry, last: bool) -> None:
+    def _capture(self, carry: Carry, last: bool) -> None:
         state = self._state
         count = len(state.modules)
         works: list[Work] = [partial(state.train_module, i, last=last) for i in range(count)]
@@ -174,25 +174,25 @@ class CapturedSteps:
             if number < count:
                 state.net.seed_module(state.modules[number], seed)
 
-        def recorded(number: int) -> None:
+        def after_capture(number: int) -> None:
             if number < count:
                 self._keep_gradients(number, last)
 
-        def after(number: int, output: Carry) -> None:
+        def after_replay(number: int, output: Carry) -> None:
             if number < count and not state.mask:
                 self._step_by_host(number, output.losses[number], last)
 
-        captured = CapturedPass(self._recorder, works, seed_module, recorded, after)
+        captured = CapturedPass(self._pool, works, seed_module, after_capture, after_replay)
         try:
             self._lend_buffers()
-            captured.record(carry)
+            captured.capture(carry)
         except Exception as error:  # whatever the code of a model, a loss or an optimizer does that a graph cannot
             self._give_up(first_line(error), last)
             return
         self._passes[last] = captured
 
     def _lend_buffers(self) -> None:
-        """Where a step has several micro-batches: has gradients added up in buffers, which graphs know the place of."""
+        """With several micro-batches, lets gradients add up in buffers, whose addresses the graphs know."""
         steps = self._state.steps
         if self._state.config.micro_batches == 1:
             return
@@ -203,7 +203,7 @@ class CapturedSteps:
         self._show(steps.buffers)
 
     def _show(self, gradients: list[list[Tensor]], i: int | None = None) -> None:
-        """Lets parameters have these gradients: those of all modules, or of the i-th."""
+        """Gives parameters these gradients: those of all modules, or of the i-th."""
         for number, own in enumerate(self._state.steps.trained):
             if i in (None, number):
                 for parameter, gradient in zip(own, gradients[number], strict=True):
@@ -214,13 +214,13 @@ class CapturedSteps:
             parameter.grad = None
 
     def _keep_gradients(self, i: int, last: bool) -> None:
-        """Takes the gradients from the i-th module that its graph has just got, where the host has to step it."""
+        """Takes the gradients that the i-th module has after its capture; keeps them where the host has to step it."""
         steps = self._state.steps
         if steps.buffers is not None:
             self._gradients[i] = steps.buffers[i]
         elif last and not self._state.mask:
             steps.trained[i] = [parameter for parameter in steps.parameters[i] if parameter.grad is not None]
-            # Their memory is free for the next module, whose graph runs once the host has stepped this one.
+            # Their memory is free for the next module, whose graph starts after the host has stepped this one.
             self._gradients[i] = [borrowed(p.grad) for p in steps.trained[i] if p.grad is not None]
         self._hide(i)
 
@@ -233,7 +233,7 @@ class CapturedSteps:
             self._hide(i)
 
     def _give_up(self, reason: str, last: bool) -> None:
-        """Returns to the state before a recording that failed: nothing has been computed by it."""
+        """Returns to the state before a capture that failed; it has computed nothing."""
         self._refused = True
         steps = self._state.steps
         torch.clear_autocast_cache()
@@ -241,7 +241,7 @@ class CapturedSteps:
         for i in range(len(self._state.modules)):
             self._hide(i)
         if steps.buffers is not None and False in self._passes:
-            self._show(steps.buffers)  # what earlier micro-batches of this step have left
+            self._show(steps.buffers)  # the sums of this step's earlier micro-batches
         steps.buffers = None
         self._passes.clear()
-        self._refuse(f"a step cannot be recorded ({reason})")
+        self._refuse(f"a step cannot be captured ({reason})")
