@@ -47,6 +47,8 @@ YAMLS = {
     "long": ("#" * (2**20 + 1), "it is longer than 1 MiB"),
     "two": ("lr: 1\n---\nlr: 2", "line 2 is not valid YAML"),
     "null byte": ('output: "a\\0b"', "output is 'a\\x00b', expected"),
+    "no word for auto": ("recompute: maybe", "recompute is 'maybe', expected auto or true or false"),
+    "a truth for a word": ("partition: on", "partition is True, expected 'balanced'"),
     "infinite": ("lr: " + "9" * 400, "lr is a number of more than 24 digits"),
 }
 
@@ -69,6 +71,13 @@ def test_aliases_that_do_no_harm_are_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("model_kwargs: {depths: &two [2, 2], num_heads: *two}\nlr: 1e-3")
     assert read_yaml(path) == {"model_kwargs": {"depths": [2, 2], "num_heads": [2, 2]}, "lr": "1e-3"}
+
+
+@pytest.mark.parametrize("word", ["auto", "on", "off", "'on'"])
+def test_on_and_off_are_words_where_a_setting_has_them(tmp_path, word):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"cuda_graphs: {word}")
+    assert from_flat(read_yaml(path), "mine.yaml").run.cuda_graphs == word.strip("'")
 
 
 def test_defaults_are_settings_that_can_be_read():

@@ -179,7 +179,7 @@ def read_record(path: Path) -> Record:
         if unknown := sorted(content.keys() - names):
             raise Malformed(f"it has {unknown[0]!r}, which is unknown")
         _check_lengths(content)
-        content["config"] = settings_as_recorded(content["config"])
+        content["config"] = _config_as_recorded(content["config"])
         known = to_flat(TrainConfig())
         from_flat({key: value for key, value in content["config"].items() if key in known}, "config")
         return Record(**content)
@@ -187,6 +187,12 @@ def read_record(path: Path) -> Record:
         raise BenchError(f"cannot read {path}: {error.strerror}") from None
     except (Malformed, ConfigError) as error:
         raise BenchError(f"{path} is no result of a run, or damaged; delete it to run it again ({error})") from None
+
+
+def _config_as_recorded(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a record, with those that did not exist yet; what records leave out is not added."""
+    left_out = free("record") - config.keys()
+    return {key: value for key, value in settings_as_recorded(config).items() if key not in left_out}
 
 
 def _check_lengths(content: dict[str, Any]) -> None:

@@ -108,8 +108,11 @@ OptionalNames = Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME ..
 
 def typed(key: str, value: Any, hint: Any, source: str) -> Any:
     """Converts one YAML value to the type its field is annotated with (YAML reads 1e-3 as a string)."""
-    if hint == AutoBool and value == "auto":
-        return None
+    if hint == AutoBool:
+        if value == "auto":
+            return None
+        if not isinstance(value, bool | None):
+            raise ConfigError(f"{source}: {key} is {shown(value)}, expected auto or true or false")
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     union = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
@@ -117,8 +120,11 @@ def typed(key: str, value: Any, hint: Any, source: str) -> Any:
     for option in union:
         kind = typing.get_origin(option) or option
         if kind is Literal:
-            names += [repr(word) for word in typing.get_args(option)]
-            if value in typing.get_args(option):
+            words = typing.get_args(option)
+            names += [repr(word) for word in words]
+            if isinstance(value, bool) and "on" in words:
+                value = "on" if value else "off"  # the words that YAML has read
+            if value in words:
                 return value
         elif option is type(None):
             if value is None:
