@@ -122,14 +122,14 @@ class OptimizerSteps:
         norm = mask.gradient_norm(i, [parameter.grad for parameter in self.parameters[i]])
         if not scaler:
             mask.note(i, ~(loss + norm).isfinite())
-            self._take(i, norm)
+            self._take(i, _narrow(norm))
             return
         # A loss scale that is too large shows in the gradients: the step is skipped, and that is no failure.
         (found,) = scaler._found_inf_per_device(self._optimizers[i]).values()
         skipped = found > 0
         mask.note(i, ~loss.isfinite() & ~skipped)
         found.copy_(torch.maximum(found, mask.failed))
-        self._take(i, norm)
+        self._take(i, _narrow(norm))
         scale = scaler._get_scale_async()
         assert scale is not None  # it has been used
         mask.note(i, skipped & (scale < 1))
@@ -175,6 +175,11 @@ class OptimizerSteps:
                 optimizer.zero_grad(set_to_none=True)
             else:
                 forget(self.buffers[i])
+
+
+def _narrow(norm: Tensor) -> Tensor:
+    """A norm as float32, by which torch scales all gradients at once; at most float32's largest number."""
+    return norm.clamp(max=torch.finfo(torch.float32).max).float()
 
 
 def forget(gradients: list[Tensor]) -> None:
