@@ -23,11 +23,11 @@ _NAMES = {
     "end-to-end": "end-to-end",
     "timm checkpointing": "checkpointing of each block, timm's",
     "checkpoint stages 0,1": "checkpointing of stages 0 and 1",
-    "segmented exact K=4": "end-to-end, computed again module by module (4 modules)",
+    "segmented exact K=4": "end-to-end, recomputed module by module (4 modules)",
     "micro /4 + checkpointing": "4 micro-batches, with checkpointing",
     "K=2": "K=2",
     "K=4": "K=4",
-    "K=4 no recompute": "K=4, nothing computed again",
+    "K=4 no recompute": "K=4, `--recompute False`",
     "K=4 stage": "K=4, a module for each stage",
     "K=4 greedy": "K=4, greedy",
     "K=4 checkpointing": "K=4, with checkpointing",
@@ -65,16 +65,18 @@ def earlier() -> str:
     folder = f"../benchmarks/results/{EARLIER.name}"
     return "\n\n".join(
         [
-            f"No results of this script exist yet, and the tests marked `gpu` have not run on the present code. "
-            f"The tables are of an {steps['gpu']} at commit ba3b577, torch "
-            f"{steps['torch']}, timm {steps['timm']}, measured by scripts that are not part of the repository "
-            f"([raw results]({folder}), with what each row is). That commit had neither CUDA graphs nor the present "
-            "decoders and predictions.",
-            "Swin-Tiny, 224 px, batch 128, AdamW, without graphs, decoder `conv`: the peak of allocated memory, and "
-            "the median time of a step, against end-to-end training in the same run.",
+            "**Not run on CUDA yet:** this script, the tests marked `gpu`, and so everything that came after commit "
+            "ba3b577, such as `--cuda-graphs`, `net.capture`, masked steps, `--deterministic` and decoders that repeat "
+            "bit for bit. Tests on a CPU check what can be checked there.",
+            f"The tables are of an {steps['gpu']} at commit ba3b577, with torch {steps['torch']} and timm "
+            f"{steps['timm']}. Scripts outside the repository measured them ([raw results]({folder}), with what each "
+            "row is).",
+            "Swin-Tiny, 224 px, batch 128, AdamW, eager, decoder `conv`: peak of allocated memory and median time of a "
+            "step, each with its ratio to end-to-end training in the same run. K=4 recomputes cheap results unless its "
+            "row says otherwise.",
             _steps_table(steps["rows"]),
-            f"Swin-Tiny, 32 px, patch 2, window 4, batch {race['args']['batch']}, bf16, nothing computed again: the "
-            "time of a step without graphs, and with all modules recorded as one CUDA graph.",
+            f"Swin-Tiny, 32 px, patch 2, window 4, batch {race['args']['batch']}, bf16, nothing recomputed: the time "
+            "of an eager step, and of the same step with all modules in one CUDA graph.",
             _race_table(race["lanes"]),
         ]
     )
@@ -102,7 +104,7 @@ def _race_table(lanes: dict[str, Any]) -> str:
     for name, words in _LANES.items():
         eager, graph = lanes[name]["eager_ms"], lanes[name]["alone_ms"]
         lines.append([words, f"{eager:.1f}", f"{graph:.1f}", f"{eager / graph:.2f}"])
-    return table(["", "without graphs: ms", "one graph: ms", "times as fast"], lines)
+    return table(["", "eager: ms", "one graph: ms", "times as fast"], lines)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ gpu = torch.cuda.is_available()
 device = "cuda" if gpu else "cpu"
 net.to(device)
 images, labels = images.to(device), labels.to(device)
-# On a GPU a step is recorded as CUDA graphs, which read the learning rate from a tensor.
+# On a GPU a step is captured as CUDA graphs, which read the learning rate from a tensor.
 rate = torch.tensor(3e-3, device=device) if gpu else 3e-3
 optimizers = [
     torch.optim.AdamW(module.parameters(), lr=rate, fused=True, capturable=gpu) for module in net.local_modules

@@ -34,7 +34,7 @@ def _compared(run: Run, decoder: str) -> dict[str, Any]:
         resumed = train(run, folder, "parts", "--resume", str(folder / "parts"), "--steps", last).sha256
         found = {"sha256": whole.sha256, "sha256_eager": eager}
     if whole.notes:
-        found["not_recorded"] = whole.notes[0]
+        found["not_captured"] = whole.notes[0]
     found["resumed_equals_uninterrupted"] = resumed == found["sha256"]
     found["graphs_equal_eager"] = eager == found["sha256"] if run.cuda else None
     return found

@@ -147,13 +147,13 @@ def streams(content: dict[str, Any]) -> str | None:
 
 
 def problems(content: dict[str, Any]) -> str | None:
-    """A line for each stage and row that failed, or was not recorded as CUDA graphs."""
+    """A line for each stage and row that failed, or was not captured as CUDA graphs."""
     lines = []
     for name, stage in content["stages"].items():
         if stage["error"] or not stage["finished"]:
             lines.append(f"- {name}: {stage['error'] or 'not finished'}")
         for row in stage["rows"]:
-            lines += [f"- {row['name']}: {row[key]}" for key in ("error", "not_recorded") if row.get(key)]
+            lines += [f"- {row['name']}: {row[key]}" for key in ("error", "not_captured") if row.get(key)]
     return "\n".join(lines) or None
 
 

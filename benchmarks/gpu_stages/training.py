@@ -24,7 +24,7 @@ class Finished:
 
     Attributes:
         folder: the run folder.
-        notes: the lines that say why a step was not recorded as CUDA graphs; none where it was.
+        notes: the lines that say why a step was not captured as CUDA graphs; none where it was.
     """
 
     folder: Path
@@ -78,7 +78,7 @@ def _command(words: list[str]) -> int:
 def throughput(folder: Path) -> dict[str, Any]:
     """What a run's results.csv says: images per second of all epochs but the first, and the peak of memory.
 
-    The first epoch warms up, and records what is recorded.
+    The first epoch warms up and captures.
     """
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
