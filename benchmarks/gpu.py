@@ -1,12 +1,12 @@
 """Measures localprop on a GPU, within nine minutes: correctness, memory, time, throughput.
 
-python benchmarks/gpu.py                      every stage, in order of worth; writes benchmarks/results/gpu.json
-python benchmarks/gpu.py --only large small   only stages whose names begin so
-python benchmarks/gpu.py --dry-run            every stage, tiny, on a CPU: whether the code runs; no result
-python benchmarks/gpu.py --report FILE        prints the tables of such a file, in Markdown
+python benchmarks/gpu.py                      all stages, the most important first; writes benchmarks/results/gpu.json
+python benchmarks/gpu.py --only large small   only stages whose names begin with one of these words
+python benchmarks/gpu.py --dry-run            tries the code of all stages on a CPU, with tiny sizes; measures nothing
+python benchmarks/gpu.py --report FILE        prints the tables of a file of results, in Markdown
 
-The file is rewritten after each row, so a run that is killed loses nothing. Each stage has a process and a time limit
-of its own; one that fails is noted in one line, and the next begins. `prediction` runs beside the others, on the CPU.
+The file is written again after each row, so a run that is killed loses nothing. Each stage has a process and a time
+limit of its own. If one fails, a line says why, and the next begins. `prediction` runs beside the others, on the CPU.
 """
 
 import argparse
@@ -58,14 +58,19 @@ def main() -> int:
     """Returns the exit code: 0, 1 where a stage failed, 2 for a wrong command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file to write (default: benchmarks/results/gpu.json)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default: 9)")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help=", ".join(stage.name for stage in STAGES))
-    parser.add_argument("--dry-run", action="store_true", help="every stage, tiny, on a CPU; its file is no result")
-    parser.add_argument("--commit", help="commit to note where this is no git checkout")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="print the tables of a file, and measure nothing")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of all stages together (default: 9)")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help=f"of {', '.join(stage.name for stage in STAGES)}")
+    parser.add_argument("--dry-run", action="store_true", help="try the code on a CPU with tiny sizes")
+    parser.add_argument("--commit", help="the commit to note if this is no git checkout")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="print the tables of a file of results")
     options = parser.parse_args()
     if options.report:
-        print(tables.report(json.loads(options.report.read_text())))
+        try:
+            content = json.loads(options.report.read_text())
+        except (OSError, ValueError) as error:
+            print(f"gpu: {options.report} is no file of results: {error}", file=sys.stderr)
+            return 2
+        print(tables.report(content))
         return 0
     stages = [stage for stage in STAGES if not options.only or stage.name.startswith(tuple(options.only))]
     problem = None

@@ -126,7 +126,7 @@ def small(content: dict[str, Any]) -> str | None:
         memory = [_mib(graphs.get(name)) for name in ("predicted_memory", "peak_memory")]
         cells.append([method, *(_number(rate, 0) for rate in rates), _ratio(rates[1], rates[2]), *memory])
     heads = ["images per second", "`--cuda-graphs off`", "`--cuda-graphs on`", "bare graph", "on / bare"]
-    return table([*heads, "on: MiB predicted", "measured"], cells) if cells else None
+    return table([*heads, "on: MiB predicted", "on: MiB measured"], cells) if cells else None
 
 
 def resume(content: dict[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Batches that are prepared ahead, in a thread that ends when nobody wants more; and copies that nobody waits for."""
+"""Batches that a thread prefetches, which ends when no more are wanted; and copies without a wait."""
 
 import threading
 from contextlib import closing
@@ -9,7 +9,7 @@ import torch
 from localprop.data.images.augment import random_crop
 from localprop.data.images.memory import MemoryStore
 from localprop.data.loading import load_data
-from localprop.data.transfer import ahead, on_device
+from localprop.data.transfer import on_device, prefetch
 from localprop.seeding import generator
 from localprop.settings.config import DataConfig
 
@@ -34,13 +34,13 @@ def numbers(made, count=10, broken=None):
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 10])
 def test_all_items_come_in_order_and_then_the_thread_ends(count):
     made = []
-    assert list(ahead(numbers(made, count))) == list(range(count))
+    assert list(prefetch(numbers(made, count))) == list(range(count))
     assert made == [*range(count), "closed"]
     assert threads() == 0
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
-def test_no_more_are_made_ahead_than_asked_for(most):
+def test_no_more_are_prefetched_than_asked_for(most):
     made, asked = [], threading.Semaphore(0)
 
     def items():
@@ -48,7 +48,7 @@ def test_no_more_are_made_ahead_than_asked_for(most):
             asked.release()
             yield number
 
-    with closing(ahead(items(), most)) as batches:
+    with closing(prefetch(items(), most)) as batches:
         for number in range(3):
             assert next(batches) == number
         for _ in range(3 + most):
@@ -60,7 +60,7 @@ def test_no_more_are_made_ahead_than_asked_for(most):
 
 
 def test_an_error_comes_in_the_place_of_its_item():
-    batches = ahead(numbers([], broken=4))
+    batches = prefetch(numbers([], broken=4))
     assert [next(batches) for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="broken"):
         next(batches)
@@ -68,8 +68,8 @@ def test_an_error_comes_in_the_place_of_its_item():
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
-def test_who_wants_no_more_leaves_no_thread(taken):
-    batches = ahead(numbers([]))
+def test_a_closed_prefetch_leaves_no_thread(taken):
+    batches = prefetch(numbers([]))
     for _ in range(taken):
         next(batches)
     batches.close()
@@ -77,19 +77,19 @@ def test_who_wants_no_more_leaves_no_thread(taken):
 
 
 @pytest.mark.parametrize("settings", [{}, {"mixup": 0.8}, {"cutmix": 1.0, "hflip": 0.5, "crop_pad": 3}])
-def test_batches_made_ahead_are_the_same_bit_for_bit(settings, monkeypatch):
+def test_prefetched_batches_are_the_same_bit_for_bit(settings, monkeypatch):
     def batches():
         data = load_data(DataConfig(**settings), 12, 0)
         return [*data.train_batches(1, 64, "cpu", start=2), *data.test_batches(50, "cpu")]
 
     plain = batches()
-    monkeypatch.setattr(MemoryStore, "_without_a_wait", lambda self, made, device: ahead(made))
+    monkeypatch.setattr(MemoryStore, "_prefetched", lambda self, made, device: prefetch(made))
     for ours, theirs in zip(plain, batches(), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert threads() == 0
 
 
-def test_batches_for_another_device_than_the_cpu_are_made_in_a_thread_that_ends_with_them():
+def test_batches_for_a_device_are_prefetched_by_a_thread_that_ends_with_them():
     batches = load_data(DataConfig(), None, 0).train_batches(0, 64, "meta")
     next(batches)
     assert threads() == 1

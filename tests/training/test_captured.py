@@ -152,14 +152,14 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(parts, when, f
     eager, graphs = (state_of(micro_batches=parts) for _ in range(2))
     reasons = []
     graphs.capture(TapePool(finds), reasons.append)
-    masked = graphs.steps.masked
+    masked = graphs.steps.step_masked
 
     def ask(i, loss, last, average):
         if i == 1 and last == (when == "last" or parts == 1):
             loss.item()
         masked(i, loss, last, average)
 
-    graphs.steps.masked = ask
+    graphs.steps.step_masked = ask
     for a, b in zip(train(eager, 5), train(graphs, 5), strict=True):
         assert torch.equal(a, b)
     assert len(reasons) == 1

@@ -89,14 +89,14 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(pool):
     eager, graphs, others = (state_of() for _ in range(3))
     reasons = []
     graphs.capture(pool(CUDA), reasons.append)
-    masked = graphs.steps.masked
+    masked = graphs.steps.step_masked
 
     def ask(i, loss, last, average):
         if i == 1:
             loss.item()
         masked(i, loss, last, average)
 
-    graphs.steps.masked = ask
+    graphs.steps.step_masked = ask
     losses = train(eager, 4)
     for a, b in zip(losses, train(graphs, 4), strict=True):
         assert torch.equal(a, b)

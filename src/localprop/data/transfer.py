@@ -1,4 +1,4 @@
-"""How batches come to the device without a wait: prepared ahead in a thread, and copied from pinned memory."""
+"""Brings batches to the device without a wait: a thread prefetches them, and they are copied from pinned memory."""
 
 from collections import deque
 from collections.abc import Generator
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; the CPU does not wait for a copy to a GPU.
+    """The tensor on a device; the host does not wait for a copy to a GPU.
 
     Torch keeps the pinned memory until the copy is over, and then uses it for the next one.
     """
@@ -21,15 +21,15 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def ahead(items: Generator[T, None, None], most: int = 2) -> Generator[T, None, None]:
-    """The same items, which a thread asks for before they are needed.
+def prefetch(items: Generator[T, None, None], most: int = 2) -> Generator[T, None, None]:
+    """Gives the same items; a thread makes them before they are asked for.
 
-    The thread ends with the last item, or when the generator is closed. An error that `items` raises comes in the place
-    of the item.
+    The thread ends with the last item, or when the generator is closed. An error that `items` raises is raised in the
+    place of the item.
 
     Args:
-        items: where they come from; closed at the end.
-        most: how many wait at any time.
+        items: the generator that makes them; closed at the end.
+        most: how many are made ahead.
     """
     end = object()
     thread = ThreadPoolExecutor(1)
@@ -41,7 +41,7 @@ def ahead(items: Generator[T, None, None], most: int = 2) -> Generator[T, None, 
                 return
             waiting.append(thread.submit(next, items, end))
             yield item  # type: ignore[misc]
-            del item  # the thread makes another meanwhile
+            del item  # else it would be kept while the next is made
     finally:
         thread.shutdown(cancel_futures=True)
         items.close()

@@ -45,9 +45,9 @@ class Decoder(nn.Module):
         self.finish: Resampling | None = None
 
     def interpolate_rest(self, factor: int) -> None:
-        """Prepares the way that is left to the target's size where `decode` gives a grid `factor` times as large.
+        """Prepares the interpolation to the target's size, where `decode` enlarges its grid by `factor`.
 
-        A decoder that does not call it works as well: the matrices are then made in each step.
+        A decoder need not call it; the matrices are then made in each step.
         """
         self.finish = interpolation((factor * self.size[0], factor * self.size[1]), self.target_size)
 

@@ -1,4 +1,4 @@
-"""Random positions of a grid, and what lies there."""
+"""Random positions of a grid, and the patches there."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 
 
 def random_positions(batch: int, length: int, count: int, device: torch.device) -> Tensor:
-    """Draws `count` different ones of `length` positions for each example, as (batch, count) integers.
+    """Draws `count` of `length` positions for each example, without repetition: (batch, count) integers.
 
-    The sizes are fixed and no value is read, so a CUDA graph can capture it. The numbers come from torch's global
+    The sizes are fixed and no value is read, so that a CUDA graph can capture it. The numbers come from torch's global
     generator of the device, which `LocalNetwork.backward` seeds for each module.
     """
     return torch.rand(batch, length, device=device).argsort(1)[:, :count]

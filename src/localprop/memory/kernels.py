@@ -21,8 +21,8 @@ class _Keys(NamedTuple):
     """Keys of PyTorch's dispatch.
 
     Attributes:
-        own: under which operations come to `_dispatch`. Nothing else is registered under it: it is autocast's on a
-            device that PyTorch has given up. It comes before autograd, and is asked only inside `kernels_of`.
+        own: that of `_dispatch`. Nothing else uses it: it is autocast's on a device that PyTorch no longer supports.
+            It comes before autograd, and is active only inside `kernels_of`.
         autocast: that key, and the key of autocast on the CPU.
         after: all that come after autocast's.
     """
@@ -64,7 +64,7 @@ def kernels_of(device: str) -> Iterator[None]:
         _autocast.clear()
 
     with torch._C._IncludeDispatchKeyGuard(_keys().own), mock.patch.object(torch, "clear_autocast_cache", clear_all):
-        torch.set_autocast_enabled("ipu", True)  # else the key is passed over
+        torch.set_autocast_enabled("ipu", True)  # else the key is skipped
         try:
             yield
         finally:
@@ -108,9 +108,8 @@ def _dispatch(
         _autocast.found(op, args, kwargs)
     if casts and torch.is_autocast_enabled("cpu"):
         form, args, kwargs = _autocast.cast(op, args, kwargs)
-        with torch._C._ExcludeDispatchKeyGuard(
-            _keys().autocast
-        ):  # as autocast itself does: what it calls is not cast again
+        # As autocast itself does: what it calls is not cast again.
+        with torch._C._ExcludeDispatchKeyGuard(_keys().autocast):
             return (function or form)(*args, **kwargs)
     if function:
         return function(*args, **kwargs)

@@ -99,9 +99,9 @@ class Planner:
         return rows
 
     def recomputing(self, rows: list[PlanRow], budget: int) -> list[PlanRow]:
-        """The rows of local modules that a budget does not fit, with cheap results computed again.
+        """Rows with recomputation of cheap results, for those rows of local modules that do not fit a budget.
 
-        None where the user has chosen, or where they are computed again anyway.
+        There are none where the user has chosen `recompute`, or on a CPU, where it is on anyway.
         """
         if self.recipe.recompute is not None or self.device != "cuda":
             return []

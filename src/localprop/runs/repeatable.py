@@ -1,4 +1,4 @@
-"""Training that gives the same bits each time: which of torch's kernels a run may use."""
+"""Training that gives the same bits each time: the kernels of torch that a run may use."""
 
 import os
 import re
@@ -19,14 +19,14 @@ _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
 
 @contextmanager
 def repeatable_kernels(deterministic: bool) -> Iterator[None]:
-    """Inside, convolutions on CUDA are repeatable; where asked, everything is. Enter it before CUDA is first used.
+    """Inside, convolutions on CUDA are repeatable; with `deterministic`, everything is. Enter it before CUDA is used.
 
-    Of cuDNN's algorithms, which also compute the gradients of a transposed convolution, only the deterministic ones are
-    chosen. The other operations of a local step are repeatable by themselves, except for the backward of attention over
-    many tokens: that needs torch's deterministic algorithms.
+    cuDNN then uses only its deterministic algorithms, for transposed convolutions too. The other operations of a local
+    step are repeatable by themselves, except for the backward of attention over many tokens: that needs torch's
+    deterministic algorithms.
 
     Args:
-        deterministic: whether torch uses deterministic algorithms alone.
+        deterministic: whether torch uses only deterministic algorithms.
 
     Raises:
         ConfigError: with `deterministic`, an operation has no such algorithm, or cuBLAS is set up otherwise.
@@ -60,7 +60,7 @@ def repeatable_kernels(deterministic: bool) -> Iterator[None]:
 
 
 def _set_cublas() -> bool:
-    """Has cuBLAS compute deterministically, unless it does already; gives whether the environment was changed."""
+    """Makes cuBLAS deterministic, unless it is already; returns whether the environment was changed."""
     value = os.environ.get(_CUBLAS)
     if value is None:
         os.environ[_CUBLAS] = _CUBLAS_VALUES[0]

@@ -106,7 +106,7 @@ class DataConfig:
     """Download the dataset if it is not there."""
     val_split: Annotated[float, tyro.conf.arg(help=_VAL_SPLIT_HELP)] = 0.0
     workers: int = 2
-    """Processes that decode images during training; 0 starts none, also for small images, which are decoded before."""
+    """Processes that decode large images during training; 0 starts none, also none to decode small images before it."""
     hold_on_device: Annotated[bool, tyro.conf.arg(help=_HOLD_HELP)] = False
     crop_pad: OptionalInt = None
     """Padding in pixels before the random crop of small images (default: an eighth of the image; none below 16)."""
@@ -180,7 +180,7 @@ class RunConfig:
     compile: bool = False
     """Compile every local module with torch.compile: a slower start, then faster steps; needs a C++ compiler."""
     deterministic: bool = False
-    """Use torch's deterministic algorithms only; on CUDA, attention over many tokens repeats bit for bit only so."""
+    """Use only torch's deterministic algorithms; on CUDA, attention over many tokens needs them to repeat exactly."""
     cuda_graphs: Annotated[Literal["auto", "on", "off"], tyro.conf.arg(help=_GRAPHS_HELP)] = "auto"
     steps: OptionalInt = None
     """Stop after this many steps in all, as at the end of a run; --resume continues, up to --epochs."""

@@ -39,7 +39,7 @@ class Recipe:
     split_blocks: bool = False
     """Allow cuts inside blocks, between a transformer block's attention and its MLP."""
     recompute: AutoBool = None
-    """Run activation functions and layer norms again in backward (auto: local modules; on CUDA if --budget asks)."""
+    """Recompute activation functions and layer norms in backward. auto: local modules; on CUDA if --budget needs it."""
     grad_checkpointing: bool = False
     """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
     recompute_units: Pairs = None

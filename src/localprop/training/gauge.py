@@ -71,7 +71,7 @@ class Gauge:
         return own
 
     def note_reserved(self) -> None:
-        """Looks how much is held on the device."""
+        """Notes how much memory PyTorch holds on the device."""
         if self._device.type == "cuda":
             self.reserved = max(self.reserved or 0, torch.cuda.max_memory_reserved(self._device))
 

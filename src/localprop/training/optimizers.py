@@ -38,7 +38,7 @@ def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opti
     options = inspect.signature(kind).parameters
     # PyTorch's own optimizers have a fused step, six times as fast for a small network on a CPU.
     chosen = {"fused": "fused" in options and _fused_works(config.opt, device.type)}
-    # What a CUDA graph needs; without one it changes nothing.
+    # Needed for CUDA graphs; without them it changes nothing.
     chosen["capturable"] = chosen["fused"] and "capturable" in options and device.type == "cuda"
     given: dict[str, Any] = {name: True for name, value in chosen.items() if value}
     try:
@@ -51,10 +51,10 @@ def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opti
 
 
 def _begin_momentum(optimizer: torch.optim.SGD) -> None:
-    """Has momentum begin at 0, which gives the same first step.
+    """Lets momentum begin at 0, which gives the same first step.
 
-    Torch's fused SGD makes it in its first step. Where a loss scale that is too large skips that step, torch keeps
-    memory that nobody has written to, and adds to it in the next.
+    Torch's fused SGD allocates momentum in its first step. If a loss scale that is too large skips that step, momentum
+    is not initialized, and the next step adds to it.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
@@ -76,7 +76,7 @@ def _fused_works(opt: str, device: str) -> bool:
 
 
 def masks_its_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer looks on its device at a tensor `found_inf`, and does not step where that is 1."""
+    """Whether an optimizer reads a tensor `found_inf` on its device, and skips its step where that is 1."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
@@ -97,7 +97,7 @@ class RatesOnDevice:
             optimizer._warned_capturable_if_run_uncaptured = True
 
     def set(self) -> None:
-        """Puts tensors in the place of the numbers that a schedule or a checkpoint has left."""
+        """Replaces the numbers that a schedule or a checkpoint has set by tensors."""
         for place, (group, tensor) in enumerate(zip(self._groups(), self._tensors, strict=True)):
             if group["lr"] is not tensor:
                 self._numbers[place] = group["lr"]

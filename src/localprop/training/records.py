@@ -1,4 +1,4 @@
-"""Takes down what each step came to, once its numbers have come from the device."""
+"""Writes down the losses of each step when they have arrived from the device."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from localprop.training.position import Clock, Position
 from localprop.training.state import TrainingState
 from localprop.training.stepping.delayed import Delayed
 
-_ON_THEIR_WAY = 8  # steps whose numbers a device has not sent yet, where nobody waits for them
+_ON_THEIR_WAY = 8  # most steps whose numbers have not arrived, where the host does not wait
 
 
 class _Place(NamedTuple):
@@ -25,11 +25,11 @@ class _Place(NamedTuple):
 
 
 class StepRecords:
-    """Takes down losses, and ends a run whose numbers are not finite.
+    """Writes down losses, and ends a run whose losses or gradients are not finite.
 
     Args:
         state: what is trained.
-        reports: whether this process takes losses down; otherwise it only looks at its mask.
+        reports: whether this process writes losses down; else it only reads its mask.
         outputs: the files of the run folder.
         gauge: measures memory.
         clock: measures the time of steps.
@@ -56,22 +56,22 @@ class StepRecords:
         self.progress: Progress | None = None
 
     def add(self, position: Position, losses: Tensor) -> None:
-        """Takes a step that has been started: (K,) losses, and where the run stands after it.
+        """Adds a step that has been started: (K,) losses, and the position of the run after it.
 
         Raises:
-            NonFiniteLossError: something was not finite in a step whose numbers have come by now.
+            NonFiniteLossError: something was not finite in a step whose numbers have arrived.
         """
         mask = self._state.mask
         if self._reports or mask:
             place = _Place(self._state.step, position.epoch + 1, position.batch)
             self._numbers.add(place, losses if mask is None else torch.cat([losses, mask.flags]))
-        self._take(position, self._numbers.arrived())
+        self._write(position, self._numbers.arrived())
 
     def finish(self, position: Position) -> None:
-        """Waits for the numbers of all steps that have been started; arguments and errors as of `add`."""
-        self._take(position, self._numbers.rest())
+        """Waits for the numbers of all steps so far; arguments and errors as of `add`."""
+        self._write(position, self._numbers.rest())
 
-    def _take(self, position: Position, steps: Iterable[tuple[_Place, list[float]]]) -> None:
+    def _write(self, position: Position, steps: Iterable[tuple[_Place, list[float]]]) -> None:
         flags = 0 if self._state.mask is None else len(self._state.mask.flags)
         for place, numbers in steps:
             losses = numbers[: len(numbers) - flags]

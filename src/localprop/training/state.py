@@ -36,7 +36,7 @@ class TrainingState:
         modules: those that are trained by this process; all, if left out. The network gives up the others' weights.
         average: replaces a module's gradients, in place, by their mean over processes that train the same module.
         span: given "compute" and a module, a context in which that module takes its step.
-        delayed: whether the host is told of NaN and infinity later, and waits for nothing until then; default: on CUDA.
+        delayed: whether the host learns of NaN and infinity later and does not wait for the device; default: on CUDA.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
     place where it is needed (epoch, batch, module).
@@ -149,12 +149,12 @@ class TrainingState:
         """What the device does for the i-th module trained here: all of its training, if its step is masked."""
         self.net.train_module(self.modules[i], carry, self.scalers[i], None, self.config.micro_batches)
         if self.mask:
-            self.steps.masked(i, carry.losses[-1], last, self.average)
+            self.steps.step_masked(i, carry.losses[-1], last, self.average)
 
     def finish_module(self, i: int, loss: Tensor, last: bool) -> None:
-        """What the host does after that: it looks at the loss and the gradients, and takes the step."""
+        """What the host does after that, without a mask: it checks the loss and the gradients, and steps."""
         if not self.mask:
-            self.steps.look(i, loss, self.step + 1, last, self.average)
+            self.steps.step_checked(i, loss, self.step + 1, last, self.average)
 
     def update_average(self) -> None:
         """Takes the weights of this step into the moving average, if there is one."""
@@ -164,7 +164,7 @@ class TrainingState:
             self.ema.update(self.net.backbone, step=self.step + 1)
 
     def problem(self, losses: Sequence[float], flags: Sequence[float], step: int) -> NonFiniteLossError | None:
-        """What was not finite in a step whose numbers have come to the host; no gradients are left where something was.
+        """The error of a step that was not finite, once its numbers are on the host; gradients are then cleared.
 
         Args:
             losses: what `train_step` gave.

@@ -273,7 +273,7 @@ class Trainer:
         )
 
     def _save(self) -> Path:
-        self._records.finish(self.position)  # nothing is saved of steps that nobody knows to be finite
+        self._records.finish(self.position)  # no state is saved before it is known to be finite
         self.outputs.require_folder()
         self.position.peak = self.gauge.peak
         meta = {"position": vars(self.position), "curve": self.outputs.curve.state()}

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from localprop.data.base import Pixels
 from localprop.data.images.augment import random_crop, random_hflip, resize
-from localprop.data.transfer import ahead, on_device
+from localprop.data.transfer import on_device, prefetch
 from localprop.data.view import WHOLE, View
 from localprop.seeding import derive_seed, generator
 
@@ -62,7 +62,7 @@ class MemoryStore:
         """Cropped, flipped and resized batches; see `localprop.data.base.Store`."""
         self._settle(device)
         batches = (self._batch(epoch, step, order[step * batch_size : (step + 1) * batch_size]) for step in steps)
-        with closing(self._without_a_wait(batches, device)) as ready:
+        with closing(self._prefetched(batches, device)) as ready:
             for images, labels in ready:
                 yield resize(on_device(images, device), self.img_size), on_device(labels, device)
 
@@ -72,7 +72,7 @@ class MemoryStore:
         See `localprop.data.base.Store`.
         """
         self._settle(device)
-        with closing(self._without_a_wait(self._test_batches(batch_size, view), device)) as ready:
+        with closing(self._prefetched(self._test_batches(batch_size, view), device)) as ready:
             for images, labels in ready:
                 yield on_device(images, device), on_device(labels, device)
 
@@ -111,13 +111,12 @@ class MemoryStore:
                     images = torch.stack(list(pool.map(partial(_transformed, transform), images)))
                 yield images, self.test_labels[start : start + batch_size]
 
-    def _without_a_wait(
+    def _prefetched(
         self, batches: Generator[Pixels, None, None], device: torch.device
     ) -> Generator[Pixels, None, None]:
-        # Where the training itself computes on the CPU, a thread would only take cores from it; and what is held on the
-        # device is cheap there.
+        # On a CPU a thread would take a core from training; images that are held on a GPU are cropped there at once.
         held = self.train_images.device.type != "cpu"
-        return batches if device.type == "cpu" or held else ahead(batches)
+        return batches if device.type == "cpu" or held else prefetch(batches)
 
     def _settle(self, device: torch.device) -> None:
         # Everything at once, so that the first training step meets the memory that the last one does.

@@ -71,7 +71,7 @@ def use_graphs(
     elif replicas:
         refuse("replicas average their gradients, which the host does")
     elif config.trace:
-        refuse("--trace notes when each module computes, which the host does")
+        refuse("--trace needs the host between modules")
     elif step := _checkpoint_in_the_way(state, config.checkpoint_steps):
         refuse(f"the checkpoint of step {step} waits for this process, whose capture waits for the batches after it")
     else:

@@ -1,4 +1,4 @@
-"""Numbers on their way from a device to the host, which does not wait for them."""
+"""Copies numbers from a device to the host, which does not wait for them."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 
 class Delayed(Generic[T]):
-    """Reads numbers of steps once they are there, in the order of the steps.
+    """Reads the numbers of steps when they have arrived, in the order of the steps.
 
     Args:
         device: where they are made.
-        most: how many steps may be on their way; the host waits for the oldest of more. On a device that computes while
-            the host goes on this also keeps the host from running far ahead.
+        most: how many steps may be on their way; with more, the host waits for the oldest. So it never gets far ahead
+            of the device.
     """
 
     def __init__(self, device: torch.device, most: int) -> None:
@@ -24,7 +24,7 @@ class Delayed(Generic[T]):
         self._pending: deque[tuple[T, Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, step: T, numbers: Tensor) -> None:
-        """Sends a step's numbers, a vector, on their way."""
+        """Starts the copy of a step's numbers, a vector."""
         if not self._cuda:
             self._pending.append((step, numbers.detach().clone(), None))
             return
@@ -35,12 +35,12 @@ class Delayed(Generic[T]):
         self._pending.append((step, host, event))
 
     def arrived(self) -> Iterator[tuple[T, list[float]]]:
-        """The steps whose numbers are there, or have been on their way for too long."""
+        """The steps whose numbers have arrived; it waits for the oldest where too many are on their way."""
         while self._pending and (len(self._pending) > self._most or self._is_there(self._pending[0][2])):
             yield self._next()
 
     def rest(self) -> Iterator[tuple[T, list[float]]]:
-        """All other steps, whose numbers are waited for."""
+        """All other steps; it waits for their numbers."""
         while self._pending:
             yield self._next()
 

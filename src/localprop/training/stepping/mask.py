@@ -1,4 +1,4 @@
-"""Tells on the device whether everything has been finite, so that no optimizer waits for the host to look."""
+"""Checks on the device whether everything is finite, so that no optimizer waits for the host."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Mask:
-    """From the first loss or gradient on that is not finite, masks every step of every optimizer.
+    """Masks all steps of all optimizers from the first loss or gradient on that is not finite.
 
     Args:
         parameters: those of each module that is trained.
@@ -24,7 +24,7 @@ class Mask:
         self._norms = [torch.zeros(len(own), dtype=torch.float64, device=device) for own in parameters]
 
     def note_loss(self, i: int, loss: Tensor) -> None:
-        """Looks at the loss of the i-th module."""
+        """Checks the loss of the i-th module."""
         self.note(i, ~loss.isfinite())
 
     def note(self, i: int, bad: Tensor) -> None:
@@ -34,9 +34,9 @@ class Mask:
         self.failed.copy_(torch.maximum(self.failed, number))
 
     def gradient_norm(self, i: int, gradients: Sequence[Tensor | None]) -> Tensor:
-        """The 2-norm of a module's gradients together, in float64: it is finite where every element is.
+        """The 2-norm of all gradients of a module, in float64: it is finite if every element is.
 
-        That of each gradient is kept as it was at the first failure, to find the one that was not finite.
+        The norm of each gradient is kept as it was at the first failure, to find the gradient that was not finite.
 
         Args:
             i: the module.
@@ -62,6 +62,6 @@ class Mask:
 
 
 def _runs(numbers: list[int]) -> list[range]:
-    """The places in an ascending list between which each number follows the one before."""
+    """The parts of an ascending list in which each number is one more than the number before."""
     starts = [place for place, number in enumerate(numbers) if not place or numbers[place - 1] + 1 != number]
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True)]

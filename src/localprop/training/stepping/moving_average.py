@@ -1,4 +1,4 @@
-"""A moving average that a device updates by itself: its weight is a tensor there, and a mask holds it back."""
+"""A moving average that is updated on the device: its weight is a tensor there, and a mask stops it."""
 
 import torch
 from timm.utils import ModelEmaV3
@@ -10,7 +10,7 @@ class AverageOnDevice:
 
     Args:
         ema: the moving average.
-        failed: a scalar, 1 where it is to stay as it is; see `Mask`.
+        failed: a scalar; the average stays as it is where this is 1. See `Mask`.
     """
 
     def __init__(self, ema: ModelEmaV3, failed: Tensor) -> None:
@@ -18,12 +18,12 @@ class AverageOnDevice:
         self._weight = torch.zeros_like(failed)
 
     def prepare(self, step: int) -> None:
-        """Sets how much the weights of this step count, on the host: what a CUDA graph reads."""
+        """Sets how much the weights of this step count. The host writes it to a tensor that CUDA graphs read."""
         self._weight.fill_(1 - self._ema.get_decay(step))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes in the model's weights and buffers."""
+        """Adds the model's weights and buffers to the average."""
         weight = self._weight * (1 - self._failed)
         floats: list[tuple[Tensor, Tensor]] = []
         for own, new in zip(self._ema.module.state_dict().values(), model.state_dict().values(), strict=True):

@@ -1,4 +1,4 @@
-"""An optimizer's step once a module's gradients are there: looked at by the host before it, or masked on the device."""
+"""The optimizer's step of a module, after its backward: checked by the host first, or masked on the device."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ Average = Callable[[list[Tensor]], None]
 
 
 class OptimizerSteps:
-    """Takes the steps of the modules that a process trains.
+    """Steps the optimizers of the modules that a process trains.
 
     Args:
         net: the network.
@@ -25,7 +25,7 @@ class OptimizerSteps:
         scalers: their loss scales; None without.
         clip: largest norm of a module's gradients; None for any.
         offload: where optimizer states rest, if not on the device.
-        mask: holds steps back on the device; None where the host looks before each step.
+        mask: holds steps back on the device; None where the host checks before each step.
 
     Attributes:
         offload: see above.
@@ -53,7 +53,7 @@ class OptimizerSteps:
         self.finite = FiniteChecks(net)
         for optimizer, scaler in zip(optimizers, scalers, strict=True):
             if mask and not scaler:
-                # What a fused optimizer takes in these places from a loss scale.
+                # Where a fused optimizer reads what a loss scaler writes.
                 optimizer.grad_scale, optimizer.found_inf = None, mask.failed  # type: ignore[attr-defined]
 
     def clear(self) -> None:
@@ -66,19 +66,19 @@ class OptimizerSteps:
             self.mask.reset()
 
     def reset_scalers(self) -> None:
-        """Has loss scales forget a step that was begun and not taken."""
+        """Makes loss scalers forget a step that was begun and not taken."""
         for scaler in self._scalers:
             if scaler:
                 scaler._per_optimizer_states.clear()
 
-    def look(self, i: int, loss: Tensor, step: int, last: bool, average: Average | None) -> None:
-        """Takes the step of the i-th module if everything is finite.
+    def step_checked(self, i: int, loss: Tensor, step: int, last: bool, average: Average | None) -> None:
+        """Steps the i-th module if everything is finite.
 
         Args:
             i: the module.
             loss: its local loss.
             step: the step, from 1.
-            last: whether this is the step's last micro-batch; of others only the loss is looked at.
+            last: whether this is the step's last micro-batch; of others only the loss is checked.
             average: replaces gradients by their mean over processes.
 
         Raises:
@@ -90,24 +90,24 @@ class OptimizerSteps:
             if (last or not scaler) and not loss.isfinite():
                 raise self.finite.loss_error(k, loss.item(), step)
             return
-        # First, so that all replicas judge the same gradients.
+        # First, so that all replicas check the same gradients.
         if average:
             average(gradients)
         if scaler:
             scaler.unscale_(self._optimizers[i])
         norm, problem = nn.utils.get_total_norm(gradients), None
-        # Both at once: on a GPU each look at a number waits for all that comes before it.
+        # Both at once: each number that is read from a GPU waits for all work before it.
         if not (loss + norm).isfinite():
             problem = self.finite.error(k, loss, step, scaled=scaler is not None)
             norm = wide_norm(gradients)
         if problem and not (isinstance(problem, NonFiniteGradientError) and scaler):
             raise problem
-        self._take(i, norm)
+        self._step(i, norm)
         if problem and scaler and scaler.get_scale() < 1:
             raise problem
 
-    def masked(self, i: int, loss: Tensor, last: bool, average: Average | None) -> None:
-        """Takes the step of the i-th module without looking; arguments as of `look`."""
+    def step_masked(self, i: int, loss: Tensor, last: bool, average: Average | None) -> None:
+        """Steps the i-th module without a check by the host; arguments as of `step_checked`."""
         mask, scaler = self.mask, self._scalers[i]
         assert mask is not None
         gradients = self._gradients(i) if last else []
@@ -122,31 +122,31 @@ class OptimizerSteps:
         norm = mask.gradient_norm(i, [parameter.grad for parameter in self.parameters[i]])
         if not scaler:
             mask.note(i, ~(loss + norm).isfinite())
-            self._take(i, _narrow(norm))
+            self._step(i, _narrow(norm))
             return
-        # A loss scale that is too large shows in the gradients: the step is skipped, and that is no failure.
+        # Gradients that overflow because the loss scale is too large are no failure: the step is skipped.
         (found,) = scaler._found_inf_per_device(self._optimizers[i]).values()
         skipped = found > 0
         mask.note(i, ~loss.isfinite() & ~skipped)
         found.copy_(torch.maximum(found, mask.failed))
-        self._take(i, _narrow(norm))
+        self._step(i, _narrow(norm))
         scale = scaler._get_scale_async()
         assert scale is not None  # it has been used
         mask.note(i, skipped & (scale < 1))
 
     def problem(self, losses: Sequence[float], flags: Sequence[float], step: int) -> NonFiniteLossError | None:
-        """What the mask has found first, once its flags are known.
+        """The first failure that the mask has found, once its flags are on the host.
 
         Args:
-            losses: of the modules so far, those before this process's first included.
+            losses: those of all modules up to this process's last.
             flags: see `Mask`.
-            step: the step that they are of, from 1.
+            step: the step of these losses and flags, from 1.
         """
         i = next((i for i, flag in enumerate(flags) if flag), None)
         if i is None or self.mask is None:
             return None
         k, scaled = self._modules[i], self._scalers[i] is not None
-        # One of another process, whose output is not finite either, comes first.
+        # The loss of an earlier process's module comes first: its output is not finite either.
         first = next((j for j, loss in enumerate(losses[: k + 1]) if not abs(loss) < float("inf")), None)
         bad = self.mask.not_finite(i)
         if first is not None and (first < k or not (scaled and bad is not None)):
@@ -159,8 +159,8 @@ class OptimizerSteps:
         self.trained[i] = [parameter for parameter in self.parameters[i] if parameter.grad is not None]
         return [parameter.grad for parameter in self.trained[i] if parameter.grad is not None]
 
-    def _take(self, i: int, norm: Tensor) -> None:
-        """Clips gradients whose norm is known, steps, and frees them."""
+    def _step(self, i: int, norm: Tensor) -> None:
+        """Clips gradients of a known norm, steps the optimizer, and frees the gradients."""
         optimizer, scaler = self._optimizers[i], self._scalers[i]
         if self._clip:
             nn.utils.clip_grads_with_norm_(self.parameters[i], self._clip, norm)
@@ -183,7 +183,7 @@ def _narrow(norm: Tensor) -> Tensor:
 
 
 def forget(gradients: list[Tensor]) -> None:
-    """Sets gradients to what the first of several is added to without a change of a bit: -0."""
+    """Sets gradients to -0: adding the first of several to it changes no bit."""
     if gradients:
         torch._foreach_zero_(gradients)
         torch._foreach_neg_(gradients)
