@@ -84,6 +84,6 @@ def _predicted(case: Case, name: str) -> dict[str, int]:
         case.backbone(), case.batch, modules=[len(way.cuts) + 1] if way.cuts else [2], input_size=case.size,
         amp_dtype=case.amp_dtype, device="cuda", **options,
     )  # fmt: skip
-    wanted = {"ordinary": "end-to-end", "checkpointing": "end-to-end + ckpt"}.get(way.kind)
-    row = next(row for row in plan.rows if (row.setting.name == wanted if wanted else row.setting.modules > 1))
+    setting = {"ordinary": "end-to-end", "checkpointing": "end-to-end + ckpt"}.get(way.kind)
+    row = next(row for row in plan.rows if (row.setting.name == setting if setting else row.setting.modules > 1))
     return {"predicted": row.step.peak}

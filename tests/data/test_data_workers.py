@@ -228,7 +228,7 @@ def test_processes_decode_the_same_pixels_in_the_same_order(mixed, side):
     assert alone[3] == {(20, 20), (21, 21), (22, 22)}
 
 
-def test_after_an_error_no_process_decodes_on(mixed):
+def test_after_an_error_no_process_keeps_decoding(mixed):
     def refuse(bad):
         assert len(active_children()) == 2
         raise DataError(bad.problem)

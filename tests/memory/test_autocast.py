@@ -111,7 +111,7 @@ def test_weights_are_cast_once_until_the_cache_is_cleared():
     assert counts == [2, 2, 3]  # the weight itself, and its casts
 
 
-def test_gradients_have_the_types_of_what_they_are_of():
+def test_gradients_have_the_types_of_their_tensors():
     with FakeTensorMode(), kernels_of("cuda"), torch.autocast("cpu", torch.bfloat16):
         norm, layer = nn.LayerNorm(8), nn.Linear(8, 8)
         x = torch.empty(2, 8, dtype=torch.bfloat16, requires_grad=True)

@@ -172,7 +172,7 @@ def test_the_result_of_a_checkpointed_block_is_kept(function):
     assert torch.equal(*results)
 
 
-def test_a_layer_norm_that_torch_does_not_tell_all_about_is_kept():
+def test_the_result_of_a_layer_norm_without_notes_is_kept():
     loss, x, _ = product(lambda x: torch.native_layer_norm(x, (64,), None, None, 0.3)[0], True)
     loss.backward()
     again, y, _ = product(lambda x: F.layer_norm(x, (64,), eps=0.3), False)

@@ -168,7 +168,7 @@ def test_an_operation_without_a_deterministic_kernel_is_one_line(tmp_path, monke
     assert error.count("\n") == 1
 
 
-def test_an_error_of_another_kind_stays_itself():
+def test_other_errors_are_not_changed():
     with pytest.raises(RuntimeError, match="something else"), repeatable_kernels(True):
         raise RuntimeError("something else")
     assert not torch.are_deterministic_algorithms_enabled()

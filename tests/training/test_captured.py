@@ -22,8 +22,8 @@ SETTINGS = {
     "micro-batches": {"micro_batches": 3, "clip_grad": 1.0},
     "micro-batches, float16": {"micro_batches": 2, "amp": True, "amp_dtype": "float16"},
     "sgd": {"opt": "momentum", "lr": 0.01},
-    "looked at": {"opt": "lamb", "model_ema": True},
-    "looked at, micro-batches": {"opt": "lamb", "micro_batches": 2, "clip_grad": 1.0},
+    "checked by the host": {"opt": "lamb", "model_ema": True},
+    "checked by the host, micro-batches": {"opt": "lamb", "micro_batches": 2, "clip_grad": 1.0},
 }
 
 
@@ -116,7 +116,7 @@ def test_a_batch_of_another_size_runs_eagerly():
     assert_same(content(eager), content(graphs))
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lamb"])  # masked, and looked at
+@pytest.mark.parametrize("opt", ["adamw", "lamb"])  # masked, and checked by the host
 @pytest.mark.parametrize("others", [{0}, {1}, {0, 1}])
 def test_a_micro_batch_of_another_size_adds_to_the_same_gradients(others, opt):
     eager, graphs = (state_of(micro_batches=2, opt=opt) for _ in range(2))
@@ -167,7 +167,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(parts, when, f
     assert_same(content(eager), content(graphs))
 
 
-@pytest.mark.parametrize("name", [name for name in SETTINGS if not name.startswith("looked")])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if not name.startswith("checked")])
 def test_a_masked_step_asks_the_device_for_no_number(name):
     state = state_of(**SETTINGS[name])
     train(state, 1)
@@ -212,5 +212,5 @@ def test_a_process_that_receives_captures_nothing_where_a_checkpoint_would_hold_
     )
 
 
-def test_what_a_process_asks_for_ahead_is_known():
+def test_a_process_asks_for_as_many_batches_as_are_in_flight():
     assert captured.AHEAD == IN_FLIGHT

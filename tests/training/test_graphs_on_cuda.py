@@ -110,7 +110,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(pool):
 
 
 @pytest.mark.parametrize("captured", [False, True])
-@pytest.mark.parametrize("name", [name for name in SETTINGS if not name.startswith("looked")])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if not name.startswith("checked")])
 def test_a_step_waits_for_nothing(name, captured):
     state = state_of(**SETTINGS[name])
     if captured:

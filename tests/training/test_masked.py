@@ -43,7 +43,7 @@ def poison(state, k, value, name):
 
 
 @pytest.mark.parametrize("opt", ["adamw", "adam", "momentum", "adagrad"])  # Adagrad in later versions of torch
-def test_it_trains_like_a_step_that_is_looked_at(opt):
+def test_a_masked_step_trains_like_a_checked_one(opt):
     settings = {"opt": opt, "clip_grad": 0.5, "model_ema": True, "model_ema_decay": 0.9}
     looked, masked = (state_of(delayed, **settings) for delayed in (False, True))
     assert looked.mask is None
@@ -221,7 +221,7 @@ def delayed(monkeypatch, tmp_path):
     monkeypatch.setattr(TrainingState, "__init__", late)
 
 
-def test_a_run_takes_every_step_down(delayed, tmp_path, capsys):
+def test_a_run_writes_every_step_down(delayed, tmp_path, capsys):
     assert main(RUN) == 0
     losses = (tmp_path / "runs/run/losses.csv").read_text().splitlines()
     results = (tmp_path / "runs/run/results.csv").read_text().splitlines()

@@ -98,7 +98,7 @@ class Planner:
                 split = True
         return rows
 
-    def recomputing(self, rows: list[PlanRow], budget: int) -> list[PlanRow]:
+    def with_recomputation(self, rows: list[PlanRow], budget: int) -> list[PlanRow]:
         """Rows with recomputation of cheap results, for those rows of local modules that do not fit a budget.
 
         There are none where the user has chosen `recompute`, or on a CPU, where it is on anyway.

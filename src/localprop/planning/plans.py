@@ -151,7 +151,7 @@ def plan(
     )
     planner.on_setting = on_setting or planner.on_setting
     rows = planner.rows(modules)
-    rows += planner.recomputing(rows, budget) if budget is not None else []
+    rows += planner.with_recomputation(rows, budget) if budget is not None else []
     shared = planner.pipeline(rows) if nproc else None
     choice = planner.choose(rows, budget, among=modules) if budget is not None else None
     return Plan(rows, budget, choice, shared, planner.explained(rows, explain), planner.left_out)

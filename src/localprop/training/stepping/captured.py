@@ -44,7 +44,7 @@ class Training(Protocol):
 
 
 def use_graphs(
-    state: Training, config: RunConfig, device: torch.device, replicas: bool, tell: Callable[[str], None]
+    state: Training, config: RunConfig, device: torch.device, replicas: bool, note: Callable[[str], None]
 ) -> None:
     """Captures a training's steps as CUDA graphs, where the settings ask for it and it is possible.
 
@@ -53,7 +53,7 @@ def use_graphs(
         config: the settings.
         device: where it is.
         replicas: whether gradients are averaged over processes.
-        tell: shows a line to the user.
+        note: shows a line to the user.
 
     Raises:
         ConfigError: `--cuda-graphs on`, and a step cannot be captured.
@@ -64,7 +64,7 @@ def use_graphs(
     def refuse(reason: str) -> None:
         if config.cuda_graphs == "on":
             raise ConfigError(f"--cuda-graphs on: {reason}; leave it out")
-        tell(f"no CUDA graphs: {reason}")
+        note(f"no CUDA graphs: {reason}")
 
     if state.steps.offload is not None:
         refuse("--offload-optimizer moves optimizer states, and a graph needs them in one place")
@@ -77,7 +77,7 @@ def use_graphs(
     else:
         state.capture(CudaGraphPool(device), refuse)
         if state.mask is None:
-            tell(f"--opt {state.config.opt} steps outside the CUDA graphs: the host waits for each module")
+            note(f"--opt {state.config.opt} steps outside the CUDA graphs: the host waits for each module")
 
 
 def _checkpoint_in_the_way(state: Training, every: int | None) -> int | None:
@@ -136,13 +136,13 @@ class CapturedSteps:
             return False
         if not self._passes[last].fits(carry):
             if self._state.steps.buffers is not None:
-                self._show(self._state.steps.buffers)  # which other micro-batches of this step add to
+                self._set_gradients(self._state.steps.buffers)  # other micro-batches of this step add to them
             return False
         self._passes[last].replay(carry, seed)
         if last and not self._state.mask:
             self._state.update_average()
         if self._state.modules.stop < len(self._state.net.local_modules):
-            # The next stage reads them while the next batch writes over these.
+            # A copy, because the next batch overwrites the graphs' outputs while the next stage still reads these.
             carry.features, carry.context = carry.features.clone(), copy_of_context(carry.context)
         return True
 
@@ -184,14 +184,14 @@ class CapturedSteps:
 
         captured = CapturedPass(self._pool, works, seed_module, after_capture, after_replay)
         try:
-            self._lend_buffers()
+            self._use_buffers()
             captured.capture(carry)
-        except Exception as error:  # whatever the code of a model, a loss or an optimizer does that a graph cannot
+        except Exception as error:  # anything: a model, a loss or an optimizer may run any code
             self._give_up(first_line(error), last)
             return
         self._passes[last] = captured
 
-    def _lend_buffers(self) -> None:
+    def _use_buffers(self) -> None:
         """With several micro-batches, lets gradients add up in buffers, whose addresses the graphs know."""
         steps = self._state.steps
         if self._state.config.micro_batches == 1:
@@ -200,16 +200,16 @@ class CapturedSteps:
             steps.buffers = [[torch.empty_like(parameter) for parameter in own] for own in steps.trained]
             for own in steps.buffers:
                 forget(own)
-        self._show(steps.buffers)
+        self._set_gradients(steps.buffers)
 
-    def _show(self, gradients: list[list[Tensor]], i: int | None = None) -> None:
+    def _set_gradients(self, gradients: list[list[Tensor]], i: int | None = None) -> None:
         """Gives parameters these gradients: those of all modules, or of the i-th."""
         for number, own in enumerate(self._state.steps.trained):
             if i in (None, number):
                 for parameter, gradient in zip(own, gradients[number], strict=True):
                     parameter.grad = gradient
 
-    def _hide(self, i: int) -> None:
+    def _remove_gradients(self, i: int) -> None:
         for parameter in self._state.steps.parameters[i]:
             parameter.grad = None
 
@@ -222,15 +222,15 @@ class CapturedSteps:
             steps.trained[i] = [parameter for parameter in steps.parameters[i] if parameter.grad is not None]
             # Their memory is free for the next module, whose graph starts after the host has stepped this one.
             self._gradients[i] = [borrowed(p.grad) for p in steps.trained[i] if p.grad is not None]
-        self._hide(i)
+        self._remove_gradients(i)
 
     def _step_by_host(self, i: int, loss: Tensor, last: bool) -> None:
         if last:
-            self._show(self._gradients, i)
+            self._set_gradients(self._gradients, i)
         try:
             self._state.finish_module(i, loss, last)
         finally:
-            self._hide(i)
+            self._remove_gradients(i)
 
     def _give_up(self, reason: str, last: bool) -> None:
         """Returns to the state before a capture that failed; it has computed nothing."""
@@ -239,9 +239,9 @@ class CapturedSteps:
         torch.clear_autocast_cache()
         steps.reset_scalers()
         for i in range(len(self._state.modules)):
-            self._hide(i)
+            self._remove_gradients(i)
         if steps.buffers is not None and False in self._passes:
-            self._show(steps.buffers)  # the sums of this step's earlier micro-batches
+            self._set_gradients(steps.buffers)  # the sums of this step's earlier micro-batches
         steps.buffers = None
         self._passes.clear()
         self._refuse(f"a step cannot be captured ({reason})")
