@@ -3,10 +3,10 @@
 python benchmarks/data.py FOLDER               a folder as --data folder:FOLDER takes it; 60,000 images take a minute
 python benchmarks/data.py FOLDER --name NAME   writes results/NAME.json, such as of another commit on PYTHONPATH
 
-The folder is opened with and without processes that decode, three times each in turn. Beside it stand the least that a
-cache of decoded pixels would take: listing the folder, which shows whether it has changed, and reading the pixels from
-one file. A batch is cropped, flipped, normalised and mixed, with one thread and with two. Other work on the machine
-("load") adds to wall-clock time, and hardly to processor time. Writes results/data.json.
+The folder is opened with and without processes that decode, three times each in turn. For comparison it measures the
+least that a cache of decoded pixels would need: listing the folder, to see whether it has changed, and reading the
+pixels from one file. A batch is cropped, flipped, normalised and mixed, with one thread and with two. Other work on the
+machine ("load") adds to wall-clock time, and hardly to processor time. Writes results/data.json.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import write_result
 
-# In a process of its own, so that the time of the processes that it starts can be told.
+# In a process of its own, to measure the time of the processes that it starts.
 OPEN = """
 import json, resource, sys, time
 from localprop.data.loading import load_data

@@ -6,7 +6,7 @@ python benchmarks/gpu.py --dry-run            tries the code of all stages on a 
 python benchmarks/gpu.py --report FILE        prints the tables of a file of results, in Markdown
 
 The file is written again after each row, so a run that is killed loses nothing. Each stage has a process and a time
-limit of its own. If one fails, a line says why, and the next begins. `prediction` runs beside the others, on the CPU.
+limit of its own. If one fails, a line says why, and the next begins. `prediction` runs on the CPU during the others.
 """
 
 import argparse

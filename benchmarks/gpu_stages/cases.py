@@ -18,7 +18,7 @@ SWIN_8 = [
 ]
 VIT_2, VIT_4 = ["blocks.5"], ["blocks.2", "blocks.5", "blocks.8"]
 VIT_8 = [f"blocks.{k}" for k in (1, 3, 5, 7, 8, 9, 10)]
-# The dry run's: the same blocks, so that the same cuts are valid, and next to no width.
+# For the dry run: the same blocks, so that the same cuts are valid, and very narrow.
 TINY = {
     SWIN: {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 8, "num_heads": (1, 1, 1, 1)},
     VIT: {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 2},
@@ -89,7 +89,7 @@ def exact(cuts: list[str], blocks: str) -> Way:
 
 
 def cases(dry: bool) -> list[Case]:
-    """What stage `large` trains, in order of worth; of a dry run the same models without width."""
+    """What the stages `large` train, the most important first; in a dry run the same models, very narrow."""
     swin = {
         "end-to-end": Way("ordinary"),
         "K=4": local(SWIN_4),

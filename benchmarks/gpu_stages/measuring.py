@@ -34,7 +34,7 @@ class Lane:
 
 
 class Lanes:
-    """Steps that are measured alone, and then timed in turns, so that a change of the GPU's clock hits all alike.
+    """Steps that are measured alone, and then timed in turns, so that a change of the GPU's clock affects all alike.
 
     Memory is a step's own: what other steps hold meanwhile is subtracted. They rest, so that is a constant.
 
@@ -98,7 +98,7 @@ class Lanes:
         if free + cached > 2 * self._largest:
             self.kept.append(Lane(name, step, torch.cuda.memory_allocated() - before[0]))
         else:
-            values["note"] = "timed alone: too little memory to keep it beside others"
+            values["note"] = "timed alone: not enough memory to keep it with others"
         return values
 
     def _time(self, step: Step) -> float:

@@ -15,7 +15,7 @@ class Outcomes:
         self.path = path
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Writes what a test has come to; of its three phases the one that decides."""
+        """Writes the outcome of a test: that of the phase (setup, call, teardown) that decides."""
         if report.when == "call" or report.outcome != "passed":
             why = None
             if report.skipped:
@@ -28,7 +28,7 @@ class Outcomes:
             self._write(line | ({"why": lines[0][:300]} if lines else {}))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """Writes which file could not be read."""
+        """Writes which file could not be collected."""
         if report.failed:
             line = str(report.longrepr).strip().splitlines()[-1][:300]
             self._write({"name": report.nodeid, "outcome": "failed", "seconds": 0.0, "why": line})

@@ -76,7 +76,7 @@ def about_machine(device: str, dry: bool, commit: str | None) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """The version of the driver, as nvidia-smi tells it; None where it does not."""
+    """The version of the driver, from nvidia-smi; None without it."""
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True)

@@ -49,7 +49,7 @@ class Run:
         return self.deadline - time.monotonic()
 
     def attempt(self, name: str, measure: Callable[[], dict[str, Any]], **known: Any) -> bool:
-        """Sends a row of what `measure` gives, beside what is known of it; of an error its first line.
+        """Sends a row: what is known, and what `measure` returns, or the first line of its error.
 
         Returns:
             Whether there was no error.
@@ -72,9 +72,9 @@ class Stage:
     Attributes:
         name: what it is called.
         function: does it.
-        share: of the time that is left, relative to the shares of the stages that follow.
+        share: of the time that is left, relative to the shares of later stages.
         about: what it finds out, in a line.
-        processes: so many do it beside the other stages, on the CPU; 0: it is one of these others.
+        processes: how many run it on the CPU during the other stages; 0: it is run in its turn.
     """
 
     name: str
@@ -99,37 +99,37 @@ class _Process:
     connection: Connection
     started: float
     limit: float
-    error: str | None = field(default="it ended without a word")
+    error: str | None = field(default="it ended and gave no reason")
 
 
 def run_stages(stages: Sequence[Stage], results: Results, device: torch.device, seconds: float) -> None:
     """Runs stages on a GPU within so many seconds.
 
     Args:
-        stages: the stages; those with `processes` run beside the others.
+        stages: the stages; those with `processes` run during the others.
         results: takes their rows.
         device: where they compute.
         seconds: for all of them.
     """
     end = time.monotonic() + seconds
-    beside = []
+    background = []
     for stage in stages:
         if stage.processes:
             results.begin(stage.name, seconds)
             parts = [(number, stage.processes) for number in range(stage.processes)]
-            beside += [_start(stage, device, end - time.monotonic(), part) for part in parts]
+            background += [_start(stage, device, end - time.monotonic(), part) for part in parts]
     foreground = [stage for stage in stages if not stage.processes]
     for number, stage in enumerate(foreground):
         shares = sum(later.share for later in foreground[number:])
         limit = max(0.0, end - time.monotonic()) * stage.share / shares
         results.begin(stage.name, limit)
         process = _start(stage, device, limit)
-        _receive([process, *beside], process, results)
+        _receive([process, *background], process, results)
         results.end(stage.name, time.monotonic() - process.started, process.error)
-    for process in beside:
-        _receive(beside, process, results)
+    for process in background:
+        _receive(background, process, results)
     for stage in stages:
-        own = [process for process in beside if process.stage is stage]
+        own = [process for process in background if process.stage is stage]
         if own:
             errors = [process.error for process in own if process.error]
             results.end(stage.name, time.monotonic() - own[0].started, errors[0] if errors else None)

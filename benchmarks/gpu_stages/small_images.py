@@ -1,4 +1,4 @@
-"""Images per second of `localprop train` on small images, beside a bare CUDA graph of the same step."""
+"""Images per second of `localprop train` on small images, and of a bare CUDA graph of the same step."""
 
 import json
 import tempfile
@@ -27,7 +27,7 @@ _EPOCHS = 3
 
 @dataclass(frozen=True)
 class _Size:
-    """What is trained: Swin-Tiny for 32 px, on so many images; of a dry run next to nothing."""
+    """What is trained: Swin-Tiny for 32 px, and the number of images; in a dry run very small."""
 
     batch: int
     images: int
@@ -69,7 +69,7 @@ def _trained(run: Run, size: _Size, folder: Path, name: str, flags: list[str], g
 
 
 def _bare(run: Run, size: _Size, folder: Path) -> dict[str, Any]:
-    """A finished run's step, alone: the same network, losses, optimizers and kernels, and a batch that is there."""
+    """The step of a finished run, alone: the same network, losses, optimizers and kernels, and a batch that exists."""
     torch.backends.cudnn.deterministic = run.cuda  # as in a run
     step, batch = bare_step(run, folder, size.batch), _batch(run, size.batch)
     rates = []

@@ -58,9 +58,9 @@ def test_patches_are_those_of_the_whole_grid(kind, size, target_size):
     patches = decoder(features, positions)
     torch.testing.assert_close(patches, whole)
     weight = torch.randn_like(whole)
-    wanted = torch.autograd.grad((whole * weight).sum(), [features, *decoder.parameters()])
+    expected = torch.autograd.grad((whole * weight).sum(), [features, *decoder.parameters()])
     given = torch.autograd.grad((patches * weight).sum(), [features, *decoder.parameters()])
-    torch.testing.assert_close(given, wanted)
+    torch.testing.assert_close(given, expected)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 def peak(run, *sizes):
-    """Most bytes that a function of new tensors, of `sizes`, needs beside them."""
+    """Most bytes that a function of new tensors, of `sizes`, needs in addition to them."""
     with FakeTensorMode(), kernels_of("cuda"), Tracker(MACHINES["cuda"]) as tracker:
         tensors = [torch.empty(size, requires_grad=True) for size in sizes]
         before = tracker.used

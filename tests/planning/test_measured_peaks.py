@@ -25,7 +25,7 @@ MEASURED = {
 MEASURED[VIT, "bf16", "end-to-end"] = 5489 * 2**20  # which FOLDER/README.md has
 CLOSE = {"bf16": 0.02, "fp32": 0.01}
 CUTS = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.2.blocks.0"]
-# Since they were measured, recomputation and the decoder `conv` have come to need less memory. So K=8 in bf16 and K=4
+# Since they were measured, recomputation and the decoder `conv` need less memory now. So K=8 in bf16 and K=4
 # by stage, whose peaks are made of that, are not here, and `K=4 greedy` may be predicted lower.
 NETWORKS = {
     "end-to-end": {"modules": 1, "method": "end-to-end"},

@@ -144,7 +144,7 @@ def test_deterministic_is_recorded_and_followed(device, tmp_path, monkeypatch):
     seen.clear()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert set(seen) == {(True, ":4096:8")}
-    # Whoever called goes on as before.
+    # The caller's settings are as before.
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     assert not torch.backends.cudnn.deterministic

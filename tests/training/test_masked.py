@@ -1,4 +1,4 @@
-"""A step that is masked on the device: what is not finite is not stepped, and is told once its numbers have come."""
+"""A step that is masked on the device: what is not finite is not stepped, and is reported when its numbers arrive."""
 
 import re
 
@@ -81,7 +81,7 @@ def test_a_bad_gradient_masks_its_module_later_ones_and_all_later_steps(value, c
     assert same(average, [p.clone() for p in state.ema.parameters()])
     line = str(state.problem(*failed))
     assert re.search(rf"gradient of {re.escape(names[2])} in module 2 of 3 \(.*\) is not finite at step 2, its", line)
-    assert state.problem(*step(state, 3)) is None  # a state that was told of goes on
+    assert state.problem(*step(state, 3)) is None  # a state that has reported its error can be trained again
     assert not same(before[1], content(state, 1))
 
 
@@ -180,7 +180,7 @@ def test_float16_skips_a_step_halves_the_scale_and_fails_below_1():
 
 def test_momentum_begins_at_zero_where_the_first_step_is_skipped():
     deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # memory that nobody has written to is NaN then
+    torch.use_deterministic_algorithms(True)  # uninitialized memory is then NaN
     try:
         state = state_of(amp=True, amp_dtype="float16", opt="momentum", lr=1e-4)
         handle = poison(state, 1, INF, list(dict(state.net.local_modules[1].named_parameters()))[1])
@@ -211,7 +211,7 @@ RUN = [
 
 @pytest.fixture
 def delayed(monkeypatch, tmp_path):
-    """Runs on the CPU tell of their steps late, as runs on CUDA do."""
+    """Runs on the CPU report their steps late, as runs on CUDA do."""
     monkeypatch.chdir(tmp_path)
     build = TrainingState.__init__
 

@@ -23,12 +23,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Flash attention where it can be, else memory-efficient attention, which both take four axes; else neither."""
+    """Flash or memory-efficient attention, which both need four axes; with others, matrix products."""
     aten = torch.ops.aten
     if query.dim() != 4:
-        return aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[
-            0
-        ]
+        math = aten._scaled_dot_product_attention_math
+        return math(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)[0]
     if attn_mask is None and query.element_size() == 2 and query.shape[-1] <= _MOST_CHANNELS:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     if attn_mask is not None:

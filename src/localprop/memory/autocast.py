@@ -15,13 +15,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 
 class Rule(NamedTuple):
-    """What CUDA's autocast makes of a call of an operation.
+    """How CUDA's autocast changes a call of an operation.
 
     Attributes:
         op: the operation that it calls: the same, or another form of it.
-        casts: for each argument, lists flattened, the type that it is cast to; None where it is left alone.
-        more: arguments after those, which have their defaults.
-        dtype: type that the operation is asked to give its result; None where it is not asked.
+        casts: for each argument, lists flattened, the type that it is cast to; None if it is not cast.
+        more: further arguments after these, with their defaults.
+        dtype: the `dtype` that is passed to the operation; None if none is passed.
     """
 
     op: Any
@@ -33,10 +33,10 @@ class Rule(NamedTuple):
 class CudaAutocast:
     """Casts arguments as CUDA's autocast does, while `torch.autocast("cpu", ...)` is enabled.
 
-    Like autocast it keeps the casts of weights until `clear`.
+    Like PyTorch's autocast it keeps cast weights until `clear`.
 
     Attributes:
-        trying: whether an operation is being tried. What runs in its place then calls `found`.
+        trying: whether an operation is being tried. The function that replaces it then calls `found`.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _FoundError(Exception):
 
 
 def _type(leaf: Any) -> torch.dtype | None:
-    """What a rule depends on of an argument."""
+    """The part of an argument that a rule depends on."""
     if isinstance(leaf, Tensor):
         return leaf.dtype
     return leaf if isinstance(leaf, torch.dtype) else None

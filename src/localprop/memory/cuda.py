@@ -1,4 +1,4 @@
-"""Memory on CUDA beside the results of operations: what kernels and libraries allocate for themselves.
+"""Memory on CUDA in addition to the results of operations: what kernels and libraries allocate for themselves.
 
 Sources are files of PyTorch, as of 2.8 to 2.14.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 _aten = torch.ops.aten
-# These copy inputs that are not contiguous (aten/src/ATen/native/cuda: layer_norm_kernel.cu, SoftMax.cu,
-# TensorTransformations.cu); and how many of the first arguments are such.
+# Operations that copy inputs if these are not contiguous, with the number of arguments that they copy
+# (aten/src/ATen/native/cuda: layer_norm_kernel.cu, SoftMax.cu, TensorTransformations.cu).
 _COPYING = {
     _aten.native_layer_norm.default: 1,
     _aten.native_layer_norm_backward.default: 2,
@@ -27,9 +27,9 @@ _LARGE_BUFFER_FROM = (9, 0)  # Hopper
 
 
 def cuda_workspace(func: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that a kernel needs beside its results, where the code of PyTorch tells.
+    """Bytes that a kernel allocates in addition to its results, as PyTorch's code says.
 
-    Of cuDNN's convolutions it is not known.
+    For cuDNN's convolutions they are not known, and left out.
 
     Args:
         func: an operation of `torch.ops.aten`.
@@ -47,7 +47,7 @@ def cuda_workspace(func: Any, args: tuple[Any, ...]) -> int:
 
 
 def _partial_sums(rows: int, channels: int) -> int:
-    """Bytes of what a layer norm's backward adds up for its weight and bias, if the rows are many.
+    """Bytes of the partial sums for weight and bias in the backward of a layer norm with many rows.
 
     Source: LaunchGammaBetaBackwardCUDAKernel in layer_norm_kernel.cu.
     """
@@ -56,15 +56,15 @@ def _partial_sums(rows: int, channels: int) -> int:
 
 
 def rounded(size: int) -> int:
-    """Bytes that the allocator gives out for so many (round_size in c10/cuda/CUDACachingAllocator.cpp)."""
+    """Bytes that the allocator gives out for a request of `size` (round_size in c10/cuda/CUDACachingAllocator.cpp)."""
     return -(-size // _BLOCK) * _BLOCK
 
 
 def matrix_product_buffers() -> list[int]:
     """Bytes of the buffers that matrix products need, and that are never freed.
 
-    There are two, of the thread that runs forward and of autograd's, each with a handle of its own
-    (aten/src/ATen/cuda/CublasHandlePool.cpp). Without a GPU a recent one is assumed: Hopper or later.
+    There are two: the thread that runs forward and autograd's thread have a handle each
+    (aten/src/ATen/cuda/CublasHandlePool.cpp). Without a GPU, Hopper or later is assumed.
     """
     config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     if config is not None:

@@ -6,8 +6,8 @@ nothing is kept longer for it, and the result is the same bit for bit. In a tran
 tensor of the MLP and the input of the MLP; activation checkpointing, which computes the matrix products again too,
 saves more and costs a third of the time.
 
-No function call is watched for this, because that costs more than many of the calls. When autograd keeps a tensor, the
-tensor knows the node of the graph that made it, and the node has what the tensor was made of.
+No function call is intercepted for this, because that costs more than many of the calls. A tensor that autograd keeps
+refers to the node of the graph that made it, and the node has the inputs that it was made from.
 """
 
 import threading
@@ -106,7 +106,7 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
         if node is None or node.name() not in _CHEAP:
             return _Kept(tensor)
         changed = tensor._version > 0
-        elsewhere = node._sequence_nr() not in own  # what activation checkpointing keeps can be had only once
+        elsewhere = node._sequence_nr() not in own  # what activation checkpointing keeps can be unpacked only once
         unknown = node.name() == _LAYER_NORM and _NOTES not in node.metadata
         return _Kept(tensor) if changed or elsewhere or unknown else _Recomputed(node, tensor)
 
@@ -134,7 +134,7 @@ _original: Any = None
 def _norms_noted() -> Iterator[None]:
     """Inside, layer norms note in the graph their eps, which torch leaves out, and their weights.
 
-    The graph has the weights, too. But up to torch 2.8, who asks it for a parameter removes that parameter's hooks.
+    The graph has the weights, too. But up to torch 2.8, reading a parameter from it removes that parameter's hooks.
 
     `torch.layer_norm` is what `torch.nn.functional.layer_norm` calls, under whatever name that is imported.
     """

@@ -153,7 +153,7 @@ class Tracker(TorchDispatchMode):
         return self.machine is MACHINES["cuda"]
 
     def keep_buffers(self) -> None:
-        """Begins what libraries of the device allocate at their first call and never free."""
+        """Adds what libraries of the device allocate in their first call and never free."""
         for size in matrix_product_buffers() if self.on_cuda else []:
             allocation = self._begin(size)
             allocation.kind, allocation.layer = "temporaries", "matrix products"

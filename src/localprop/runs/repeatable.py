@@ -11,7 +11,7 @@ import torch
 from localprop.errors import ConfigError
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-# With these cuBLAS is deterministic whatever runs beside it, and torch accepts no others.
+# With these cuBLAS is deterministic on several streams, too. Torch accepts no others.
 _CUBLAS_VALUES = (":4096:8", ":16:8")
 # What torch says where it has no deterministic kernel for an operation.
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")

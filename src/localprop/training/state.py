@@ -108,7 +108,7 @@ class TrainingState:
             NonFiniteGradientError: a gradient is, under a finite loss. After either error the weights of that module
                 and of later ones are as before the step; those of earlier modules have been stepped. With float16 such
                 a step of a module is skipped and its loss scale halved, as `GradScaler` does; this is an error once the
-                scale is below 1. Where there is a `mask`, nothing is raised: `problem` tells later.
+                scale is below 1. With a `mask` nothing is raised: `problem` returns the error later.
         """
         if last:
             self._begin_step()
@@ -124,7 +124,7 @@ class TrainingState:
         return torch.stack([loss.float() for loss in carry.losses])
 
     def _begin_step(self) -> None:
-        """Sets what a step depends on beside its batch: learning rates and the weight of the moving average."""
+        """Sets what a step depends on besides its batch: learning rates and the weight of the moving average."""
         for scheduler in self.schedulers:
             if scheduler:
                 scheduler.step_update(self.step)
