@@ -125,7 +125,7 @@ def test_the_cuts_are_units_of_the_models(model):
     assert len(chains) == (2 if model == SWIN else 1)
 
 
-def test_the_full_sizes_are_those_of_the_dry_run_but_for_sizes():
+def test_a_dry_run_differs_in_sizes_only():
     for full, dry in zip(cases(dry=False), cases(dry=True), strict=True):
         assert (full.name, full.model, full.amp, full.ways) == (dry.name, dry.model, dry.amp, dry.ways)
         assert full.size == (3, 224, 224)

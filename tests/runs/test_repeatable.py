@@ -61,7 +61,7 @@ def check(net, images, labels, device, amp=False):
         assert [name for name in first if not torch.equal(first[name], again[name])] == []
 
 
-def test_every_method_is_among_them():
+def test_every_method_is_tested():
     assert {options["method"] for options in CHOICES} == set(METHODS) - {"end-to-end"}
 
 

@@ -76,7 +76,7 @@ def test_checkpointed_units_are_captured_or_run_eagerly():
     print("checkpointing under graphs:", reasons or "captured")
 
 
-class Blind(CudaGraphPool):
+class PoolWithoutSearch(CudaGraphPool):
     """Finds no code that waits for the device, so that its capture fails."""
 
     @contextmanager
@@ -84,7 +84,7 @@ class Blind(CudaGraphPool):
         yield []
 
 
-@pytest.mark.parametrize("pool", [CudaGraphPool, Blind])
+@pytest.mark.parametrize("pool", [CudaGraphPool, PoolWithoutSearch])
 def test_a_step_that_cannot_be_captured_runs_eagerly_and_says_why(pool):
     eager, graphs, others = (state_of() for _ in range(3))
     reasons = []

@@ -34,7 +34,7 @@ def select(grid: Tensor, positions: Tensor, patch: int = 1) -> Tensor:
 class _Selection(torch.autograd.Function):
     """Indexing whose backward writes each gradient to its place.
 
-    torch's own backward of an index adds, since it cannot know that no position comes twice. On CUDA it sorts for that.
+    torch's own backward of an index adds, because it cannot know that no position occurs twice. On CUDA it sorts first.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Decodes folders of small images that are held in memory, in processes where there are many."""
+"""Decodes folders of small images that are held in memory, many of them in processes."""
 
 import os
 from collections.abc import Callable, Generator
@@ -21,9 +21,9 @@ from localprop.errors import DataError
 
 # Images up to this side are held in memory: a hundred thousand of them take a few GB at most.
 SMALL_SIDE = 96
-# Files for each step of a process, because handing over one small image takes as long as decoding it.
+# Files that a process decodes at a time: sending one small image takes as long as decoding it.
 _BLOCK = 128
-# A process takes as long to start as some hundred small images to decode. More than eight wait for the disk.
+# Starting a process takes as long as decoding some hundred small images. More than eight would wait for the disk.
 _FILES_PER_PROCESS = 1000
 _MOST_PROCESSES = 8
 
@@ -35,13 +35,13 @@ _Size = tuple[int, int]
 def small_sizes(files: list[File], in_processes: bool = True) -> set[_Size] | None:
     """The different (width, height) of all images, from their headers; None as soon as one is larger than `SMALL_SIDE`.
 
-    A damaged image says nothing: it is met again, and reported, when it is decoded.
+    A damaged image is left out here, and reported when it is decoded.
 
     Args:
         files: of the images.
-        in_processes: whether other processes may read them, where they are many.
+        in_processes: whether other processes may read them, if there are many.
     """
-    # Of large images the first block tells, for which no process need be started.
+    # A folder of large images is known by its first block, for which no process is started.
     sizes = _sizes(files[:_BLOCK])
     with closing(_in_blocks(files[_BLOCK:], _sizes, in_processes)) as blocks:
         while not any(max(size) > SMALL_SIDE for size in sizes):
@@ -67,9 +67,9 @@ def read_images(
 
     Args:
         files: of the images.
-        side: the width and height to which those are squeezed that differ from it; None leaves them as they are.
+        side: the width and height to which images of other sizes are squeezed; None leaves them as they are.
         on_unreadable: called with each image that cannot be read, in the order of the files.
-        in_processes: whether other processes may decode, where images are many.
+        in_processes: whether other processes may decode, if there are many images.
 
     Returns:
         images (images, 3, side, side), uint8, or without a side a list of (3, height, width); and labels (images,),
@@ -95,7 +95,7 @@ def read_images(
 
 
 class _Decoded(NamedTuple):
-    """The readable images of a block, as arrays: torch would hand tensors over in shared memory, which may be small."""
+    """The readable images of a block, as arrays: torch would send tensors through shared memory, which may be small."""
 
     images: Any
     labels: list[int]
@@ -124,7 +124,7 @@ def _sizes(files: list[File]) -> set[_Size]:
 
 @dataclass(frozen=True)
 class _Blocks(Dataset, Generic[T]):
-    """What `work` makes of each block of files."""
+    """The result of `work` for each block of files."""
 
     files: list[File]
     work: Work[T]
@@ -137,7 +137,7 @@ class _Blocks(Dataset, Generic[T]):
 
 
 def _in_blocks(files: list[File], work: Work[T], in_processes: bool) -> Generator[T, None, None]:
-    """What `work` makes of the blocks of some files, in order; it runs here where a process would not pay."""
+    """The results of `work` for blocks of files, in order. With few files it runs in this process."""
     processes = min(len(files) // _FILES_PER_PROCESS, _cores(), _MOST_PROCESSES) if in_processes else 0
     loader = DataLoader(
         _Blocks(files, work),
