@@ -76,7 +76,7 @@ def earlier() -> str:
             "row says otherwise.",
             _steps_table(steps["rows"]),
             f"Swin-Tiny, 32 px, patch 2, window 4, batch {race['args']['batch']}, bf16, nothing recomputed: the time "
-            "of an eager step, and of the same step with all modules in one CUDA graph.",
+            "of an eager step, and of the same step, captured by a prototype as one CUDA graph.",
             _race_table(race["lanes"]),
         ]
     )
