@@ -248,8 +248,22 @@ def test_a_killed_process_is_one_line_while_images_are_decoded(mixed):
     assert active_children() == []
 
 
+def test_sigterm_leaves_no_process_and_no_folder_while_images_are_decoded(mixed):
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def end(bad):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as stop:  # which lets Python remove what multiprocessing has made
+        read_images(mixed, 20, end)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert active_children() == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_without_workers_no_process_is_started(mixed, monkeypatch):
     monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter", pytest.fail)
+    monkeypatch.setattr("localprop.data.images.workers.get_temp_dir", pytest.fail)  # a folder that nobody needs
     _, labels = read_images(mixed[:200], 20, lambda bad: None, in_processes=False)
     assert len(labels) == 197
 

@@ -73,6 +73,13 @@ KILLED = "rank 1 (module 2 of 2: b) was killed by SIGKILL (by hand, or because m
         ([(1, 141), (0, 143)], {}, 141, ""),  # the other was ended because of it
         ([(1, 2), (0, -9)], {"ended_by_us": [0]}, 2, ""),
         ([(1, 1), (0, -9)], {"word": LOST, "ended_by_us": [0]}, 2, LOST),
+        # The other was ended while it decoded images.
+        (
+            [(1, -9), (0, 143)],
+            {"ended_by_us": [0]},
+            2,
+            "rank 1 was killed by SIGKILL (by hand, or because memory ran out)",
+        ),
         ([(0, 143), (1, 143)], {"number": signal.SIGTERM}, 143, ""),
         ([(0, -15), (1, -15)], {"number": signal.SIGINT}, 130, "stopped"),  # before training
         ([(0, 2), (1, 143)], {"number": signal.SIGTERM}, 2, ""),  # its checkpoint could not be saved

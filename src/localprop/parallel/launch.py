@@ -74,8 +74,9 @@ def _exit_code(children: Children, folder: Path, config: TrainConfig) -> int:
     codes = [code for _, code in children.ended]
     if not any(codes):
         return 0
-    # Below 2, a process only saw that another was gone.
-    failure = next((code for code in codes if code > 1), 0)
+    # Below 2, a process only saw that another was gone. SIGTERM ends one by this code while it decodes images.
+    told = {(rank, 128 + signal.SIGTERM) for rank in children.ended_by_us}
+    failure = next((code for rank, code in children.ended if code > 1 and (rank, code) not in told), 0)
     stop = 128 + children.signal if children.signal else 0
     if failure:
         return stop if stop and failure in (128 + signal.SIGTERM, 128 + signal.SIGINT) else failure

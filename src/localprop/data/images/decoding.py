@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from localprop.data.images.folder import OnUnreadable, Unreadable
 from localprop.data.images.reading import image_size, read_image
 from localprop.data.images.walk import File
-from localprop.data.images.workers import batches_of, set_up_worker
+from localprop.data.images.workers import batches_of, exits_on_sigterm, set_up_worker
 from localprop.errors import DataError
 
 # Images up to this side are held in memory: a hundred thousand of them take a few GB at most.
@@ -43,7 +43,7 @@ def small_sizes(files: list[File], in_processes: bool = True) -> set[_Size] | No
     """
     # A folder of large images is known by its first block, for which no process is started.
     sizes = _sizes(files[:_BLOCK])
-    with closing(_in_blocks(files[_BLOCK:], _sizes, in_processes)) as blocks:
+    with exits_on_sigterm(), closing(_in_blocks(files[_BLOCK:], _sizes, in_processes)) as blocks:
         while not any(max(size) > SMALL_SIDE for size in sizes):
             found = next(blocks, None)
             if found is None:
@@ -81,7 +81,7 @@ def read_images(
     pixels = None if side is None else np.empty((len(files), 3, side, side), dtype=np.uint8)
     listed: list[Tensor] = []
     labels: list[int] = []
-    with closing(_in_blocks(files, partial(_decode, side=side), in_processes)) as blocks:
+    with exits_on_sigterm(), closing(_in_blocks(files, partial(_decode, side=side), in_processes)) as blocks:
         for block in blocks:
             for bad in block.unreadable:
                 on_unreadable(bad)

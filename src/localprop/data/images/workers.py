@@ -54,13 +54,14 @@ def batches_of(loader: DataLoader) -> Generator[Any, None, None]:
 
 def _started(loader: DataLoader, workers: set[BaseProcess]) -> Iterator[Any]:
     """Starts a loader; `workers` gets those that it has started, also when that fails, before a signal can come."""
-    # For the workers' sockets, made here: each worker would make one that stays when the worker is killed.
-    folder = get_temp_dir()
-    if loader.num_workers and len(os.fsencode(folder)) > _LONGEST_FOLDER:
-        raise DataError(
-            f"the temporary folder {shown(folder)} has too long a name for the sockets of processes that decode "
-            "images; set TMPDIR to a folder with a shorter name, or pass --workers 0"
-        )
+    if loader.num_workers:
+        # For the workers' sockets, made here: each worker would make one that stays when the worker is killed.
+        folder = get_temp_dir()
+        if len(os.fsencode(folder)) > _LONGEST_FOLDER:
+            raise DataError(
+                f"the temporary folder {shown(folder)} has too long a name for the sockets of processes that decode "
+                "images; set TMPDIR to a folder with a shorter name, or pass --workers 0"
+            )
     before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
     # Workers inherit this, until they ignore these signals.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_A_GROUP)
@@ -74,6 +75,24 @@ def _started(loader: DataLoader, workers: set[BaseProcess]) -> Iterator[Any]:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def exits_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit where it would end this process at once and leave workers' temporary folder."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
 
 
 @contextmanager
