@@ -11,6 +11,7 @@ limit of its own. If one fails, a line says why, and the next begins. `predictio
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -66,11 +67,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.report:
         try:
-            content = json.loads(options.report.read_text())
-        except (OSError, ValueError) as error:
-            print(f"gpu: {options.report} is no file of results: {error}", file=sys.stderr)
+            text = tables.report(json.loads(options.report.read_text()))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+            print(f"gpu: {options.report} is no file of results ({reason}); name another", file=sys.stderr)
             return 2
-        print(tables.report(content))
+        print(text)
         return 0
     stages = [stage for stage in STAGES if not options.only or stage.name.startswith(tuple(options.only))]
     problem = None
@@ -78,6 +80,10 @@ def main() -> int:
         problem = f"no stage is called {' or '.join(options.only)}; choose from {', '.join(s.name for s in STAGES)}"
     elif options.dry_run and options.out and RESULTS in options.out.resolve().parents:
         problem = f"a dry run is no result; name a file outside of {RESULTS.relative_to(ROOT)}"
+    elif not 0 < options.minutes < math.inf:
+        problem = f"--minutes is {options.minutes:g}; it must be above 0"
+    elif options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
+        problem = f"--out is {options.out}; it must be a file in a folder that exists"
     about = None if problem else _about(options.dry_run, options.commit)
     if about is None:
         problem = problem or "there is no CUDA device; --dry-run tries the code on a CPU"

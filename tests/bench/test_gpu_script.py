@@ -210,6 +210,11 @@ def test_a_stage_that_fails_hangs_or_dies_is_one_line_and_the_next_begins(tmp_pa
     [
         (["--dry-run", "--only", "larg3"], "no stage is called larg3; choose from prediction, "),
         (["--dry-run", "--out", gpu.RESULTS / "gpu.json"], "a dry run is no result"),
+        (["--dry-run", "--minutes", "nan"], "--minutes is nan; it must be above 0"),
+        (["--dry-run", "--out", "/nowhere/gpu.json"], "it must be a file in a folder that exists"),
+        (["--dry-run", "--out", ROOT], "it must be a file in a folder that exists"),
+        (["--report", "/nowhere/gpu.json"], "is no file of results"),
+        (["--report", ROOT / "benchmarks/results/recompute.json"], "is no file of results (it lacks 'dry_run')"),
         ([], "there is no CUDA device"),
     ],
 )
