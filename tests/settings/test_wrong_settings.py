@@ -7,7 +7,7 @@ from localprop.cli import main
 from localprop.errors import ConfigError, LocalpropError
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, to_flags
-from localprop.settings.values import read_yaml
+from localprop.settings.values import read_auto, read_yaml
 from places import FIXTURES
 from wrong_values import everything_wrong, one_line
 
@@ -78,6 +78,14 @@ def test_on_and_off_are_words_where_a_setting_has_them(tmp_path, word):
     path = tmp_path / "mine.yaml"
     path.write_text(f"cuda_graphs: {word}")
     assert from_flat(read_yaml(path), "mine.yaml").run.cuda_graphs == word.strip("'")
+
+
+@pytest.mark.parametrize(("word", "value"), [("auto", None), ("true", True), ("True", True), ("false", False)])
+def test_flags_and_files_have_the_same_words_for_recompute(tmp_path, word, value):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"recompute: {word}")
+    assert from_flat(read_yaml(path), "mine.yaml").local.recompute is value
+    assert read_auto(word) is value
 
 
 def test_defaults_are_settings_that_can_be_read():

@@ -29,8 +29,8 @@ def read_pairs(words: list[str]) -> dict[str, Any]:
 
 
 def read_auto(word: str) -> bool | None:
-    """Reads True, False, or auto, which leaves the choice open and is None."""
-    values = {"auto": None, "None": None, "True": True, "False": False}
+    """Reads True, False (or as YAML writes them: true, false), or auto, which leaves the choice open and is None."""
+    values = {"auto": None, "None": None, "True": True, "true": True, "False": False, "false": False}
     if word not in values:
         raise ValueError(f"{word!r} is not auto, True or False")
     return values[word]
