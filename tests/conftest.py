@@ -17,6 +17,18 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def tables_as_before():
+    """No test leaves a method, head, decoder, task, dataset or model to the next one."""
+    from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS, TASKS
+
+    tables = [(table, set(table)) for table in (METHODS, HEADS, DECODERS, TASKS, DATASETS, MODELS)]
+    yield
+    for table, names in tables:
+        for name in set(table) - names:
+            del table[name]
+
+
 @pytest.fixture(scope="session")
 def forker():
     """A process that has imported everything and starts others by forking."""

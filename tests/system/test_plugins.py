@@ -13,7 +13,7 @@ import localprop
 from localprop.bench.suite import load_suite
 from localprop.cli import main
 from localprop.errors import ConfigError
-from localprop.registry import DATASETS, DECODERS, HEADS, METHODS, MODELS
+from localprop.registry import METHODS
 from localprop.report.results import read_results
 from localprop.system.plugins import load_plugin
 from places import EXAMPLES
@@ -23,11 +23,7 @@ from places import EXAMPLES
 def nothing_stays(monkeypatch):
     monkeypatch.setitem(METHODS, "predsim", None)
     monkeypatch.delitem(METHODS, "predsim")
-    tables = [(table, set(table)) for table in (METHODS, HEADS, DECODERS, DATASETS, MODELS)]
     yield
-    for table, names in tables:
-        for name in set(table) - names:
-            del table[name]
     for name in [name for name in sys.modules if name.startswith("localprop_plugin_")]:
         del sys.modules[name]
 
