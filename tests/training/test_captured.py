@@ -9,6 +9,7 @@ from localprop.parallel.placement import IN_FLIGHT
 from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.state import TrainingState
 from localprop.training.stepping import captured
+from localprop.training.stepping.steps import forget
 from tape import Reads, TapePool
 from tiny import batch, split
 
@@ -214,3 +215,11 @@ def test_a_process_that_receives_captures_nothing_where_a_checkpoint_would_hold_
 
 def test_a_process_asks_for_as_many_batches_as_are_in_flight():
     assert captured.AHEAD == IN_FLIGHT
+
+
+def test_forgotten_gradients_are_such_that_adding_to_them_changes_no_bit():
+    values = torch.tensor([0.0, -0.0, 1.5, -2.0])
+    gradient = torch.full((4,), 3.0)
+    forget([gradient])
+    gradient += values
+    assert torch.equal(gradient.view(torch.int32), values.view(torch.int32))
