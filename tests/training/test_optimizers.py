@@ -17,6 +17,7 @@ from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
 from localprop.tracing.copies import fake_copy
 from localprop.training.checkpoints.loading import load_checkpoint
+from localprop.training.checkpoints.restoring import load_optimizer
 from localprop.training.checkpoints.saving import save_checkpoint
 from localprop.training.optimizers import LOW_BIT, create_optimizer, create_scheduler, fill_tables
 from localprop.training.state import TrainingState
@@ -177,3 +178,17 @@ def test_warm_up_may_take_a_part_of_an_epoch(epochs, warmup, steps):
     assert rates[:steps] == pytest.approx([1e-5 + (1e-2 - 1e-5) * step / steps for step in range(steps)])
     cosine = [1e-6 + (1e-2 - 1e-6) * (1 + math.cos(math.pi * s / (20 * epochs))) / 2 for s in range(20 * epochs)]
     assert rates[steps:] == pytest.approx(cosine[steps:])
+
+
+def test_what_the_device_chose_is_not_taken_over_from_a_checkpoint():
+    """One that CUDA wrote has capturable optimizers, which a CPU has not."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(3))
+    saved, own = (torch.optim.AdamW([parameter], lr=0.1, fused=True) for _ in range(2))
+    parameter.grad = torch.randn(3)
+    saved.step()
+    state = saved.state_dict()
+    state["param_groups"][0]["capturable"] = True
+    load_optimizer(own, state)
+    assert own.param_groups[0]["capturable"] is False
+    assert torch.equal(own.state[parameter]["exp_avg"], saved.state[parameter]["exp_avg"])
