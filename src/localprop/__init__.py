@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from localprop.division.divide import localize
     from localprop.errors import LocalpropError
     from localprop.features import Example, Layout
-    from localprop.network.loss import LocalLoss, ModuleSpec
+    from localprop.network.loss import HeadLoss, LocalLoss, ModuleSpec
     from localprop.network.module import LocalModule
     from localprop.network.network import LocalNetwork
     from localprop.network.output import LocalOutput
@@ -47,6 +47,7 @@ __all__ = [
     "Example",
     "ImageDataset",
     "Layout",
+    "HeadLoss",
     "LocalLoss",
     "LocalModule",
     "LocalNetwork",
@@ -69,7 +70,7 @@ _PLACES = {
     "localprop.division.divide": ("localize",),
     "localprop.errors": ("LocalpropError",),
     "localprop.features": ("Example", "Layout"),
-    "localprop.network.loss": ("LocalLoss", "ModuleSpec"),
+    "localprop.network.loss": ("HeadLoss", "LocalLoss", "ModuleSpec"),
     "localprop.network.module": ("LocalModule",),
     "localprop.network.network": ("LocalNetwork",),
     "localprop.network.output": ("LocalOutput",),

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from localprop.decoders.common import Decoder
 from localprop.errors import ConfigError
 from localprop.grids.positions import random_positions, select
-from localprop.network.loss import LocalLoss, ModuleSpec
+from localprop.network.loss import HeadLoss, ModuleSpec
 
 _PARTS = 4
 
 
-class FeatureReconstruction(LocalLoss):
+class FeatureReconstruction(HeadLoss):
     """Criterion of the head's prediction + `weight` x mean squared error of the rebuilt input.
 
     Args:
@@ -42,8 +42,7 @@ class FeatureReconstruction(LocalLoss):
     uses_inputs = False
 
     def __init__(self, spec: ModuleSpec, weight: float = 1.0, normalize: bool = True, sample: float = 1.0) -> None:
-        super().__init__()
-        self.task = spec.task
+        super().__init__(spec)
         self.weight = weight
         self.target = spec.input
         self.normalize = normalize and spec.index > 0
@@ -51,14 +50,10 @@ class FeatureReconstruction(LocalLoss):
         self.decoder = spec.build_decoder(spec.input)
         self.sampled = _sampled(self.decoder, sample, spec.decoder)
 
-    def forward(
-        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `LocalLoss.forward`."""
-        prediction = self.head(output)
+    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor:
+        """The weighted error of the rebuilt input; see `HeadLoss.rest`."""
         rebuilt, target = self._rebuilt(output, self.target.grid(features))
-        error = reconstruction_error(rebuilt, target, self.normalize)
-        return self.task.loss(prediction, targets) + self.weight * error, prediction
+        return self.weight * reconstruction_error(rebuilt, target, self.normalize)
 
     def _rebuilt(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """What the decoder rebuilds, and the part of the target that it is."""
@@ -67,10 +62,6 @@ class FeatureReconstruction(LocalLoss):
         height, width = self.decoder.size
         positions = random_positions(len(output), height * width, self.sampled, output.device)
         return self.decoder(output, positions), select(target, positions, self.decoder.patch or 1)
-
-    def predict(self, output: Tensor) -> Tensor:
-        """The head's prediction."""
-        return self.head(output)
 
 
 def _sampled(decoder: Decoder, sample: float, name: str) -> int | None:

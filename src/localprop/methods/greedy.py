@@ -3,28 +3,14 @@
 Source: Belilovsky et al., Decoupled Greedy Learning of CNNs (DGL), ICML 2020.
 """
 
-from torch import Tensor
-
-from localprop.network.loss import LocalLoss, ModuleSpec
+from localprop.network.loss import HeadLoss, ModuleSpec
 
 
-class Greedy(LocalLoss):
+class Greedy(HeadLoss):
     """The criterion on the prediction of an auxiliary head."""
 
     uses_inputs = False
 
     def __init__(self, spec: ModuleSpec) -> None:
-        super().__init__()
-        self.task = spec.task
+        super().__init__(spec)
         self.head = spec.build_head()
-
-    def forward(
-        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """See `LocalLoss.forward`."""
-        prediction = self.head(output)
-        return self.task.loss(prediction, targets), prediction
-
-    def predict(self, output: Tensor) -> Tensor:
-        """The head's prediction."""
-        return self.head(output)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from localprop.errors import ConfigError
 from localprop.heads import build_head
-from localprop.network.loss import LocalLoss, ModuleSpec
+from localprop.network.loss import HeadLoss, ModuleSpec
 
 # (first, last) weights of image reconstruction and of the task by the number of modules, as the authors tuned them
 # for a ResNet-110 on CIFAR-10.
@@ -24,7 +24,7 @@ _PUBLISHED_WEIGHTS = {
 }
 
 
-class InfoPro(LocalLoss):
+class InfoPro(HeadLoss):
     """lambda_reconstruction x cross-entropy of the rebuilt image + lambda_task x task term.
 
     Both weights go linearly from the first module to the last but one. A task term of weight 0 is left out.
@@ -52,7 +52,7 @@ class InfoPro(LocalLoss):
         published: bool = False,
         temperature: float = 0.07,
     ) -> None:
-        super().__init__()
+        super().__init__(spec)
         if task not in ("softmax", "contrast"):
             raise ConfigError(f"infopro: task is {task!r}; it is softmax or contrast")
         if published:
@@ -65,12 +65,11 @@ class InfoPro(LocalLoss):
                 f"infopro: lambda_reconstruction and lambda_task are 0 in module {spec.index + 1} of {spec.count}; "
                 "raise one of them"
             )
-        self.task = spec.task
         self.task_term = task
         self.temperature = temperature
         self.head = self.decoder = None
         if self.task_weight:
-            self.head = spec.build_head() if task == "softmax" else build_head(spec.head, spec.output, 128)
+            self.head = spec.build_head() if task == "softmax" else build_head(spec.head, spec.seen, 128)
         if self.reconstruction_weight:
             if not len(spec.mean) == len(spec.std) == spec.source.channels:
                 raise ConfigError(
@@ -82,24 +81,23 @@ class InfoPro(LocalLoss):
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
 
-    def forward(
-        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `LocalLoss.forward`."""
-        loss, prediction = output.new_zeros((), dtype=torch.float32), None
-        if self.decoder is not None:
-            assert inputs is not None  # as uses_inputs says
-            pixels = (inputs * self.std + self.mean).clamp(0, 1)
-            rebuilt = self.decoder(output).float()
-            loss = loss + self.reconstruction_weight * F.binary_cross_entropy_with_logits(rebuilt, pixels.float())
-        if self.head is not None:
-            head = self.head(output)
-            if self.task_term == "softmax":
-                prediction = head
-                loss = loss + self.task_weight * self.task.loss(prediction, targets)
-            else:
-                loss = loss + self.task_weight * supervised_contrast(head, targets, self.temperature)
-        return loss, prediction
+    def judge(self, seen: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The weighted task term; see `HeadLoss.judge`."""
+        if self.head is None:
+            return None, None
+        head = self.head(seen)
+        if self.task_term == "contrast":
+            return self.task_weight * supervised_contrast(head, targets, self.temperature), None
+        return self.task_weight * self.task.loss(head, targets), head
+
+    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor | None:
+        """The weighted cross-entropy of the rebuilt image; see `HeadLoss.rest`."""
+        if self.decoder is None:
+            return None
+        assert inputs is not None  # as uses_inputs says
+        pixels = (inputs * self.std + self.mean).clamp(0, 1)
+        rebuilt = self.decoder(output).float()
+        return self.reconstruction_weight * F.binary_cross_entropy_with_logits(rebuilt, pixels.float())
 
     def predict(self, output: Tensor) -> Tensor | None:
         """The head's prediction; None for contrast, whose head predicts nothing."""

@@ -30,6 +30,7 @@ class ModuleSpec:
         decoder: name of the decoder.
         mean, std: per channel, with which images are normalised.
         following: the units after the module, in order, each with the layout of its output; none after the last module.
+        ahead: layout of what the head reads, where that is not the module's output; see `Recipe.reach`.
     """
 
     index: int
@@ -44,15 +45,21 @@ class ModuleSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     following: tuple[tuple[Unit, Layout], ...] = ()
+    ahead: Layout | None = None
 
     @property
     def last(self) -> bool:
         """Whether this is the module with the backbone's own prediction."""
         return self.index == self.count - 1
 
+    @property
+    def seen(self) -> Layout:
+        """Layout of what the head reads: the module's output, or what the next module's first blocks make of it."""
+        return self.ahead or self.output
+
     def build_head(self) -> nn.Module:
-        """A head that reads the module's output and gives a prediction like the network's."""
-        return self.task.head(self.head, self.output, self.prediction)
+        """A head that gives a prediction like the network's, from features of the layout `seen`."""
+        return self.task.head(self.head, self.seen, self.prediction)
 
     def build_decoder(self, target: Layout) -> Decoder:
         """A decoder from the module's output to a grid: (B, target.channels, target.height, target.width)."""
@@ -131,6 +138,51 @@ class LocalLoss(nn.Module, ABC):
     @uses_images.setter
     def uses_images(self, value: bool) -> None:
         self.uses_inputs = value
+
+
+class HeadLoss(LocalLoss):
+    """A local loss of two parts: the head's term, and all else. So its head may read ahead; see `Recipe.reach`.
+
+    Attributes:
+        task: what the network is trained for.
+        head: predicts the targets, or is None where the loss has no such term.
+    """
+
+    head: nn.Module | None
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        super().__init__()
+        self.task = spec.task
+
+    def judge(self, seen: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The head's term.
+
+        Args:
+            seen: what the head reads: the module's output, or what the next module's first blocks make of it.
+            targets: as the task has them.
+
+        Returns:
+            The term (a scalar) and the head's prediction; each None where there is none.
+        """
+        prediction = self.predict(seen)
+        return None if prediction is None else self.task.loss(prediction, targets), prediction
+
+    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor | None:
+        """All other terms (a scalar), None where there are none; arguments are those of `forward`."""
+        return None
+
+    def forward(
+        self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `LocalLoss.forward`: the sum of both parts, where the head reads the output."""
+        judged, prediction = self.judge(output, targets)
+        rest = self.rest(output, features, inputs)
+        terms = [term for term in (judged, rest) if term is not None]
+        return sum(terms[1:], terms[0]), prediction
+
+    def predict(self, output: Tensor) -> Tensor | None:
+        """The head's prediction for what it reads; None where it predicts no targets."""
+        return None if self.head is None else self.head(output)
 
 
 class TaskLoss(LocalLoss):
