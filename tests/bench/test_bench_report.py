@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from bench_records import cells, column, make_record, suite, write_folder
-from localprop.bench.reports import pictures
+from localprop.bench.reports import gap, pictures
 from localprop.bench.reports.groups import comparisons_of, pareto_front
 from localprop.bench.reports.placing import label_ends, label_points
 from localprop.bench.reports.report import how_measured, write_report
@@ -240,11 +240,11 @@ def test_labels_beside_a_panel_do_not_overlap_and_keep_the_order():
 @pytest.mark.parametrize(
     ("records", "drawn"),
     [
-        (suite(), {"pareto", "depth", "curves"}),
+        (suite(), {"pareto", "depth", "curves", "gap"}),
         ([make_record("greedy", 4)], {"pareto", "depth", "curves"}),
         ([make_record()], {"pareto", "curves"}),
         ([r for data in ("cifar10", "cifar100", "stl10", "svhn", "digits") for r in suite(data, (1,))],
-         {"pareto", "depth", "curves"}),
+         {"pareto", "depth", "curves", "gap"}),
         ([make_record("greedy", k, accuracy=None, epochs=e) for k in (2, 24) for e in (1, 2)], {"pareto", "curves"}),
         ([make_record("greedy", 4, peak=None, predicted=None)], {"depth", "curves"}),
     ],
@@ -256,11 +256,11 @@ def test_a_report_of_any_suite(tmp_path, records, drawn):
     written = write_report(folder)
     assert written == [
         folder / "report.md",
-        *(folder / f"{n}.png" for n in ("pareto", "depth", "curves") if n in drawn),
+        *(folder / f"{n}.png" for n in ("pareto", "depth", "curves", "gap") if n in drawn),
     ]
     assert {path.stem for path in folder.glob("*.png")} == drawn
     text = written[0].read_text()
-    assert all((f"]({name}.png)" in text) == (name in drawn) for name in ("pareto", "depth", "curves"))
+    assert all((f"]({name}.png)" in text) == (name in drawn) for name in ("pareto", "depth", "curves", "gap"))
     for path in written[1:]:
         pixels = matplotlib.image.imread(path)
         assert pixels.shape[1] == 1400
@@ -272,17 +272,34 @@ def test_a_report_of_any_suite(tmp_path, records, drawn):
 
 def test_a_picture_has_a_panel_for_each_of_four_tasks_and_a_point_and_a_name_for_each_setting(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+    for module in (pictures, gap):
+        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
     comparisons = comparisons_of([r for epochs in range(1, 6) for r in suite(epochs=epochs)])
     assert all(draw(tmp_path / "picture.png", comparisons, "") for draw in pictures.PICTURES.values())
-    assert [len(figure.axes) for figure in figures] == [4, 4, 4]
-    for figure in figures:
+    assert [len(figure.axes) for figure in figures] == [4, 4, 4, 4]
+    for figure in figures[:3]:
         for axes, comparison in zip(figure.axes, comparisons, strict=False):
             assert axes.get_title(loc="left") == comparison.name
             known = [s for s in comparison.series if figure is not figures[1] or s.method != "infopro"]
             assert sorted(note.get_text() for note in axes.texts) == sorted(s.short for s in known)
     points = {tuple(np.ravel(bars.lines[0].get_data())) for bars in figures[0].axes[0].containers}
     assert points == {(comparisons[0].memory_ratio(s), s.score.mean) for s in comparisons[0].series}
+
+
+def test_the_picture_of_gaps_has_memory_and_time_and_a_point_for_each_setting(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(gap, "save", lambda figure, path: figures.append(figure))
+    (comparison,) = comparisons_of([*suite(), make_record("greedy", 8, peak=None, predicted=None, step=0.15)])
+    assert gap.draw_gap(tmp_path / "gap.png", [comparison], "")
+    memory, time = figures[0].axes
+    for axes, across, known in (
+        (memory, comparison.memory_ratio, [s for s in comparison.series if s.modules != 8]),
+        (time, comparison.time_ratio, comparison.series),
+    ):
+        points = {tuple(np.ravel(bars.lines[0].get_data())) for bars in axes.containers}
+        assert points == {(across(s), comparison.gap(s).mean) for s in known}
+        assert sorted(note.get_text() for note in axes.texts) == sorted(s.short for s in known)
+        assert axes.get_title(loc="left") == comparison.name
 
 
 def test_the_report_says_how_it_was_measured():

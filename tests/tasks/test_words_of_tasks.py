@@ -147,7 +147,7 @@ def test_the_best_of_an_error_is_the_least(tmp_path):
     for record in records:
         write_record(folder / f"{record.run}.json", record)
     written = write_report(folder)
-    assert {path.name for path in written} == {"report.md", "pareto.png", "depth.png", "curves.png"}
+    assert {path.name for path in written} == {"report.md", "pareto.png", "depth.png", "curves.png", "gap.png"}
     assert all(np.ptp(imread(path)) for path in written[1:])
     assert "Square error is the network's after the last epoch" in Path(written[0]).read_text()
 
