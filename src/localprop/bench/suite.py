@@ -199,7 +199,8 @@ def _check(config: TrainConfig, source: str) -> None:
     if config.backbone.plugin is None:
         check_method(local.method, local.modules, dict(local.method_kwargs or {}))
         try:
-            HEADS.lookup(local.head)
+            if local.head is not None:
+                HEADS.lookup(local.head)
             DECODERS.lookup(local.decoder)
         except ConfigError as error:
             raise BenchError(f"{source}: {error}") from None

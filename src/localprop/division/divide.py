@@ -27,7 +27,7 @@ def localize(
     modules: int | None = None,
     method: str = Recipe.method,
     decoder: str = Recipe.decoder,
-    head: str = Recipe.head,
+    head: str | None = Recipe.head,
     *,
     costs: Costs | None = None,
     input_size: tuple[int, int, int] | None = None,
@@ -49,7 +49,7 @@ def localize(
         modules: number of local modules, K; default 4, or 1 for end-to-end.
         method: how modules learn: feature-reconstruction, infopro, greedy, end-to-end.
         decoder: what rebuilds a target: conv, deconv, pixel-shuffle, transformer, infopro.
-        head: what predicts the target in a module: linear, mlp, conv.
+        head: what predicts the target in a module: linear, mlp, conv; default: mlp, or what the method says.
         costs: the model's chain and what is known of its costs, from an earlier call; default: found now.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         num_classes: size of the prediction, checked against the model's; default: that.
@@ -63,8 +63,8 @@ def localize(
         mean: per channel, with which images are normalised, for methods that rebuild the image in [0, 1]; default:
             the model's own, else ImageNet's.
         std: likewise.
-        recipe: further settings of a `localprop.Recipe`: partition, cuts, min_depth, split_blocks, recompute,
-            grad_checkpointing, method_kwargs.
+        recipe: further settings of a `localprop.Recipe`: head_kwargs, kinetic, partition, cuts, min_depth,
+            split_blocks, recompute, grad_checkpointing, recompute_units, method_kwargs.
 
     Raises:
         ChainError: the model cannot be cut, or not there or not so often.
@@ -117,7 +117,8 @@ def divide(
     task.check_prediction(prediction, task.outputs if num_classes is None else num_classes)
     settings = getattr(model, "pretrained_cfg", None) or {}
     source = image_layout(units.input_size)
-    assert recipe.modules is not None  # it is resolved
+    assert recipe.modules is not None  # it is resolved, and so is the head
+    assert recipe.head is not None
     spec = ModuleSpec(
         index=0,
         count=recipe.modules,

@@ -14,6 +14,7 @@ from localprop.features import infer_layout
 from localprop.memory.cost import Costs, module_peak
 from localprop.memory.part import Conditions, Cost
 from localprop.methods import build_loss
+from localprop.network.kinetic import kinetic_weight
 from localprop.network.loss import LocalLoss, ModuleSpec
 from localprop.network.module import LocalModule
 from localprop.network.network import LocalNetwork
@@ -138,17 +139,17 @@ class Division:
         local_modules = []
         for index, (start, stop) in enumerate(pairwise([0, *ends])):
             loss = self.loss(index, start, stop).to(first.device, first.dtype)
-            local_modules.append(
-                LocalModule(
-                    self.model,
-                    self.units[start:stop],
-                    loss,
-                    self.layouts[stop],
-                    bool(self.recipe.recompute),
-                    self.recipe.grad_checkpointing,
-                    [self._recomputation(i, i == stop - 1) for i in range(start, stop)],
-                )
+            module = LocalModule(
+                self.model,
+                self.units[start:stop],
+                loss,
+                self.layouts[stop],
+                bool(self.recipe.recompute),
+                self.recipe.grad_checkpointing,
+                [self._recomputation(i, i == stop - 1) for i in range(start, stop)],
             )
+            module.kinetic = kinetic_weight(self.recipe.kinetic or 0.0, index, self.spec.count)
+            local_modules.append(module)
         return LocalNetwork(self.model, local_modules, self.units.input_size, self.recipe, self.spec.task)
 
     def _recomputation(self, unit: int, last: bool) -> Recomputation:

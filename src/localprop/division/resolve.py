@@ -1,16 +1,20 @@
 """What a recipe leaves open, filled in; and what it says wrong, in one line."""
 
-import inspect
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 from localprop.methods import check_method
 from localprop.registry import DECODERS, HEADS, METHODS
+from localprop.settings.options import check_options, options_of
 from localprop.settings.recipe import Recipe
+
+_Recipe = TypeVar("_Recipe", bound=Recipe)
+_USUAL = {"head": "mlp", "kinetic": 0.0}
+"""What stands for a setting that is left open, where the method says nothing else."""
 
 
 def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
-    """The recipe with every default that depends on others filled in: modules, recompute, the method's options.
+    """The recipe with every default that depends on others filled in: modules, recompute, head, options and so on.
 
     Args:
         recipe: the recipe.
@@ -21,15 +25,24 @@ def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
         ConfigError: no such method, option, head or decoder, or a number of modules that the method does not allow.
     """
     count = check_method(recipe.method, recipe.count, recipe.options)
-    HEADS.lookup(recipe.head)  # also where the method has no use for it
+    recipe = with_methods_defaults(recipe)
+    head = HEADS.lookup(recipe.head or "")  # also where the method has no use for it
+    given = dict(recipe.head_kwargs or {})
+    check_options("head", recipe.head or "", head, given)
     DECODERS.lookup(recipe.decoder)
     cheap = recipe.recompute
     if cheap is None:
         cheap = count > 1 and not recipe.end_to_end and device != "cuda"
-    return replace(recipe, modules=count, recompute=cheap, method_kwargs={**_defaults(recipe.method), **recipe.options})
+    return replace(
+        recipe,
+        modules=count,
+        recompute=cheap,
+        head_kwargs={**options_of(head), **given},
+        method_kwargs={**options_of(METHODS[recipe.method]), **recipe.options},
+    )
 
 
-def _defaults(method: str) -> dict[str, Any]:
-    """The options of a method that has defaults for them."""
-    parameters = list(inspect.signature(METHODS[method]).parameters.values())[1:]
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+def with_methods_defaults(recipe: _Recipe) -> _Recipe:
+    """The recipe with head and kinetic term filled in: as it says, else as its method does, else the usual ones."""
+    usual = {**_USUAL, **getattr(METHODS.get(recipe.method), "defaults", {})}
+    return replace(recipe, **{name: value for name, value in usual.items() if getattr(recipe, name) is None})

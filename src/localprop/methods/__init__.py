@@ -1,12 +1,11 @@
 """Methods of local learning. To add one: a file with a `LocalLoss`, and a line in `localprop.registry`."""
 
-import inspect
-from numbers import Real
 from typing import Any
 
-from localprop.errors import ConfigError, suggestion
+from localprop.errors import ConfigError
 from localprop.network.loss import LocalLoss, ModuleSpec, TaskLoss
 from localprop.registry import METHODS
+from localprop.settings.options import check_options
 
 __all__ = ["METHODS", "build_loss", "check_method"]
 
@@ -17,17 +16,7 @@ def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int
     Raises:
         ConfigError: no such method or option, or a number of modules that the method does not allow.
     """
-    method = METHODS.lookup(name)
-    known = dict(list(inspect.signature(method).parameters.items())[1:])
-    for option, value in options.items():
-        if option not in known:
-            hint = suggestion(option, known) if known else "it has none"
-            raise ConfigError(f"method {name} has no option {option!r}; {hint}")
-        kind = type(known[option].default)
-        if kind in (bool, float) and not isinstance(value, bool if kind is bool else Real):
-            raise ConfigError(
-                f"method {name}: {option} is {value!r}; it is {'True or False' if kind is bool else 'a number'}"
-            )
+    check_options("method", name, METHODS.lookup(name), options)
     if modules is not None and modules < 1:
         raise ConfigError(f"modules is {modules}; it must be at least 1")
     only = only_modules(name)

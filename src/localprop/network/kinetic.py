@@ -38,6 +38,17 @@ class _Energy(torch.autograd.Function):
         return own.to(output.dtype) if to_output else None, back
 
 
+def kinetic_weight(weight: float, index: int, count: int) -> float:
+    """The weight of the term in a module: as the source halves tau in the first half, it is halved in the second.
+
+    Args:
+        weight: of the first module.
+        index: which module, from 0.
+        count: number of modules; the only one is in the first half.
+    """
+    return weight if 2 * index < count else weight / 2
+
+
 def kinetic_energy(output: Tensor, features: Tensor) -> Tensor:
     """The mean of (output - features)^2, computed in float32: TRGL's term for a block.
 

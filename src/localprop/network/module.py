@@ -24,9 +24,11 @@ class LocalModule(nn.Module):
         grad_checkpointing: whether every unit but the last keeps no activations and runs again in backward. (What
             the last one keeps is needed at once, so nothing is gained by computing it twice.)
         recomputation: what each unit computes again in backward: "none", "cheap" or "whole".
+        kinetic: weight of the kinetic energy of its blocks; see `localprop.network.kinetic`.
     """
 
     auxiliary: LocalLoss
+    kinetic: float = 0.0
 
     def __init__(
         self,

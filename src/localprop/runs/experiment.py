@@ -10,6 +10,7 @@ from torch import nn
 from localprop.data.base import Data
 from localprop.data.loading import FOLDER, load_data, load_evaluated
 from localprop.division.divide import divide
+from localprop.division.resolve import with_methods_defaults
 from localprop.errors import ChainError, ConfigError
 from localprop.models.backbone import create_backbone, native_size
 from localprop.network.network import LocalNetwork
@@ -130,7 +131,8 @@ def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None
         settings: Any = getattr(backbone, "pretrained_cfg", None) or {}  # a plugin's model may have none
         if settings.get("mean") and settings.get("std"):
             data = replace(data, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
-    return Experiment(replace(config, backbone=model), data, backbone.to(device), kwargs, device)
+    config = replace(config, backbone=model, local=with_methods_defaults(config.local))
+    return Experiment(config, data, backbone.to(device), kwargs, device)
 
 
 def _load(config: TrainConfig, classes: list[str] | None) -> Data:

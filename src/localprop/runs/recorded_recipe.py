@@ -35,7 +35,8 @@ def recipe_of_run(folder: Path, recipe: Recipe) -> Recipe:
         raise CheckpointError(f"{folder / RUN} is damaged: a module has no units; restore it, or start a new run")
     # Cut where it was cut, however modules are balanced by now.
     cuts = tuple(units[-1] for units in modules[:-1])
-    return replace(recipe, modules=len(modules), cuts=cuts, recompute=again, method_kwargs=options)
+    head = {**(recorded or {}).get("head_kwargs", {}), **(recipe.head_kwargs or {})}
+    return replace(recipe, modules=len(modules), cuts=cuts, recompute=again, head_kwargs=head, method_kwargs=options)
 
 
 def changed_default(recipe: Recipe, recorded: dict[str, Any] | None, device: str = "cpu") -> str | None:

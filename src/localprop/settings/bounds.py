@@ -49,7 +49,7 @@ BOUNDS = {
     **dict.fromkeys(("epochs", "batch_size", "micro_batches", "modules", "img_size", "num_classes"), _COUNT),
     **dict.fromkeys(("nproc", "jobs", "steps", "val_interval", "checkpoint_steps", "checkpoint_hist"), _COUNT),
     **dict.fromkeys(("min_depth", "workers", "bad_images", "crop_pad"), Bounds(0, MOST)),
-    **dict.fromkeys(("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix"), _FROM_0),
+    **dict.fromkeys(("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "kinetic"), _FROM_0),
     **dict.fromkeys(("drop_path", "val_split", "smoothing", "model_ema_decay"), _PART),
     "hflip": Bounds(0, 1),
     "clip_grad": Bounds(0, above=True),

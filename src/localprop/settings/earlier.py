@@ -11,6 +11,8 @@ NEWER: dict[str, Any] = {
     "task": "classification",
     "steps": None,
     "recompute_units": None,
+    "head_kwargs": None,
+    "kinetic": 0.0,
     "cuda_graphs": "off",
     "deterministic": False,
 }

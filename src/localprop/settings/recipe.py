@@ -10,7 +10,7 @@ import tyro
 from localprop.errors import ConfigError, suggestion
 from localprop.registry import DECODERS, HEADS, METHODS
 from localprop.settings.bounds import require_within_bounds
-from localprop.settings.values import AutoBool, OptionalInt, OptionalNames, Pairs
+from localprop.settings.values import AutoBool, OptionalFloat, OptionalInt, OptionalNames, OptionalStr, Pairs
 
 Recomputation = Literal["none", "cheap", "whole"]
 """What a unit computes again in backward instead of keeping it: nothing; activation functions and layer norms (see
@@ -19,6 +19,11 @@ Recomputation = Literal["none", "cheap", "whole"]
 _PARTITION_HELP = (
     "Where to cut: balanced (the largest peak memory of a module is as small as possible), compute (the slowest module "
     "is as fast as possible) or stage (where the resolution changes)."
+)
+_HEAD_HELP = f"What predicts the target in a module: {', '.join(HEADS)} (default: mlp, or what the method says)."
+_KINETIC_HELP = (
+    "Weight of each block's mean squared change of its input, halved in the second half of the modules (default: 0, or "
+    "what the method says)."
 )
 
 
@@ -30,7 +35,10 @@ class Recipe:
     modules: OptionalInt = None
     """Number of local modules (default: 4, or 1 for end-to-end)."""
     decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "pixel-shuffle"
-    head: Annotated[str, tyro.conf.arg(help=f"What predicts the target in a module: {', '.join(HEADS)}.")] = "mlp"
+    head: Annotated[OptionalStr, tyro.conf.arg(metavar="STR", help_behavior_hint="", help=_HEAD_HELP)] = None
+    head_kwargs: Pairs = None
+    """For the head, such as depth=2."""
+    kinetic: Annotated[OptionalFloat, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="", help=_KINETIC_HELP)] = None
     partition: Annotated[Literal["balanced", "compute", "stage"], tyro.conf.arg(help=_PARTITION_HELP)] = "balanced"
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
