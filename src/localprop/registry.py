@@ -95,6 +95,7 @@ METHODS = Registry(
         "feature-reconstruction": "localprop.methods.feature_reconstruction:FeatureReconstruction",
         "infopro": "localprop.methods.infopro:InfoPro",
         "greedy": "localprop.methods.greedy:Greedy",
+        "trgl": "localprop.methods.trgl:Trgl",
         "end-to-end": "localprop.methods.end_to_end:EndToEnd",
     },
 )

@@ -176,7 +176,7 @@ MISTAKES = [
     ({"method_kwargs": {"wieght": 2.0}}, ConfigError, ["'wieght'", "did you mean 'weight'?"]),
     ({"method_kwargs": {"weight": "much"}}, ConfigError, ["weight is 'much'", "a number"]),
     ({"method_kwargs": {"normalize": "no"}}, ConfigError, ["normalize is 'no'", "True or False"]),
-    ({"method": "greedy", "method_kwargs": {"weight": 1.0}}, ConfigError, ["greedy", "'weight'", "it has none"]),
+    ({"method": "greedy", "method_kwargs": {"weight": 1.0}}, ConfigError, ["greedy", "'weight'", "contrast, task"]),
     ({"num_classes": 7}, ChainError, ["(5,)", "(7,)", "num_classes"]),
     ({**INFOPRO, "mean": [0.5], "std": [0.5]}, ConfigError, ["mean has 1 and std 1 values", "3 channels"]),
     ({**INFOPRO, "method_kwargs": {"task": "contrst"}}, ConfigError, ["'contrst'", "contrast"]),

@@ -20,7 +20,7 @@ def every_partition(size, modules):
 
 
 def quality(ends, cost):
-    costs = [cost(start, stop) for start, stop in itertools.pairwise([0, *ends])]
+    costs = [cost(index, *run) for index, run in enumerate(itertools.pairwise([0, *ends]))]
     return max(costs), sum(c * c for c in costs)
 
 
@@ -31,10 +31,11 @@ def test_balanced_is_the_best_of_all_partitions(seed, additive):
     size = generator.randint(1, 9)
     # Few values, so that many partitions tie for the largest run and the squares have to decide.
     units = [generator.randint(0, 6) for _ in range(size)]
-    table = {run: generator.randint(0, 12) for run in itertools.combinations(range(size + 1), 2)}
+    runs = list(itertools.combinations(range(size + 1), 2))
+    table = {(index, *run): generator.randint(0, 12) for index in range(size) for run in runs}
 
-    def cost(start, stop):
-        return sum(units[start:stop]) if additive else table[start, stop]
+    def cost(index, start, stop):
+        return sum(units[start:stop]) if additive else table[index, start, stop]
 
     for modules in range(1, size + 1):
         ends = balanced(size, modules, cost)
@@ -45,19 +46,21 @@ def test_balanced_is_the_best_of_all_partitions(seed, additive):
 
 def test_balanced_evens_out_the_runs_below_the_largest():
     costs = [9, 1, 1, 1, 1]
-    assert balanced(5, 3, lambda i, j: sum(costs[i:j])) == [1, 3, 5]
+    assert balanced(5, 3, lambda _, i, j: sum(costs[i:j])) == [1, 3, 5]
 
 
 def test_balanced_asks_for_the_cost_of_a_run_once():
     asked = []
 
-    def cost(start, stop):
-        asked.append((start, stop))
+    def cost(index, start, stop):
+        asked.append((index, start, stop))
         return stop - start
 
     balanced(12, 4, cost)
     assert len(asked) == len(set(asked))
-    assert all(0 <= start < stop <= 12 for start, stop in asked)
+    # Of the first and the last it asks only where these can be, and every run leaves units for the others.
+    assert all(index <= start < stop <= 9 + index for index, start, stop in asked)
+    assert all((start == 0, stop == 12) == (index == 0, index == 3) for index, start, stop in asked)
 
 
 def stages(shapes, input_size=(3, 224, 224)):

@@ -8,15 +8,13 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn import functional as F
 
-from localprop import ModuleSpec
+from local_losses import IMAGE, LABELS, LAYOUTS, PIXELS, features, make_loss
 from localprop.decoders import DECODERS
 from localprop.errors import ConfigError
-from localprop.features import Layout
 from localprop.memory.measure import allocated_changes
-from localprop.methods import METHODS, build_loss
+from localprop.methods import METHODS
+from localprop.methods.common import supervised_contrast
 from localprop.methods.feature_reconstruction import reconstruction_error
-from localprop.methods.infopro import supervised_contrast
-from localprop.tasks.classification import Classification
 from tiny import MODELS, batch, split
 
 CASES = {
@@ -24,42 +22,8 @@ CASES = {
     "infopro": ("infopro", {}),
     "infopro, contrast": ("infopro", {"task": "contrast"}),
     "greedy": ("greedy", {}),
+    "trgl": ("trgl", {}),
 }
-IMAGE = Layout("NCHW", 3, 16, 16)
-LAYOUTS = {
-    "NCHW": (Layout("NCHW", 12, 8, 8), (12, 8, 8)),
-    "NHWC": (Layout("NHWC", 12, 8, 8), (8, 8, 12)),
-    "NLC+1": (Layout("NLC", 12, 8, 8, 1), (65, 12)),
-}
-OUTPUT = Layout("NHWC", 24, 4, 4)
-
-
-def make_loss(
-    method, index=1, count=4, input=LAYOUTS["NHWC"][0], mean=(0.5,) * 3, std=(0.25,) * 3, decoder="conv", **options
-):
-    torch.manual_seed(0)
-    spec = ModuleSpec(
-        index=index,
-        count=count,
-        input=input,
-        output=OUTPUT,
-        source=IMAGE,
-        task=Classification(),
-        prediction=(5,),
-        head="mlp",
-        decoder=decoder,
-        mean=mean,
-        std=std,
-    )
-    return build_loss(method, spec, options)
-
-
-def features(shape, size=6, seed=0):
-    return torch.randn(size, *shape, generator=torch.Generator().manual_seed(seed)) * 2 + 1
-
-
-LABELS = torch.tensor([0, 1, 2, 1, 0, 0])
-PIXELS = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 
 
 def test_every_method_is_in_the_table():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from localprop.bench.record import read_record
 from localprop.cli import main
 from localprop.division.division import Division
-from localprop.division.resolve import resolved
+from localprop.division.resolve import _USUAL, resolved
 from localprop.methods.feature_reconstruction import FeatureReconstruction
 from localprop.runs.recorded_recipe import changed_default, recipe_of_run
 from localprop.settings.config import TrainConfig
@@ -24,7 +24,9 @@ from places import FIXTURES, ROOT
 SMALL = ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(2,2)", "num_heads=(1,2)"]
 FLAGS = ["--modules", "2", *SMALL, "--device", "cpu", "--batch-size", "64", "--epochs", "1", "--experiment", "run"]
 
-OPTIONS = {"weight": 1.0, "normalize": True, "sample": 1.0}  # what version 0.1 did
+# What version 0.1 did.
+OPTIONS = {"weight": 1.0, "normalize": True, "sample": 1.0}
+OPTIONS |= {"reconstruction": [1.0, 1.0], "task": [1.0, 1.0], "contrast": 0, "temperature": 0.07}
 
 
 @pytest.fixture
@@ -32,7 +34,8 @@ def later(monkeypatch):
     """Changes a method's defaults and the way modules are balanced, as a later version may."""
 
     def change():
-        monkeypatch.setattr(FeatureReconstruction.__init__, "__defaults__", (7.0, False, 0.5))
+        others = FeatureReconstruction.__init__.__defaults__[3:]
+        monkeypatch.setattr(FeatureReconstruction.__init__, "__defaults__", (7.0, False, 0.5, *others))
         monkeypatch.setattr(Division, "_balance", lambda self, ends, *_: [1, len(self.units)])
 
     return change
@@ -44,7 +47,8 @@ def test_a_run_is_resumed_with_what_it_began_with(tmp_path, later, capsys):
     assert main(["train", *FLAGS, "--output", str(stopped), "--steps", "9"]) == 0
     recipe = json.loads((stopped / "run" / "run.json").read_text())["recipe"]
     assert (recipe["modules"], recipe["recompute"]) == (2, True)
-    assert recipe["method_kwargs"] == {"weight": 1.0, "normalize": True, "sample": 1.0}
+    assert recipe["method_kwargs"] == OPTIONS
+    assert (recipe["head"], recipe["kinetic"]) == ("mlp", 0)
     later()
     assert main(["train", "--resume", str(stopped / "run")]) == 0
     weights, expected = (load_file(folder / "run" / "model.safetensors") for folder in (stopped, whole))
@@ -95,6 +99,18 @@ def test_a_result_of_other_defaults_is_not_taken_for_done(later):
     assert changed_default(recipe, None) == "weight is 7.0 now where it is left open, and was 1.0 then"
     assert changed_default(replace(recipe, method_kwargs=OPTIONS), None) is None
     assert changed_default(Recipe(method="of-a-plugin"), None) is None
+
+
+def test_a_result_of_another_default_head_is_not_taken_for_done(monkeypatch):
+    recipe = Recipe(method="greedy", modules=2)
+    recorded = resolved(recipe).record()
+    monkeypatch.setitem(_USUAL, "head", "conv")
+    monkeypatch.setitem(_USUAL, "kinetic", 0.1)
+    for own in (None, recorded):
+        said = changed_default(recipe, own)
+        assert said == "head is conv now where it is left open, and was mlp then"
+        assert "kinetic is 0.1 now" in changed_default(replace(recipe, head="mlp"), own)
+        assert changed_default(replace(recipe, head="mlp", kinetic=0.0), own) is None
 
 
 def test_a_result_of_another_default_recomputation_is_not_taken_for_done(monkeypatch):

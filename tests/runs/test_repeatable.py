@@ -40,6 +40,7 @@ CHOICES += [{"method": "greedy", "head": head} for head in HEADS]
 CHOICES += [
     {"method": "infopro", "method_kwargs": {"task": "contrast"}},
     {"method": "feature-reconstruction", "method_kwargs": {"sample": 0.25}},
+    {"method": "trgl"},
 ]
 
 

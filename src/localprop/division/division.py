@@ -13,7 +13,7 @@ from localprop.errors import ChainError, ConfigError, listing, suggestion
 from localprop.features import infer_layout
 from localprop.memory.cost import Costs, module_peak
 from localprop.memory.part import Conditions, Cost
-from localprop.methods import build_loss
+from localprop.methods import build_loss, varying
 from localprop.network.kinetic import kinetic_weight
 from localprop.network.loss import LocalLoss, ModuleSpec
 from localprop.network.module import LocalModule
@@ -99,14 +99,14 @@ class Division:
         cost = self._costs(aim)
         depths = [0, *accumulate(unit.depth for unit in self.units)]
 
-        def allowed(i: int, j: int) -> float:
+        def allowed(index: int, i: int, j: int) -> float:
             start, stop = starts[i], starts[j]
-            return cost(start, stop) if depths[stop] - depths[start] >= min_depth else float("inf")
+            return cost(index, start, stop) if depths[stop] - depths[start] >= min_depth else float("inf")
 
         return [starts[j] for j in balanced(len(ends), count, allowed)]
 
-    def _costs(self, aim: Literal["memory", "time"]) -> Callable[[int, int], float]:
-        """The cost of a module of units [start, stop): bytes at its peak, or expected time."""
+    def _costs(self, aim: Literal["memory", "time"]) -> Callable[[int, int, int], float]:
+        """The cost of module `index`, if it has units [start, stop): bytes at its peak, or expected time."""
 
         def unit(i: int, first: bool, last: bool) -> Cost:
             # The first unit of a module needs no gradient of its input.
@@ -123,15 +123,18 @@ class Division:
             step = replace(self.step, recomputation=self.recipe.cheap)
             return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), target, step)
 
-        def cost(start: int, stop: int) -> float:
+        @cache
+        def cost(index: int, start: int, stop: int) -> float:
             own = [unit(i, i == start, i == stop - 1) for i in range(start, stop)]
-            # Which module it will be is not known yet, only whether the first, the last or between.
-            index = 0 if start == 0 else self.spec.count - 1 if stop == len(self.units) else 1
             # Of units with equal outputs any stands for all: their auxiliary nets cost the same.
             loss = auxiliary(index, self._representative(start), self._representative(stop))
             return module_peak(own, loss) if aim == "memory" else sum(part.seconds for part in [*own, loss])
 
-        return cost
+        return cost if varying(self.recipe.options) else lambda index, *units: cost(self._likewise(index), *units)
+
+    def _likewise(self, index: int) -> int:
+        """The first module that has a loss like that of a module: between the first and the last all have the same."""
+        return min(index, 1) if index < self.spec.count - 1 else index
 
     def build(self, ends: list[int]) -> LocalNetwork:
         """The network with modules that end after these numbers of units."""

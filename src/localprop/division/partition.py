@@ -6,7 +6,7 @@ from functools import cache
 from localprop.tracing.units import Chain
 
 
-def balanced(size: int, modules: int, cost: Callable[[int, int], float]) -> list[int]:
+def balanced(size: int, modules: int, cost: Callable[[int, int, int], float]) -> list[int]:
     """Cuts a chain of `size` units into runs so that the dearest run is as cheap as can be.
 
     Among the partitions that reach this minimum, the one with the smallest sum of squared costs is taken, so that
@@ -15,7 +15,7 @@ def balanced(size: int, modules: int, cost: Callable[[int, int], float]) -> list
     Args:
         size: number of units.
         modules: number of runs, from 1 to `size`.
-        cost: cost of the run of units [start, stop).
+        cost: cost of the run number `index` (from 0), which has units [start, stop); called with (index, start, stop).
 
     Returns:
         The end of each run; the last is `size`.
@@ -23,27 +23,27 @@ def balanced(size: int, modules: int, cost: Callable[[int, int], float]) -> list
     cost = cache(cost)
     dearest = _partition(size, modules, cost, max)[0]
     _, ends = _partition(
-        size, modules, lambda i, j: float("inf") if cost(i, j) > dearest else cost(i, j) ** 2, lambda a, b: a + b
+        size, modules, lambda *run: float("inf") if cost(*run) > dearest else cost(*run) ** 2, lambda a, b: a + b
     )
     return ends
 
 
 def _partition(
-    size: int, modules: int, cost: Callable[[int, int], float], combine: Callable[[float, float], float]
+    size: int, modules: int, cost: Callable[[int, int, int], float], combine: Callable[[float, float], float]
 ) -> tuple[float, list[int]]:
     """The cheapest partition of units [0, size) where the costs of its runs are combined by `combine`."""
-    best: dict[tuple[int, int], tuple[float, list[int]]] = {
-        (1, stop): (cost(0, stop), [stop]) for stop in range(1, size + 1)
-    }
-    for count in range(2, modules + 1):
-        for stop in range(count, size + 1) if count < modules else [size]:
-            best[count, stop] = min(
-                (
-                    (combine(best[count - 1, start][0], cost(start, stop)), [*best[count - 1, start][1], stop])
-                    for start in range(count - 1, stop)
-                ),
-                key=lambda option: option[0],
-            )
+    best: dict[tuple[int, int], tuple[float, list[int]]] = {}
+    for count in range(1, modules + 1):
+        # Each run after it needs a unit, and the last run has all that are left.
+        for stop in range(count, size - modules + count + 1) if count < modules else [size]:
+            if count == 1:
+                best[count, stop] = cost(0, 0, stop), [stop]
+                continue
+            options = []
+            for start in range(count - 1, stop):
+                before, ends = best[count - 1, start]
+                options.append((combine(before, cost(count - 1, start, stop)), [*ends, stop]))
+            best[count, stop] = min(options, key=lambda option: option[0])
     return best[modules, size]
 
 

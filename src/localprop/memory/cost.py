@@ -124,7 +124,7 @@ class Costs:
         conditions: Conditions,
     ) -> Cost:
         """See `auxiliary_cost`. Losses whose nets look the same cost the same."""
-        key = (repr(loss), output, source, target, conditions)
+        key = (type(loss), repr(loss), output, source, target, conditions)
         if key not in self._auxiliaries:
             self._auxiliaries[key] = auxiliary_cost(loss, output, source, self.chain.input_size, target, conditions)
         return self._auxiliaries[key]

@@ -30,6 +30,14 @@ def only_modules(name: str) -> int | None:
     return getattr(METHODS.get(name), "only_modules", None)
 
 
+def varying(options: dict[str, Any]) -> bool:
+    """Whether options of a method may give modules between the first and the last different losses: weights by depth,
+    and what is for the first modules only.
+    """
+    by_depth = any(isinstance(value, (tuple, list)) and value[0] != value[-1] for value in options.values() if value)
+    return by_depth or bool(options.get("contrast")) or bool(options.get("published"))
+
+
 def build_loss(name: str, spec: ModuleSpec, options: dict[str, Any]) -> LocalLoss:
     """The local loss of one module; the last has the backbone's own prediction, whatever the method."""
     return TaskLoss(spec) if spec.last else METHODS[name](spec, **options)

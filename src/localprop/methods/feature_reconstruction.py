@@ -16,13 +16,17 @@ from torch.nn import functional as F
 from localprop.decoders.common import Decoder
 from localprop.errors import ConfigError
 from localprop.grids.positions import random_positions, select
-from localprop.network.loss import HeadLoss, ModuleSpec
+from localprop.methods.common import Ends, TaskTerm, by_depth, contrasts, require_a_term
+from localprop.network.loss import ModuleSpec
 
 _PARTS = 4
 
 
-class FeatureReconstruction(HeadLoss):
-    """Criterion of the head's prediction + `weight` x mean squared error of the rebuilt input.
+class FeatureReconstruction(TaskTerm):
+    """task x criterion of the head's prediction + weight x reconstruction x mean squared error of the rebuilt input.
+
+    `task` and `reconstruction` go linearly from the first module to the last but one. A term of weight 0 is left out,
+    with its net.
 
     Args:
         spec: the module it is built for.
@@ -34,34 +38,48 @@ class FeatureReconstruction(HeadLoss):
             each step. Masked autoencoders (arXiv 2111.06377) learn from a part of the patches, too. It needs a decoder
             that rebuilds single positions (pixel-shuffle). Where the target's size is no whole multiple of the
             output's, a module rebuilds all positions.
+        reconstruction: (first, last) factor of the reconstruction's weight.
+        task: (first, last) weight of the criterion on the head's prediction.
+        contrast: of how many modules, from the first, the criterion is supervised contrast.
+        temperature: of the contrast.
 
     Raises:
-        ConfigError: `sample` is not such a part, or the decoder rebuilds the grid as a whole.
+        ConfigError: `sample` is not such a part, the decoder rebuilds the grid as a whole, or both terms are 0.
     """
 
-    uses_inputs = False
-
-    def __init__(self, spec: ModuleSpec, weight: float = 1.0, normalize: bool = True, sample: float = 1.0) -> None:
-        super().__init__(spec)
-        self.weight = weight
+    def __init__(
+        self,
+        spec: ModuleSpec,
+        weight: float = 1.0,
+        normalize: bool = True,
+        sample: float = 1.0,
+        reconstruction: Ends = (1.0, 1.0),
+        task: Ends = (1.0, 1.0),
+        contrast: int = 0,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__(spec, by_depth(task, spec, "task"), contrasts(contrast, spec), temperature)
+        self.weight = weight * by_depth(reconstruction, spec, "reconstruction")
+        require_a_term(spec, reconstruction=self.weight, task=self.task_weight)
         self.target = spec.input
         self.normalize = normalize and spec.index > 0
-        self.head = spec.build_head()
-        self.decoder = spec.build_decoder(spec.input)
-        self.sampled = _sampled(self.decoder, sample, spec.decoder)
+        self.decoder = spec.build_decoder(spec.input) if self.weight else None
+        self.sampled = _sampled(self.decoder, sample, spec.decoder) if self.decoder else None
 
-    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor:
+    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor | None:
         """The weighted error of the rebuilt input; see `HeadLoss.rest`."""
-        rebuilt, target = self._rebuilt(output, self.target.grid(features))
+        if self.decoder is None:
+            return None
+        rebuilt, target = self._rebuilt(self.decoder, output, self.target.grid(features))
         return self.weight * reconstruction_error(rebuilt, target, self.normalize)
 
-    def _rebuilt(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _rebuilt(self, decoder: Decoder, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """What the decoder rebuilds, and the part of the target that it is."""
         if not self.sampled:
-            return self.decoder(output), target
-        height, width = self.decoder.size
+            return decoder(output), target
+        height, width = decoder.size
         positions = random_positions(len(output), height * width, self.sampled, output.device)
-        return self.decoder(output, positions), select(target, positions, self.decoder.patch or 1)
+        return decoder(output, positions), select(target, positions, decoder.patch or 1)
 
 
 def _sampled(decoder: Decoder, sample: float, name: str) -> int | None:

@@ -3,14 +3,8 @@
 Source: Belilovsky et al., Decoupled Greedy Learning of CNNs (DGL), ICML 2020.
 """
 
-from localprop.network.loss import HeadLoss, ModuleSpec
+from localprop.methods.common import Judging
 
 
-class Greedy(HeadLoss):
+class Greedy(Judging):
     """The criterion on the prediction of an auxiliary head."""
-
-    uses_inputs = False
-
-    def __init__(self, spec: ModuleSpec) -> None:
-        super().__init__(spec)
-        self.head = spec.build_head()

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from localprop.errors import ConfigError
-from localprop.heads import build_head
-from localprop.network.loss import HeadLoss, ModuleSpec
+from localprop.methods.common import Ends, TaskTerm, by_depth, require_a_term
+from localprop.network.loss import ModuleSpec
 
 # (first, last) weights of image reconstruction and of the task by the number of modules, as the authors tuned them
 # for a ResNet-110 on CIFAR-10.
@@ -24,7 +24,7 @@ _PUBLISHED_WEIGHTS = {
 }
 
 
-class InfoPro(HeadLoss):
+class InfoPro(TaskTerm):
     """lambda_reconstruction x cross-entropy of the rebuilt image + lambda_task x task term.
 
     Both weights go linearly from the first module to the last but one. A task term of weight 0 is left out.
@@ -47,29 +47,21 @@ class InfoPro(HeadLoss):
         self,
         spec: ModuleSpec,
         task: Literal["softmax", "contrast"] = "softmax",
-        lambda_reconstruction: tuple[float, float] = (1.0, 1.0),
-        lambda_task: tuple[float, float] = (1.0, 1.0),
+        lambda_reconstruction: Ends = (1.0, 1.0),
+        lambda_task: Ends = (1.0, 1.0),
         published: bool = False,
         temperature: float = 0.07,
     ) -> None:
-        super().__init__(spec)
         if task not in ("softmax", "contrast"):
             raise ConfigError(f"infopro: task is {task!r}; it is softmax or contrast")
         if published:
             nearest = min(_PUBLISHED_WEIGHTS, key=lambda count: abs(count - spec.count))
             lambda_reconstruction, lambda_task = _PUBLISHED_WEIGHTS[nearest]
-        self.reconstruction_weight = _at(lambda_reconstruction, spec, "lambda_reconstruction")
-        self.task_weight = _at(lambda_task, spec, "lambda_task")
-        if not self.reconstruction_weight and not self.task_weight:
-            raise ConfigError(
-                f"infopro: lambda_reconstruction and lambda_task are 0 in module {spec.index + 1} of {spec.count}; "
-                "raise one of them"
-            )
-        self.task_term = task
-        self.temperature = temperature
-        self.head = self.decoder = None
-        if self.task_weight:
-            self.head = spec.build_head() if task == "softmax" else build_head(spec.head, spec.seen, 128)
+        task_weight = by_depth(lambda_task, spec, "lambda_task")
+        super().__init__(spec, task_weight, task == "contrast", temperature)
+        self.reconstruction_weight = by_depth(lambda_reconstruction, spec, "lambda_reconstruction")
+        require_a_term(spec, lambda_reconstruction=self.reconstruction_weight, lambda_task=task_weight)
+        self.decoder = None
         if self.reconstruction_weight:
             if not len(spec.mean) == len(spec.std) == spec.source.channels:
                 raise ConfigError(
@@ -81,15 +73,6 @@ class InfoPro(HeadLoss):
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
 
-    def judge(self, seen: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The weighted task term; see `HeadLoss.judge`."""
-        if self.head is None:
-            return None, None
-        head = self.head(seen)
-        if self.task_term == "contrast":
-            return self.task_weight * supervised_contrast(head, targets, self.temperature), None
-        return self.task_weight * self.task.loss(head, targets), head
-
     def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor | None:
         """The weighted cross-entropy of the rebuilt image; see `HeadLoss.rest`."""
         if self.decoder is None:
@@ -98,42 +81,3 @@ class InfoPro(HeadLoss):
         pixels = (inputs * self.std + self.mean).clamp(0, 1)
         rebuilt = self.decoder(output).float()
         return self.reconstruction_weight * F.binary_cross_entropy_with_logits(rebuilt, pixels.float())
-
-    def predict(self, output: Tensor) -> Tensor | None:
-        """The head's prediction; None for contrast, whose head predicts nothing."""
-        return self.head(output) if self.head is not None and self.task_term == "softmax" else None
-
-
-def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Supervised contrastive loss on L2-normalised features (Khosla et al., NeurIPS 2020, equation 2).
-
-    Args:
-        features: (B, D).
-        labels: (B,) integers.
-        temperature: divides the similarities.
-
-    Returns:
-        The mean over those images that share their label with another image of the batch; 0 if none does.
-    """
-    if labels.is_floating_point():
-        raise ConfigError("infopro with task=contrast needs integer labels; switch off mixup and cutmix")
-    # In float32: autocast would multiply in half precision, and the temperature makes its errors 14 times larger.
-    with torch.autocast(features.device.type, enabled=False):
-        features = F.normalize(features.float(), dim=1)
-        similarity = features @ features.T / temperature
-    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    log_probability = similarity.masked_fill(itself, float("-inf")).log_softmax(1).masked_fill(itself, 0)
-    same = (labels[:, None] == labels[None]) & ~itself
-    partners = same.sum(1)
-    per_image = -(log_probability * same).sum(1) / partners.clamp(min=1)
-    return per_image.sum() / (partners > 0).sum().clamp(min=1)
-
-
-def _at(ends: tuple[float, float], spec: ModuleSpec, name: str) -> float:
-    """The weight of this module, on the line from the first module to the last but one."""
-    try:
-        first, last = (float(value) for value in ends)
-    except (TypeError, ValueError):
-        raise ConfigError(f"infopro: {name} is {ends!r}; it takes two numbers, for the first and last") from None
-    ratio = spec.index / (spec.count - 2) if spec.count > 2 else 0.0
-    return first + (last - first) * ratio

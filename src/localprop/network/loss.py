@@ -1,8 +1,9 @@
 """A module's local loss, and what it may know of the module that it is built for."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from localprop.decoders import build_decoder
 from localprop.decoders.common import Decoder
 from localprop.errors import warn_renamed
 from localprop.features import Layout
+from localprop.heads import build_head
 from localprop.tasks.base import Task
 from localprop.tracing.units import Unit
 
@@ -57,8 +59,14 @@ class ModuleSpec:
         """Layout of what the head reads: the module's output, or what the next module's first blocks make of it."""
         return self.ahead or self.output
 
-    def build_head(self) -> nn.Module:
-        """A head that gives a prediction like the network's, from features of the layout `seen`."""
+    def build_head(self, outputs: int | None = None) -> nn.Module:
+        """A head that reads features of the layout `seen`.
+
+        Args:
+            outputs: how many numbers it gives for each example; default: a prediction like the network's.
+        """
+        if outputs is not None:
+            return build_head(self.head, self.seen, outputs)
         return self.task.head(self.head, self.seen, self.prediction)
 
     def build_decoder(self, target: Layout) -> Decoder:
@@ -90,9 +98,11 @@ class LocalLoss(nn.Module, ABC):
     Attributes:
         uses_inputs: whether the loss looks at the network's inputs (other than as the input of the first module). Where
             no later module's does, they are freed.
+        defaults: settings of a `localprop.Recipe`, head or kinetic, that the method has where the user says nothing.
     """
 
     uses_inputs: bool = True
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -76,5 +76,5 @@ def arrange(kind: str, modules: int, processes: int, seconds: Sequence[float] | 
             f"{(replicas + 1) * modules}"
         )
     costs = seconds or [1.0] * modules
-    ends = balanced(modules, processes // replicas, lambda start, stop: sum(costs[start:stop]))
+    ends = balanced(modules, processes // replicas, lambda _, start, stop: sum(costs[start:stop]))
     return Placement(tuple(range(start, stop) for start, stop in pairwise([0, *ends])), replicas)

@@ -143,7 +143,7 @@ def pipeline(
         return None
     micro = -(-batch_size // count)
     seconds = [cost.seconds for cost in costs.units(Conditions(micro, amp_dtype, device=device))]
-    ends = balanced(len(units), processes, lambda start, stop: sum(seconds[start:stop]))
+    ends = balanced(len(units), processes, lambda _, start, stop: sum(seconds[start:stop]))
     whole = localize(costs.model, 1, "end-to-end", costs=costs).local_modules[0]
     spans = list(pairwise([0, *ends]))
     net = LocalNetwork(

@@ -11,7 +11,7 @@ from localprop.division.resolve import resolved
 from localprop.errors import CheckpointError
 from localprop.registry import METHODS
 from localprop.runs.description import RUN, read_description
-from localprop.settings.earlier import options_as_recorded
+from localprop.settings.earlier import options_as_recorded, settings_as_recorded
 from localprop.settings.recipe import Recipe
 
 
@@ -54,8 +54,11 @@ def changed_default(recipe: Recipe, recorded: dict[str, Any] | None, device: str
     again = recorded["recompute"] if recorded else now["modules"] > 1
     if recipe.recompute is None and again != now["recompute"]:
         return f"recompute is {now['recompute']} now where it is left open, and was {again} then"
-    for name, value in now["method_kwargs"].items():
-        own = list(value) if isinstance(value, tuple) else value
-        if name not in recipe.options and then.get(name, own) != own:
-            return f"{name} is {own} now where it is left open, and was {then[name]} then"
+    compared = [(name, now["method_kwargs"], then) for name in now["method_kwargs"] if name not in recipe.options]
+    earlier = settings_as_recorded(recorded or {})
+    compared += [(name, now, earlier) for name in ("head", "kinetic") if getattr(recipe, name) is None]
+    for name, values, before in compared:
+        own, old = (list(v) if isinstance(v, tuple) else v for v in (values[name], before.get(name, values[name])))
+        if own != old:
+            return f"{name} is {own} now where it is left open, and was {old} then"
     return None

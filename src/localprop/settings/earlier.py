@@ -79,7 +79,11 @@ OPTIONS_OF_0_1: dict[str, dict[str, Any]] = {
 }
 """Each method's options in version 0.1, which recorded only those that were typed."""
 
-NEWER_OPTIONS: dict[str, dict[str, Any]] = {"feature-reconstruction": {"sample": 1.0}}
+_JUDGED = {"task": [1.0, 1.0], "contrast": 0, "temperature": 0.07}
+NEWER_OPTIONS: dict[str, dict[str, Any]] = {
+    "feature-reconstruction": {"sample": 1.0, "reconstruction": [1.0, 1.0], **_JUDGED},
+    "greedy": _JUDGED,
+}
 """Options that a method did not have in version 0.1, and what was done then."""
 
 

@@ -50,6 +50,11 @@ class Task(nn.Module, ABC):
             raise ConfigError(f"the task {settings.task!r} mixes no images; leave out --mixup and --cutmix")
         return cls()
 
+    @property
+    def hard_labels(self) -> bool:
+        """Whether the target of each example is one integer label, as supervised contrast needs it."""
+        return False
+
     def check_prediction(self, prediction: tuple[int, ...], outputs: int | None) -> None:
         """Raises a ChainError where a network's prediction has not the shape that the task needs.
 

@@ -53,6 +53,11 @@ class Classification(Task):
         return cls(outputs=len(classes), smoothing=settings.smoothing, mixup=settings.mixup, cutmix=settings.cutmix)
 
     @property
+    def hard_labels(self) -> bool:
+        """See `Task.hard_labels`; mixed labels are none."""
+        return not self._mixes
+
+    @property
     def _mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
