@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-Purpose = Literal["order", "crop", "image", "mix", "step", "module", "test"]
+Purpose = Literal["order", "crop", "image", "mix", "step", "module", "test", "ahead", "backward"]
 _PURPOSES = get_args(Purpose)  # a new one comes last: seeds are made of their numbers
 
 

@@ -15,7 +15,7 @@ from localprop.memory.cost import Costs, module_peak
 from localprop.memory.part import Conditions, Cost
 from localprop.methods import build_loss, varying
 from localprop.network.kinetic import kinetic_weight
-from localprop.network.loss import LocalLoss, ModuleSpec
+from localprop.network.loss import HeadLoss, LocalLoss, ModuleSpec
 from localprop.network.module import LocalModule
 from localprop.network.network import LocalNetwork
 from localprop.settings.recipe import Recipe, Recomputation
@@ -139,21 +139,46 @@ class Division:
     def build(self, ends: list[int]) -> LocalNetwork:
         """The network with modules that end after these numbers of units."""
         first = next(self.model.parameters(), torch.empty(0))
-        local_modules = []
+        local_modules: list[LocalModule] = []
+        shared = 0
         for index, (start, stop) in enumerate(pairwise([0, *ends])):
-            loss = self.loss(index, start, stop).to(first.device, first.dtype)
-            module = LocalModule(
-                self.model,
-                self.units[start:stop],
-                loss,
-                self.layouts[stop],
-                bool(self.recipe.recompute),
-                self.recipe.grad_checkpointing,
-                [self._recomputation(i, i == stop - 1) for i in range(start, stop)],
+            ahead = self._ahead(stop, ends[index + 1]) if stop < len(self.units) else 0
+            loss = self.loss(index, start, stop, ahead=self.layouts[stop + ahead] if ahead else None)
+            local_modules.append(
+                LocalModule(
+                    self.model,
+                    self.units[start:stop],
+                    loss.to(first.device, first.dtype),
+                    self.layouts[stop],
+                    bool(self.recipe.recompute),
+                    self.recipe.grad_checkpointing,
+                    [self._recomputation(i, i == stop - 1) for i in range(start, stop)],
+                    kinetic_weight(self.recipe.kinetic or 0.0, index, self.spec.count),
+                )
             )
-            module.kinetic = kinetic_weight(self.recipe.kinetic or 0.0, index, self.spec.count)
-            local_modules.append(module)
+            if shared:
+                local_modules[-1].share(shared, local_modules[-2])
+            shared = ahead if ahead and self._has_head(loss) else 0
         return LocalNetwork(self.model, local_modules, self.units.input_size, self.recipe, self.spec.task)
+
+    def _ahead(self, start: int, stop: int) -> int:
+        """How many units of the module of units [start, stop) the head of the module before reads ahead."""
+        blocks = count = 0
+        for number, unit in enumerate(self.units[start : min(stop, len(self.units) - 1)], 1):
+            if blocks >= (self.recipe.reach or 0):
+                break
+            blocks += unit.depth
+            count = number if unit.depth else count
+        return count
+
+    def _has_head(self, loss: LocalLoss) -> bool:
+        """Whether a local loss has a head that can read ahead."""
+        if isinstance(loss, HeadLoss):
+            return loss.head is not None
+        raise ConfigError(
+            f"reach is {self.recipe.reach}, but the loss of method {self.recipe.method} is not in two parts; derive it "
+            "from localprop.HeadLoss, or set reach to 0"
+        )
 
     def _recomputation(self, unit: int, last: bool) -> Recomputation:
         return self.recipe.recomputation(self.units[unit].name, last)

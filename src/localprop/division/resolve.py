@@ -14,7 +14,7 @@ _USUAL = {"head": "mlp", "kinetic": 0.0}
 
 
 def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
-    """The recipe with every default that depends on others filled in: modules, recompute, head, options and so on.
+    """The recipe with every default that depends on others filled in: modules, reach, recompute, head, options.
 
     Args:
         recipe: the recipe.
@@ -36,6 +36,7 @@ def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
     return replace(
         recipe,
         modules=count,
+        reach=recipe.reach or 0,
         recompute=cheap,
         head_kwargs={**options_of(head), **given},
         method_kwargs={**options_of(METHODS[recipe.method]), **recipe.options},

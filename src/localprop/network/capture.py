@@ -12,6 +12,7 @@ from localprop.errors import ConfigError, first_line
 from localprop.network.carry import Carry
 from localprop.network.graphs import CapturedPass, GraphPool
 from localprop.network.output import LocalOutput
+from localprop.network.turns import Phase
 
 
 class Network(Protocol):
@@ -19,11 +20,14 @@ class Network(Protocol):
 
     local_modules: Any
 
-    def seed_module(self, k: int, seed: int) -> None:
-        """See `LocalNetwork.seed_module`."""
+    def turn(self, k: int) -> tuple[Phase, ...]:
+        """See `LocalNetwork.turn`."""
 
-    def train_module(self, k: int, carry: Carry, scaler: torch.amp.GradScaler | None) -> Tensor | None:
-        """See `LocalNetwork.train_module`."""
+    def seed_phase(self, phase: Phase, seed: int) -> None:
+        """See `LocalNetwork.seed_phase`."""
+
+    def run_phase(self, phase: Phase, carry: Carry, scaler: torch.amp.GradScaler | None) -> Tensor | None:
+        """See `LocalNetwork.run_phase`."""
 
 
 class CapturedBackward:
@@ -42,8 +46,9 @@ class CapturedBackward:
         self._net, self._pool = net, pool
         self._after_module, self._scaler = after_module, scaler
         self._predictions: list[Tensor | None] = [None] * len(net.local_modules)
-        works = [partial(self._train, k) for k in range(len(net.local_modules))]
-        self._pass = CapturedPass(pool, works, net.seed_module)
+        self._phases = [phase for k in range(len(net.local_modules)) for phase in net.turn(k)]
+        works = [partial(self._train, phase) for phase in self._phases]
+        self._pass = CapturedPass(pool, works, lambda number, seed: net.seed_phase(self._phases[number], seed))
         self._calls = 0
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> LocalOutput:
@@ -67,10 +72,10 @@ class CapturedBackward:
         if self._calls == 1:
             with self._pool.warm_up(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*capturable=True")  # torch warns that nothing is captured yet
-                for k in range(len(self._predictions)):
+                for phase in self._phases:
                     if seed is not None:
-                        self._net.seed_module(k, seed)
-                    self._train(k, carry)
+                        self._net.seed_phase(phase, seed)
+                    self._train(phase, carry)
         else:
             if self._calls == 2:
                 self._capture(carry)
@@ -100,11 +105,11 @@ class CapturedBackward:
                 "sets its gradients to None, or call backward"
             )
 
-    def _train(self, k: int, carry: Carry) -> None:
-        prediction = self._net.train_module(k, carry, self._scaler)
+    def _train(self, phase: Phase, carry: Carry) -> None:
+        k, prediction = phase.module, self._net.run_phase(phase, carry, self._scaler)
         # K predictions of a vector each are small; K of a vocabulary at every position are not.
-        kept = prediction is not None and (prediction.dim() == 2 or k + 1 == len(self._predictions))
-        self._predictions[k] = prediction if kept else None
+        if prediction is not None and (prediction.dim() == 2 or k + 1 == len(self._predictions)):
+            self._predictions[k] = prediction
         del prediction
-        if self._after_module:
+        if self._after_module and phase.done:
             self._after_module(k, carry.losses[-1])

@@ -11,6 +11,21 @@ from localprop.tasks.base import Batch
 
 
 @dataclass
+class Pending:
+    """A module that waits for the gradient of the head that reads ahead.
+
+    Attributes:
+        output: the module's output, with its graph.
+        gradient: that of all other terms that read the output; None where there are none.
+        energy: what else of its loss has a graph; see `LocalModule.kinetic`.
+    """
+
+    output: Tensor
+    gradient: Tensor | None
+    energy: Tensor | None
+
+
+@dataclass
 class Carry:
     """A batch on its way through the modules: what one of them hands to the next. It holds the only references.
 
@@ -23,8 +38,13 @@ class Carry:
         losses: the local loss of each module so far, detached.
         sums: in an evaluation, the task's sums of each module's prediction so far; None where it has no head.
         share: how much more than an equal part of the step its loss counts; None is 1. See `share_of_step`.
-        ahead: a value that still has its graph, for a loss that reads what follows its module; it stays in the process.
         stop: number of the signal that ends the run after this batch; 0 without one.
+        ahead: what the next module's first units have made of the features, with its graph: the head before has read
+            it, and the next module goes on from it. Like all that follows, it stays in the process.
+        energies: what else of the next module's loss has a graph by then.
+        pending: a module whose backward is to come.
+        gradient: that of the head's loss by the features.
+        scale: the loss scale of `gradient`; None without.
     """
 
     features: Tensor
@@ -34,8 +54,12 @@ class Carry:
     losses: list[Tensor] = field(default_factory=list)
     sums: list[Tensor | None] = field(default_factory=list)
     share: Tensor | None = None
-    ahead: Tensor | None = None
     stop: int = 0
+    ahead: Tensor | None = None
+    energies: list[Tensor] = field(default_factory=list)
+    pending: Pending | None = None
+    gradient: Tensor | None = None
+    scale: Tensor | None = None
 
     @classmethod
     def of(cls, batch: "Batch | Carry") -> "Carry":
@@ -65,6 +89,11 @@ class Carry:
             carry = cls.of(part)
             carry.share = share(carry.targets)
             yield carry
+
+    def take(self) -> Tensor:
+        """What the next module goes on from."""
+        ahead, self.ahead = self.ahead, None
+        return self.features if ahead is None else ahead
 
     def clone(self) -> "Carry":
         """The same with features, inputs and targets of its own."""

@@ -1,7 +1,7 @@
 """A module's local loss, and what it may know of the module that it is built for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -193,6 +193,10 @@ class HeadLoss(LocalLoss):
     def predict(self, output: Tensor) -> Tensor | None:
         """The head's prediction for what it reads; None where it predicts no targets."""
         return None if self.head is None else self.head(output)
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """What the head's term trains."""
+        return iter(()) if self.head is None else self.head.parameters()
 
 
 class TaskLoss(LocalLoss):

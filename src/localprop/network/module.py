@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 from localprop.features import Layout
 from localprop.memory.recompute import keeping, recomputing
-from localprop.network.loss import LocalLoss
+from localprop.network.kinetic import kinetic_energy
+from localprop.network.loss import HeadLoss, LocalLoss
 from localprop.settings.recipe import Recomputation
 from localprop.tracing.units import Unit
+
+BEFORE = "before."
+"""Begins the names of what a module trains of the module before: the head that reads ahead."""
+_HEAD = "head."
 
 
 class LocalModule(nn.Module):
@@ -23,12 +28,15 @@ class LocalModule(nn.Module):
         recompute: whether cheap results are computed again in backward; see `localprop.memory.recompute`.
         grad_checkpointing: whether every unit but the last keeps no activations and runs again in backward. (What
             the last one keeps is needed at once, so nothing is gained by computing it twice.)
-        recomputation: what each unit computes again in backward: "none", "cheap" or "whole".
-        kinetic: weight of the kinetic energy of its blocks; see `localprop.network.kinetic`.
+        recomputation: what each unit computes again in backward: "none", "cheap" or "whole". Units that a head reads
+            ahead are not run again as a whole: there are two backward passes through them.
+        kinetic: weight of the kinetic energy of its blocks in its loss; see `localprop.network.kinetic`.
+        shared: how many of its first units the head of the module before reads ahead; that head is trained with this
+            module.
+        gives_head: whether its own head is trained with the next module.
     """
 
     auxiliary: LocalLoss
-    kinetic: float = 0.0
 
     def __init__(
         self,
@@ -39,6 +47,7 @@ class LocalModule(nn.Module):
         recompute: bool = False,
         grad_checkpointing: bool = False,
         recomputation: Sequence[Recomputation] | None = None,
+        kinetic: float = 0.0,
     ) -> None:
         super().__init__()
         # In tuples, so that the backbone is not registered a second time: its state_dict keys stay its own.
@@ -51,6 +60,18 @@ class LocalModule(nn.Module):
         cheap: Recomputation = "cheap" if recompute else "none"
         inner: Recomputation = "whole" if grad_checkpointing else cheap
         self.recomputation = tuple(recomputation or [*[inner] * (len(self._units) - 1), cheap])
+        self.kinetic = kinetic
+        self.shared, self.gives_head = 0, False
+        self._before: tuple[HeadLoss, ...] = ()
+
+    def share(self, count: int, before: "LocalModule") -> None:
+        """Lets the head of the module before read what the first `count` units make of its output."""
+        assert isinstance(before.local_loss, HeadLoss)
+        self.shared, before.gives_head = count, True
+        self._before = (before.local_loss,)
+        cheap: Recomputation = "cheap" if self.recompute else "none"
+        own = self.recomputation
+        self.recomputation = tuple(cheap if i < count and r == "whole" else r for i, r in enumerate(own))
 
     @property
     def local_loss(self) -> LocalLoss:
@@ -94,16 +115,48 @@ class LocalModule(nn.Module):
         """Names of the context values that the units read."""
         return {name for unit in self._units for code in unit.code.values() for name in code.reads}
 
-    def forward(self, features: Tensor, context: dict[str, Any]) -> Tensor:
-        """Runs the units; `context` is what they hand along beside the features (see `Unit`)."""
-        return self.run_on(self._backbone[0], features, context)
+    def forward(
+        self,
+        features: Tensor,
+        context: dict[str, Any],
+        start: int = 0,
+        stop: int | None = None,
+        energies: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Runs the units, or those from `start` to `stop`.
 
-    def run_on(self, backbone: nn.Module, features: Tensor, context: dict[str, Any]) -> Tensor:
-        """Runs the units on another backbone of the same make, such as a moving average of this one."""
-        for unit, recomputation in zip(self._units, self.recomputation, strict=True):
+        Args:
+            features: what the first of them takes.
+            context: what units hand along beside the features; see `Unit`.
+            start: number of the first unit.
+            stop: number of the unit after the last; None for all.
+            energies: to which the weighted kinetic energies are added, where `kinetic` is not 0.
+        """
+        return self.run_on(self._backbone[0], features, context, start, stop, energies)
+
+    def run_on(
+        self,
+        backbone: nn.Module,
+        features: Tensor,
+        context: dict[str, Any],
+        start: int = 0,
+        stop: int | None = None,
+        energies: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Runs units on another backbone of the same make, such as a moving average of this one; see `forward`."""
+        for unit, recomputation in zip(self._units[start:stop], self.recomputation[start:stop], strict=True):
             with self._remembering(recomputation):
-                features = unit(backbone, features, context, recomputation == "whole")
+                output = unit(backbone, features, context, recomputation == "whole")
+                if self.kinetic and energies is not None and unit.depth and output.shape == features.shape:
+                    energies.append(self.kinetic * kinetic_energy(output, features))
+                features = output
+                del output  # or it would live on beside what the next unit makes of it
         return features
+
+    def trained(self) -> list[Tensor]:
+        """The parameters of its units and of its local loss that are to be trained."""
+        own = [*self._each(nn.Module.parameters), *self.auxiliary.parameters()]
+        return [parameter for parameter in dict.fromkeys(own) if parameter.requires_grad]
 
     def _remembering(self, recomputation: Recomputation) -> AbstractContextManager[None]:
         """What autograd keeps of a unit; all units and the local loss run inside `recomputing(self.recompute)`."""
@@ -119,13 +172,39 @@ class LocalModule(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this module trains: its share of the backbone, under the backbone's names, and the auxiliary net.
+        """What this module trains: its share of the backbone, under the backbone's names, and auxiliary nets.
 
-        Looked up at each call, so that adapters and parametrizations that were added since are among them.
+        A head that reads ahead belongs to the module whose units it reads. All are looked up at each call, so that
+        adapters and parametrizations that were added since are among them.
         """
         prefix = f"{prefix}." if prefix else ""
         used = self._used(nn.Module.parameters)
         for name, parameter in self._backbone[0].named_parameters():
             if id(parameter) in used:
                 yield prefix + name, parameter
-        yield from self.auxiliary.named_parameters(f"{prefix}auxiliary", recurse, remove_duplicate)
+        for name, parameter in self.auxiliary.named_parameters("", recurse, remove_duplicate):
+            if not (self.gives_head and name.startswith(_HEAD)):
+                yield f"{prefix}auxiliary.{name}", parameter
+        for before in self._before:
+            for name, parameter in before.named_parameters("", recurse, remove_duplicate):
+                if name.startswith(_HEAD):
+                    yield f"{prefix}{BEFORE}{name}", parameter
+
+    def auxiliary_state(self) -> dict[str, Tensor]:
+        """The tensors of the auxiliary nets that this module trains, by name."""
+        state = self.auxiliary.state_dict()
+        own = {name: tensor for name, tensor in state.items() if not (self.gives_head and name.startswith(_HEAD))}
+        for before in self._before:
+            own |= {f"{BEFORE}{name}": tensor for name, tensor in before.state_dict().items() if name.startswith(_HEAD)}
+        return own
+
+    def load_auxiliary_state(self, state: dict[str, Tensor]) -> None:
+        """Loads what `auxiliary_state` gave; raises ValueError if it is another module's."""
+        if other := state.keys() ^ self.auxiliary_state().keys():
+            raise ValueError(f"its auxiliary nets hold other weights, such as {min(other)}")
+        self.auxiliary.load_state_dict(
+            {name: tensor for name, tensor in state.items() if not name.startswith(BEFORE)}, strict=False
+        )
+        for before in self._before:
+            taken = {name[len(BEFORE) :]: tensor for name, tensor in state.items() if name.startswith(BEFORE)}
+            before.load_state_dict(taken, strict=False)

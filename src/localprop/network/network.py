@@ -1,4 +1,4 @@
-"""A backbone divided into gradient-isolated local modules, and the one place where gradients are cut."""
+"""A backbone divided into gradient-isolated local modules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from localprop.errors import ChainError, ConfigError, batch_norm_told, warn_renamed
-from localprop.memory.recompute import recomputing
+from localprop.errors import ChainError, ConfigError, warn_renamed
 from localprop.network.capture import CapturedBackward
 from localprop.network.carry import Carry
 from localprop.network.graphs import CudaGraphPool
 from localprop.network.module import LocalModule
 from localprop.network.output import LocalOutput
+from localprop.network.turns import Phase, Scaling, run_phase, turn
 from localprop.seeding import derive_seed
 from localprop.settings.recipe import Recipe
 from localprop.tasks.base import Task
@@ -73,9 +73,9 @@ class LocalNetwork(nn.Module):
         self._require_size(inputs)
         context: dict[str, Any] = {}
         features, predictions = inputs, []
-        for module in self.local_modules:
-            features = module(features, context)
-            predictions.append(module.local_loss.predict(features))
+        for k in range(len(self.local_modules)):
+            features, own = self.predict_module(k, features, context)
+            predictions += own
         return predictions
 
     def module_logits(self, images: Tensor) -> list[Tensor | None]:
@@ -146,31 +146,52 @@ class LocalNetwork(nn.Module):
         Raises:
             ConfigError: batch norm is to train on a single value per channel.
         """
-        module = self.local_modules[k]
-        if k == 0:
-            self._require_size(carry.features)
-        if seed is not None:
-            self.seed_module(k, seed)
-        if not any(later.local_loss.uses_inputs for later in self.local_modules[k:]):
-            carry.inputs = None
-        frozen = module.frozen
-        place = f"module {k + 1} of {len(self.local_modules)} ({module.units[0]} ... {module.units[-1]})"
-        with batch_norm_told(place, len(carry.targets)), torch.no_grad() if frozen else recomputing(module.recompute):
-            output = module(carry.features, carry.context)
-            loss, prediction = module.local_loss(output, carry.features, carry.inputs, carry.targets)
-            if carry.share is not None:
-                loss = loss * carry.share
-        if loss.requires_grad:
-            share = loss / parts if parts > 1 else loss
-            _backward(scaler.scale(share) if scaler else share)
-        carry.losses.append(loss.detach())
-        # Gradient isolation. Everywhere: no other line cuts gradients, and nothing else crosses with one.
-        carry.features = output.detach()
-        return None if prediction is None else prediction.detach()
+        prediction = None
+        for phase in self.turn(k):
+            if seed is not None:
+                self.seed_phase(phase, seed)
+            prediction = prediction if (own := self.run_phase(phase, carry, scaler, parts)) is None else own
+        return prediction
 
-    def seed_module(self, k: int, seed: int) -> None:
-        """Sets PyTorch's global generators to the stream of module k, for a batch whose seed is `seed`."""
-        torch.manual_seed(derive_seed(seed, "module", k))
+    def turn(self, k: int) -> tuple[Phase, ...]:
+        """The parts of the training of module k on a batch, in order; see `Phase`."""
+        return turn(self.local_modules, k)
+
+    def run_phase(
+        self, phase: Phase, carry: Carry, scaler: torch.amp.GradScaler | None = None, parts: int = 1
+    ) -> Tensor | None:
+        """Runs one phase of a turn. In the phase "ahead", `scaler` is that of the next module, which trains the head.
+
+        Arguments, result and errors are else those of `train_module`.
+        """
+        if phase.module == 0 and phase.kind in ("whole", "forward"):
+            self._require_size(carry.features)
+        return run_phase(self.local_modules, phase, carry, Scaling(scaler, parts))
+
+    def seed_phase(self, phase: Phase, seed: int) -> None:
+        """Sets PyTorch's global generators to the stream of a phase, for a batch whose seed is `seed`."""
+        torch.manual_seed(derive_seed(seed, phase.purpose, phase.module))
+
+    def predict_module(self, k: int, features: Tensor, context: dict[str, Any]) -> tuple[Tensor, list[Tensor | None]]:
+        """Runs module k in an evaluation.
+
+        Args:
+            k: the module.
+            features: the output of the module before, or the inputs.
+            context: what units hand along beside them.
+
+        Returns:
+            Its output, and the predictions of the heads that have what they read by then: that of the module before, if
+            it reads ahead, and the module's own, if it does not. Where a module has no head, its prediction is None.
+        """
+        module, predictions = self.local_modules[k], list[Tensor | None]()
+        if module.shared:
+            features = module(features, context, 0, module.shared)
+            predictions.append(self.local_modules[k - 1].local_loss.predict(features))
+        features = module(features, context, module.shared)
+        if not module.gives_head:
+            predictions.append(module.local_loss.predict(features))
+        return features, predictions
 
     def capture(
         self,
@@ -232,9 +253,10 @@ class LocalNetwork(nn.Module):
         given_up = [name for k, share in enumerate(self.shares()) if k not in modules for name in share]
         for model in (self.backbone, *copies):
             _give_up(model, given_up)
-        for k, module in enumerate(self.local_modules):
-            if k not in modules:
-                _give_up(module.local_loss, [name for name, _ in module.local_loss.named_parameters()])
+        kept = {id(parameter) for k in modules for parameter in self.local_modules[k].parameters()}
+        for module in self.local_modules:
+            loss = module.local_loss
+            _give_up(loss, [name for name, parameter in loss.named_parameters() if id(parameter) not in kept])
 
 
 def _name_criteria(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -256,16 +278,3 @@ def _give_up(model: nn.Module, names: list[str]) -> None:
             empty = torch.empty_like(parameter, device="meta")
             # Tied weights stay tied.
             setattr(owner, leaf, replaced.setdefault(parameter, nn.Parameter(empty, parameter.requires_grad)))
-
-
-def _backward(loss: Tensor) -> None:
-    device = loss.device.type
-    if torch.is_autocast_enabled(device):
-        torch.clear_autocast_cache()
-        with torch.autocast(device, enabled=False):
-            loss.backward()
-        # Weights change right after this backward: casts of them that autocast has kept would be stale. Of units that
-        # run again in backward there are some.
-        torch.clear_autocast_cache()
-    else:
-        loss.backward()

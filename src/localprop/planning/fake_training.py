@@ -50,7 +50,7 @@ def fake_training(
     try:
         fake = fake_copy(net, mode).train()
         assert isinstance(fake, LocalNetwork)
-        fake.train_module = _keeping_constants(fake.train_module)  # type: ignore[method-assign]
+        fake.run_phase = _keeping_constants(fake.run_phase)  # type: ignore[method-assign]
         with mode, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # Copies for a moving average ask for the address of tensors that have none.
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -94,11 +94,11 @@ def _name_weights(state: TrainingState, tracker: Tracker, layers: Layers) -> Non
                     tracker.allocation(tensor).layer = layers.parameter(parameter)
 
 
-def _keeping_constants(train_module: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+def _keeping_constants(run_phase: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     # Of the modules only: an optimizer may keep the tables that it makes for its next, real step.
     def run(*args: Any, **kwargs: Any) -> Tensor | None:
         with KeepConstants():
-            return train_module(*args, **kwargs)
+            return run_phase(*args, **kwargs)
 
     return run
 

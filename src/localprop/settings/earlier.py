@@ -15,6 +15,7 @@ NEWER: dict[str, Any] = {
     "kinetic": 0.0,
     "cuda_graphs": "off",
     "deterministic": False,
+    "reach": 0,
 }
 """Settings that version 0.1 did not have, and what they were then."""
 

@@ -42,6 +42,8 @@ class Recipe:
     partition: Annotated[Literal["balanced", "compute", "stage"], tyro.conf.arg(help=_PARTITION_HELP)] = "balanced"
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
+    reach: OptionalInt = None
+    """Blocks of the next module through which a module's head reads its output (default: 0); trains better, slower."""
     min_depth: int = 1
     """Least number of blocks, or of parts of split ones, in a module; very shallow modules learn worse."""
     split_blocks: bool = False

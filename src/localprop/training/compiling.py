@@ -1,12 +1,15 @@
 """torch.compile for local modules."""
 
+from typing import Any
+
 import torch
 
 from localprop.errors import ConfigError
+from localprop.network.loss import HeadLoss
 from localprop.network.network import LocalNetwork
 
 # The random numbers of eager code, so that a compiled run drops what an uncompiled one does.
-_OPTIONS = {"fallback_random": True}
+_OPTIONS: dict[str, Any] = {"fallback_random": True}
 
 
 def compile_network(net: LocalNetwork) -> None:
@@ -22,7 +25,12 @@ def compile_network(net: LocalNetwork) -> None:
         module.recompute = False  # the compiler itself chooses what to compute again
         module.recomputation = tuple("none" if own == "cheap" else own for own in module.recomputation)
         module.compile(dynamic=False, options=_OPTIONS)
-        module.local_loss.compile(dynamic=False, options=_OPTIONS)
+        loss = module.local_loss
+        loss.compile(dynamic=False, options=_OPTIONS)
+        if isinstance(loss, HeadLoss) and module.gives_head:
+            # Its two parts are called apart. So is the forward of the next module, before and behind what is shared.
+            for part in ("judge", "rest"):
+                setattr(loss, part, torch.compile(getattr(loss, part), dynamic=False, options=_OPTIONS))
 
 
 def require_compiler(device: torch.device, flag: str) -> None:

@@ -65,8 +65,7 @@ def _run(state: TrainingState, modules: range, carry: Carry, averaged: nn.Module
     for k in modules:
         module = state.net.local_modules[k]
         if averaged is None:
-            carry.features = module(carry.features, carry.context)
-            prediction = module.local_loss.predict(carry.features)
-            carry.sums.append(sums_of(state.net.task, prediction, carry.targets))
+            carry.features, predictions = state.net.predict_module(k, carry.features, carry.context)
+            carry.sums += [sums_of(state.net.task, own, carry.targets) for own in predictions]
         else:
             carry.features = module.run_on(averaged, carry.features, carry.context)

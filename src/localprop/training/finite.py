@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from localprop.errors import NonFiniteGradientError, NonFiniteLossError, NonFiniteWeightError
+from localprop.network.module import BEFORE
 from localprop.network.network import LocalNetwork
 
 _UNTOUCHED = "weights from this module on are as before this step, and nothing is saved"
@@ -113,7 +114,7 @@ class FiniteChecks:
             ("ema", "backbone"),
         ):
             for name in non_finite(part.get(kind, {})):
-                if f"{owner}.{name}" not in self._infinite:
+                if not self._infinite & {f"{owner}.{name}", f"local_modules.{k - 1}.auxiliary.{name[len(BEFORE) :]}"}:
                     return name if kind == "backbone" else f"{kind} {name}"
         return None
 

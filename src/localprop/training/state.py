@@ -13,6 +13,7 @@ from localprop.memory.measure import plain_tensors
 from localprop.network.carry import Carry
 from localprop.network.graphs import GraphPool
 from localprop.network.network import LocalNetwork
+from localprop.network.turns import Phase
 from localprop.settings.config import OptimConfig
 from localprop.system.reading import Malformed
 from localprop.training.checkpoints.parts import load_share, part_name
@@ -57,9 +58,9 @@ class TrainingState:
         self.config = config
         self.step = 0
         self.average, self.span = average, span
-        self.modules = range(len(net.local_modules)) if modules is None else modules
-        own = [net.local_modules[k] for k in self.modules]
-        self.optimizers = [create_optimizer(module, config) for module in own]
+        self.modules = modules or range(len(net.local_modules))
+        self.phases: Sequence[Phase] = [phase for k in self.modules for phase in net.turn(k)]
+        self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
         offloads = config.offload_optimizer and device.type == "cuda"
@@ -71,7 +72,8 @@ class TrainingState:
         self.delayed = device.type == "cuda" if delayed is None else delayed
         trained = [optimizer for optimizer in self.optimizers if any(g["params"] for g in optimizer.param_groups)]
         masked = self.delayed and all(map(masks_its_step, trained))
-        self.mask = Mask([list(module.parameters()) for module in own], device) if masked else None
+        parameters = [list(net.local_modules[k].parameters()) for k in self.modules]
+        self.mask = Mask(parameters, device) if masked else None
         self.steps = OptimizerSteps(
             net, self.modules, self.optimizers, self.scalers, config.clip_grad, offload, self.mask
         )
@@ -137,24 +139,25 @@ class TrainingState:
 
     def run(self, carry: Carry, seed: int, last: bool) -> None:
         """Trains every module on a batch, one after the other; arguments as of `train_step`."""
-        for i, k in enumerate(self.modules):
-            with self.span("compute", k) if self.span else nullcontext():
-                self.net.seed_module(k, seed)
-                self.train_module(i, carry, last)
-                self.finish_module(i, carry.losses[-1], last)
+        for phase in self.phases:
+            with self.span("compute", phase.module) if self.span else nullcontext():
+                self.net.seed_phase(phase, seed)
+                self.run_phase(phase, carry, last)
+                self.finish_phase(phase, carry.losses[-1], last)
         if last:
             self.update_average()
 
-    def train_module(self, i: int, carry: Carry, last: bool) -> None:
-        """What the device does for the i-th module trained here: all of its training, if its step is masked."""
-        self.net.train_module(self.modules[i], carry, self.scalers[i], None, self.config.micro_batches)
-        if self.mask:
+    def run_phase(self, phase: Phase, carry: Carry, last: bool) -> None:
+        """What the device does in a phase of a module's turn; the module's step too, if that is masked."""
+        i = phase.module - self.modules.start
+        self.net.run_phase(phase, carry, self.scalers[i + (phase.kind == "ahead")], self.config.micro_batches)
+        if self.mask and phase.done:
             self.steps.step_masked(i, carry.losses[-1], last, self.average)
 
-    def finish_module(self, i: int, loss: Tensor, last: bool) -> None:
+    def finish_phase(self, phase: Phase, loss: Tensor, last: bool) -> None:
         """What the host does after that, without a mask: it checks the loss and the gradients, and steps."""
-        if not self.mask:
-            self.steps.step_checked(i, loss, self.step + 1, last, self.average)
+        if phase.done and not self.mask:
+            self.steps.step_checked(phase.module - self.modules.start, loss, self.step + 1, last, self.average)
 
     def update_average(self) -> None:
         """Takes the weights of this step into the moving average, if there is one."""
@@ -227,7 +230,7 @@ class TrainingState:
         for k, optimizer, scaler in zip(self.modules, optimizers, self.scalers, strict=True):
             part = {
                 "backbone": {name: weights[name] for name in shares[k]},
-                "auxiliary": self.net.local_modules[k].local_loss.state_dict(),
+                "auxiliary": self.net.local_modules[k].auxiliary_state(),
                 "optimizer": optimizer,
             }
             if self.ema:
@@ -270,7 +273,7 @@ class TrainingState:
             for i, k in enumerate(self.modules):
                 part = parts[part_name(k)]
                 load_share(self.net.backbone, part["backbone"], shares[k])
-                self.net.local_modules[k].local_loss.load_state_dict(part["auxiliary"])
+                self.net.local_modules[k].load_auxiliary_state(part["auxiliary"])
                 load_optimizer(self.optimizers[i], part["optimizer"])
                 if self.steps.offload:
                     self.steps.offload.release(i)
@@ -279,10 +282,9 @@ class TrainingState:
                 if scaler := self.scalers[i]:
                     scaler.load_state_dict(part["scaler"])
         except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            reason = first_line(error)
             raise CheckpointError(
-                f"the checkpoint does not fit the network ({reason}); resume with the versions of localprop and timm "
-                "that the run was started with"
+                f"the checkpoint does not fit the network ({first_line(error)}); resume with the versions of localprop "
+                "and timm that the run was started with"
             ) from None
         self.step = step
 

@@ -1,6 +1,6 @@
 """Training steps as CUDA graphs, one for each module: the same numbers without Python and launches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from localprop.errors import ConfigError, first_line
 from localprop.network.carry import Carry
 from localprop.network.graphs import CapturedPass, CudaGraphPool, GraphPool, Work, borrowed, copy_of_context
 from localprop.network.network import LocalNetwork
+from localprop.network.turns import Phase
 from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.stepping.mask import Mask
 from localprop.training.stepping.steps import OptimizerSteps, forget
@@ -27,6 +28,7 @@ class Training(Protocol):
     net: LocalNetwork
     config: OptimConfig
     modules: range
+    phases: Sequence[Phase]
     mask: Mask | None
     ema: ModelEmaV3 | None
     steps: OptimizerSteps
@@ -36,9 +38,9 @@ class Training(Protocol):
 
     def run(self, carry: Carry, seed: int, last: bool) -> None: ...
 
-    def train_module(self, i: int, carry: Carry, last: bool) -> None: ...
+    def run_phase(self, phase: Phase, carry: Carry, last: bool) -> None: ...
 
-    def finish_module(self, i: int, loss: Tensor, last: bool) -> None: ...
+    def finish_phase(self, phase: Phase, loss: Tensor, last: bool) -> None: ...
 
     def update_average(self) -> None: ...
 
@@ -151,12 +153,12 @@ class CapturedSteps:
             self._state.run(carry, seed, last)
             return
         places: list[str] = []
-        for i, k in enumerate(self._state.modules):
-            self._state.net.seed_module(k, seed)
+        for phase in self._state.phases:
+            self._state.net.seed_phase(phase, seed)
             with self._pool.find_syncs() as found:
-                self._state.train_module(i, carry, last)
+                self._state.run_phase(phase, carry, last)
             places += found
-            self._state.finish_module(i, carry.losses[-1], last)
+            self._state.finish_phase(phase, carry.losses[-1], last)
         if last:
             self._state.update_average()
         if places and not self._refused:
@@ -165,24 +167,24 @@ class CapturedSteps:
 
     def _capture(self, carry: Carry, last: bool) -> None:
         state = self._state
-        count = len(state.modules)
-        works: list[Work] = [partial(state.train_module, i, last=last) for i in range(count)]
+        phases = state.phases
+        works: list[Work] = [partial(state.run_phase, phase, last=last) for phase in phases]
         if last and state.mask and state.ema:
             works.append(lambda carry: state.update_average())
 
-        def seed_module(number: int, seed: int) -> None:
-            if number < count:
-                state.net.seed_module(state.modules[number], seed)
+        def seed_phase(number: int, seed: int) -> None:
+            if number < len(phases):
+                state.net.seed_phase(phases[number], seed)
 
         def after_capture(number: int) -> None:
-            if number < count:
-                self._keep_gradients(number, last)
+            if number < len(phases) and phases[number].done:
+                self._keep_gradients(phases[number].module - state.modules.start, last)
 
         def after_replay(number: int, output: Carry) -> None:
-            if number < count and not state.mask:
-                self._step_by_host(number, output.losses[number], last)
+            if number < len(phases) and phases[number].done and not state.mask:
+                self._step_by_host(phases[number], output.losses[phases[number].module - state.modules.start], last)
 
-        captured = CapturedPass(self._pool, works, seed_module, after_capture, after_replay)
+        captured = CapturedPass(self._pool, works, seed_phase, after_capture, after_replay)
         try:
             self._use_buffers()
             captured.capture(carry)
@@ -224,11 +226,12 @@ class CapturedSteps:
             self._gradients[i] = [borrowed(p.grad) for p in steps.trained[i] if p.grad is not None]
         self._remove_gradients(i)
 
-    def _step_by_host(self, i: int, loss: Tensor, last: bool) -> None:
+    def _step_by_host(self, phase: Phase, loss: Tensor, last: bool) -> None:
+        i = phase.module - self._state.modules.start
         if last:
             self._set_gradients(self._gradients, i)
         try:
-            self._state.finish_module(i, loss, last)
+            self._state.finish_phase(phase, loss, last)
         finally:
             self._remove_gradients(i)
 

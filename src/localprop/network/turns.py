@@ -1,0 +1,228 @@
+"""A module's turn with a batch: forward, the head that may read ahead, and the one place where gradients are cut.
+
+A head that reads ahead (`Recipe.reach`) reads what the next module's first units make of the module's output. These
+units run once: the next module goes on from their result. The gradient of the head's loss passes through them to the
+module's output, and not into their weights, which the next module's own losses train.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from localprop.errors import batch_norm_told
+from localprop.memory.recompute import recomputing
+from localprop.network.carry import Carry, Pending
+from localprop.network.loss import HeadLoss
+from localprop.network.module import LocalModule
+from localprop.seeding import Purpose
+
+
+class Phase(NamedTuple):
+    """A part of a module's turn. It has a stream of random numbers of its own, and is one CUDA graph.
+
+    Attributes:
+        module: whose turn it is.
+        kind: "whole", of a module whose head reads its own output; else "forward" with all that reads the output,
+            then "ahead", of the next module's first units and the head, and then "backward".
+    """
+
+    module: int
+    kind: Literal["whole", "forward", "ahead", "backward"]
+
+    @property
+    def purpose(self) -> Purpose:
+        """For what its random numbers are drawn."""
+        return "module" if self.kind == "whole" or self.kind == "forward" else self.kind
+
+    @property
+    def done(self) -> bool:
+        """Whether the module's gradients are there after it."""
+        return self.kind in ("whole", "backward")
+
+
+class Scaling(NamedTuple):
+    """What a loss is multiplied by before its backward.
+
+    Attributes:
+        scaler: scales it (float16); that of the module whose optimizer steps what the loss trains.
+        parts: how many batches make one step.
+    """
+
+    scaler: torch.amp.GradScaler | None = None
+    parts: int = 1
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """The scaled loss."""
+        share = loss / self.parts if self.parts > 1 else loss
+        return self.scaler.scale(share) if self.scaler else share
+
+    def scale(self, like: Tensor) -> Tensor | None:
+        """The loss scale (a scalar on the device of `like`); None without."""
+        return self.scaler.scale(torch.ones((), device=like.device)) if self.scaler else None
+
+
+def turn(modules: Sequence[LocalModule], k: int) -> tuple[Phase, ...]:
+    """The phases of module k's turn, in order."""
+    if k + 1 < len(modules) and modules[k + 1].shared:
+        return Phase(k, "forward"), Phase(k, "ahead"), Phase(k, "backward")
+    return (Phase(k, "whole"),)
+
+
+def run_phase(modules: Sequence[LocalModule], phase: Phase, carry: Carry, scaling: Scaling) -> Tensor | None:
+    """Runs a phase of a turn on a batch.
+
+    Args:
+        modules: all local modules of the network.
+        phase: the phase.
+        carry: the batch, which the phase brings on.
+        scaling: of the losses; in the phase "ahead" that of the next module, which trains the head.
+
+    Returns:
+        The prediction of the module's head, detached; None where it has none, or another phase gives it.
+
+    Raises:
+        ConfigError: batch norm is to train on a single value per channel.
+    """
+    k, kind = phase
+    module = modules[k]
+    place = f"module {k + 1} of {len(modules)} ({module.units[0]} ... {module.units[-1]})"
+    with batch_norm_told(place, len(carry.targets)):
+        if kind == "ahead":
+            return _read_ahead(module, modules[k + 1], carry, scaling)
+        if kind == "backward":
+            _pass_back(module, carry, scaling)
+            return None
+        if not any(later.local_loss.uses_inputs for later in modules[k:]):
+            carry.inputs = None
+        if kind == "forward":
+            _run(module, carry, scaling)
+            return None
+        return _run_whole(module, carry, scaling)
+
+
+def _run_whole(module: LocalModule, carry: Carry, scaling: Scaling) -> Tensor | None:
+    energies, carry.energies = carry.energies, []
+    with _remembering(module):
+        output = module(carry.take(), carry.context, module.shared, None, energies)
+        loss, prediction = module.local_loss(output, carry.features, carry.inputs, carry.targets)
+        loss = _counted(sum(energies, loss), carry)
+    if loss.requires_grad:
+        # Where it goes on from what the head before has read, its graph reaches into the output of the module before.
+        _backward([scaling(loss)], inputs=module.trained() if module.shared else None)
+    carry.losses.append(loss.detach())
+    _isolate(carry, output)
+    return None if prediction is None else prediction.detach()
+
+
+def _run(module: LocalModule, carry: Carry, scaling: Scaling) -> None:
+    """Runs a module, and the part of its local loss that reads the output: back to the output, and no further yet."""
+    energies, carry.energies = carry.energies, []
+    loss = module.local_loss
+    assert isinstance(loss, HeadLoss)  # or its head could not read ahead
+    with _remembering(module):
+        output = module(carry.take(), carry.context, module.shared, None, energies)
+        leaf = output.detach().requires_grad_(output.requires_grad)
+        rest = loss.rest(leaf, carry.features, carry.inputs)
+    total = output.new_zeros((), dtype=torch.float32)
+    if rest is not None:
+        rest = _counted(rest, carry)
+        if rest.requires_grad:
+            _backward([scaling(rest)])
+        total = rest.detach()
+    energy = _counted(sum(energies[1:], energies[0]), carry) if energies else None
+    carry.losses.append(total if energy is None else total + energy.detach())
+    carry.pending = Pending(output, leaf.grad, energy)
+    _isolate(carry, output)
+
+
+def _read_ahead(module: LocalModule, following: LocalModule, carry: Carry, scaling: Scaling) -> Tensor | None:
+    """Runs the units that a module's head reads ahead, and the head; backward to the module's output and to the head.
+
+    If the module is frozen, its head only predicts.
+    """
+    loss, trains = module.local_loss, not module.frozen
+    assert isinstance(loss, HeadLoss)
+    leaf = carry.features.detach().requires_grad_(trains)
+    with torch.set_grad_enabled(trains or not following.frozen), recomputing(following.recompute):
+        seen = following(leaf, carry.context, 0, following.shared, carry.energies)
+        judged, prediction = loss.judge(seen, carry.targets)
+    if judged is not None:
+        judged = _counted(judged, carry)
+        if trains and judged.requires_grad:
+            own = [p for p in loss.head_parameters() if p.requires_grad]
+            _backward([scaling(judged)], inputs=[leaf, *own], retain=not following.frozen)
+            carry.gradient, leaf.grad = leaf.grad, None
+            carry.scale = scaling.scale(leaf)
+            if scaling.scaler and carry.gradient is not None and own and own[0].grad is not None:
+                # What overflows on its way through the shared units has to lower this scale too: it becomes NaN here.
+                own[0].grad += carry.gradient.abs().amax() * 0
+        carry.losses[-1] = carry.losses[-1] + judged.detach()
+    carry.ahead = seen
+    if following.frozen:
+        carry.ahead, carry.energies = seen.detach(), []
+    return None if prediction is None else prediction.detach()
+
+
+def _pass_back(module: LocalModule, carry: Carry, scaling: Scaling) -> None:
+    """The backward of a module whose output's gradient has come from all that reads it."""
+    pending, carry.pending = carry.pending, None
+    assert pending is not None
+    gradient, carry.gradient = carry.gradient, None
+    if gradient is not None and carry.scale is not None:
+        own = scaling.scale(gradient)
+        if own is not None:
+            gradient *= own / carry.scale
+    if pending.gradient is not None:
+        gradient = pending.gradient if gradient is None else pending.gradient.add_(gradient)
+        pending.gradient = None
+    roots: list[Tensor] = []
+    gradients: list[Tensor | None] = []
+    if gradient is not None and pending.output.requires_grad:
+        roots, gradients = [pending.output], [gradient]
+    if pending.energy is not None and pending.energy.requires_grad:
+        roots.append(scaling(pending.energy))
+        gradients.append(None)
+    del gradient, pending
+    if roots:
+        _backward(roots, gradients, inputs=module.trained() if module.shared else None)
+
+
+def _isolate(carry: Carry, output: Tensor) -> None:
+    # Gradient isolation. Everywhere: no other line cuts gradients. A head that reads ahead sends one gradient back
+    # over it, to the module's output, which trains that module alone.
+    carry.features = output.detach()
+
+
+def _remembering(module: LocalModule) -> AbstractContextManager[None]:
+    """What autograd keeps of a module: nothing if it is frozen."""
+    return torch.no_grad() if module.frozen else recomputing(module.recompute)
+
+
+def _counted(loss: Tensor, carry: Carry) -> Tensor:
+    """The loss with the weight that this batch has in its step."""
+    return loss if carry.share is None else loss * carry.share
+
+
+def _backward(
+    roots: Sequence[Tensor],
+    gradients: Sequence[Tensor | None] | None = None,
+    inputs: Iterable[Tensor] | None = None,
+    retain: bool = False,
+) -> None:
+    """Backward outside of autocast; into `inputs` alone where they are given."""
+    leaves = None if inputs is None else list(inputs)
+    if leaves == []:
+        return
+    device = roots[0].device.type
+    if not torch.is_autocast_enabled(device):
+        torch.autograd.backward(roots, gradients, retain, inputs=leaves)
+        return
+    torch.clear_autocast_cache()
+    with torch.autocast(device, enabled=False):
+        torch.autograd.backward(roots, gradients, retain, inputs=leaves)
+    # Weights change right after this backward: casts of them that autocast has kept would be stale. Of units that run
+    # again in backward there are some.
+    torch.clear_autocast_cache()
