@@ -261,10 +261,10 @@ def steps_of(output):
 
 
 def test_a_run_with_a_bad_gradient_ends_with_a_line_and_can_be_resumed(finished, tmp_path, monkeypatch, capsys):
-    train_module = LocalNetwork.train_module
+    run_phase = LocalNetwork.run_phase
 
-    def spoiled(self, k, carry, *rest):
-        result = train_module(self, k, carry, *rest)
+    def spoiled(self, phase, carry, *rest):
+        result, k = run_phase(self, phase, carry, *rest), phase.module
         if k == 1 and type(carry.features) is torch.Tensor:  # not a fake one, of the prediction
             calls.append(k)
         if len(calls) == 7 and k == 1:
@@ -273,7 +273,7 @@ def test_a_run_with_a_bad_gradient_ends_with_a_line_and_can_be_resumed(finished,
 
     with monkeypatch.context() as patch:
         calls = []
-        patch.setattr(LocalNetwork, "train_module", spoiled)
+        patch.setattr(LocalNetwork, "run_phase", spoiled)
         assert main(["train", *RUN, "--output", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"localprop: the gradient of \S+ in module 2 of 2 \(.*\) is not finite at step 7.*\n", error)

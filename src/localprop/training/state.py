@@ -72,8 +72,7 @@ class TrainingState:
         self.delayed = device.type == "cuda" if delayed is None else delayed
         trained = [optimizer for optimizer in self.optimizers if any(g["params"] for g in optimizer.param_groups)]
         masked = self.delayed and all(map(masks_its_step, trained))
-        parameters = [list(net.local_modules[k].parameters()) for k in self.modules]
-        self.mask = Mask(parameters, device) if masked else None
+        self.mask = Mask([list(net.local_modules[k].parameters()) for k in self.modules], device) if masked else None
         self.steps = OptimizerSteps(
             net, self.modules, self.optimizers, self.scalers, config.clip_grad, offload, self.mask
         )
