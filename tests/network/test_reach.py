@@ -195,7 +195,7 @@ def test_no_gradient_of_a_head_reaches_the_units_that_it_reads(name):
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 def test_a_frozen_module_only_runs(frozen):
-    net = split("vit", method="greedy", reach=1).train()
+    net = split("vit", method="greedy", reach=1, kinetic=0.1).train()
     for unit in net.local_modules[frozen]._units:
         for parameter in unit.used(net.backbone, nn.Module.parameters):
             parameter.requires_grad_(False)
