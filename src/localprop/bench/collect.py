@@ -17,7 +17,7 @@ from localprop.settings.flat import free, to_flat
 from localprop.training.outputs import LOSSES, RESULTS
 
 # What a run fills in where the suite leaves it open.
-_FILLED = ("img_size", "model_kwargs", "hflip", "head", "kinetic")
+_FILLED = ("img_size", "model_kwargs", "hflip", "head", "kinetic", "reach")
 _CHOSEN = ("method", "modules", "cuts", "split_blocks", "grad_checkpointing")  # for a budget
 
 
