@@ -96,6 +96,7 @@ METHODS = Registry(
         "infopro": "localprop.methods.infopro:InfoPro",
         "greedy": "localprop.methods.greedy:Greedy",
         "trgl": "localprop.methods.trgl:Trgl",
+        "auglocal": "localprop.methods.auglocal:AugLocal",
         "end-to-end": "localprop.methods.end_to_end:EndToEnd",
     },
 )
@@ -107,9 +108,14 @@ HEADS = Registry(
         "linear": "localprop.heads.linear:LinearHead",
         "mlp": "localprop.heads.mlp:MlpHead",
         "conv": "localprop.heads.conv:ConvHead",
+        "successor": "localprop.heads.successor:SuccessorHead",
     },
 )
-"""Module classes, called with (layout, num_outputs): features in that `Layout` to (batch, num_outputs)."""
+"""Module classes, called with (layout, num_outputs): features in that `Layout` to (batch, num_outputs).
+
+One with `needs_place = True` is called with (layout, num_outputs, place) and its options, which are its parameters with
+defaults. num_outputs is None there for a prediction like the network's, of any shape.
+"""
 
 DECODERS = Registry(
     "decoder",

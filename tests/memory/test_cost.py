@@ -41,6 +41,7 @@ def composed(net, name, conditions, grad_checkpointing=False):
 
 CASES = [(name, "greedy", False) for name in ("resnet", "mlp", "cnn")]
 CASES += [("swin", "greedy", True), ("vit", "infopro", True), ("vit", "greedy", False)]
+CASES += [("swin", "auglocal", True), ("vit", "auglocal", False), ("resnet", "auglocal", False)]
 
 
 @pytest.mark.parametrize(("name", "method", "recompute"), CASES)

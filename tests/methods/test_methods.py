@@ -23,6 +23,7 @@ CASES = {
     "infopro, contrast": ("infopro", {"task": "contrast"}),
     "greedy": ("greedy", {}),
     "trgl": ("trgl", {}),
+    "auglocal": ("auglocal", {}),
 }
 
 

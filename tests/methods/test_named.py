@@ -1,13 +1,19 @@
 """Methods that are made of parts: what they fill in, and what a user's own choice does."""
 
+import json
+
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from localprop import localize
+from localprop.cli import main
 from localprop.division.resolve import resolved, with_methods_defaults
 from localprop.errors import ConfigError
 from localprop.heads.conv import ConvHead
 from localprop.heads.linear import LinearHead
 from localprop.heads.mlp import MlpHead
+from localprop.heads.successor import SuccessorHead
 from localprop.network.kinetic import kinetic_weight
 from localprop.settings.config import LocalConfig
 from localprop.settings.recipe import Recipe
@@ -34,6 +40,31 @@ def test_other_methods_have_the_usual_head_and_no_kinetic_term():
     assert (net.recipe.head, net.recipe.kinetic) == ("mlp", 0)
     assert isinstance(net.local_modules[0].local_loss.head, MlpHead)
     assert [module.kinetic for module in net.local_modules] == [0, 0]
+
+
+def test_auglocal_is_greedy_with_heads_that_resemble_what_follows():
+    net = split("swin", 3, "auglocal")
+    assert net.recipe.head == "successor"
+    assert net.recipe.head_kwargs == {"depth": 2, "tau": 0.5, "copy": None}
+    assert [type(module.local_loss.head) for module in net.local_modules[:-1]] == [SuccessorHead] * 2
+    shallow = split("vit", 3, "auglocal", head_kwargs={"depth": 1}, method_kwargs={"contrast": 1}).local_modules
+    assert [module.local_loss.head.extra_repr() for module in shallow[:-1]] == ["blocks.3", "blocks.3, head"]
+    with pytest.raises(ConfigError, match="the head is mlp; leave out head, or choose method greedy"):
+        split("vit", 2, "auglocal", head="mlp")
+
+
+def test_auglocal_resumes_as_it_was(tmp_path):
+    flags = ["--method", "auglocal", "--modules", "2", "--head-kwargs", "depth=1", "--device", "cpu", "--epochs", "1"]
+    flags += ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(2,2)", "num_heads=(1,2)"]
+    flags += ["--batch-size", "64", "--experiment", "run"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(["train", *flags, "--output", str(whole)]) == 0
+    assert main(["train", *flags, "--output", str(stopped), "--steps", "9"]) == 0
+    recorded = json.loads((stopped / "run" / "run.json").read_text())["recipe"]
+    assert (recorded["head"], recorded["head_kwargs"]) == ("successor", {"depth": 1, "tau": 0.5, "copy": None})
+    assert main(["train", "--resume", str(stopped / "run")]) == 0
+    weights, expected = (load_file(folder / "run" / "model.safetensors") for folder in (stopped, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_settings_are_filled_in_and_nothing_else():

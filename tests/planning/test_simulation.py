@@ -102,6 +102,12 @@ def test_the_predicted_peak_follows_every_setting(name, settings, options):
     check(network(name, "feature-reconstruction", **options), **settings)
 
 
+@pytest.mark.parametrize("name", ["swin", "vit", "resnet"])
+def test_the_predicted_peak_follows_heads_that_resemble_what_follows(name):
+    check(network(name, "auglocal"))
+    check(network(name, "feature-reconstruction", head="successor", head_kwargs={"depth": 1}), amp=name == "vit")
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", ["swin", "resnet"])
 def test_the_predicted_peak_follows_the_decoder(name, decoder):

@@ -41,6 +41,7 @@ CHOICES += [
     {"method": "infopro", "method_kwargs": {"task": "contrast"}},
     {"method": "feature-reconstruction", "method_kwargs": {"sample": 0.25}},
     {"method": "trgl"},
+    {"method": "auglocal"},
 ]
 
 

@@ -47,9 +47,9 @@ def localize(
     Args:
         model: any image model: timm's, torchvision's, an `nn.Sequential`.
         modules: number of local modules, K; default 4, or 1 for end-to-end.
-        method: how modules learn: feature-reconstruction, infopro, greedy, trgl, end-to-end.
+        method: how modules learn: feature-reconstruction, infopro, greedy, trgl, auglocal, end-to-end.
         decoder: what rebuilds a target: conv, deconv, pixel-shuffle, transformer, infopro.
-        head: what predicts the target in a module: linear, mlp, conv; default: mlp, or what the method says.
+        head: what predicts the target in a module: linear, mlp, conv, successor; default: mlp, or what the method says.
         costs: the model's chain and what is known of its costs, from an earlier call; default: found now.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         num_classes: size of the prediction, checked against the model's; default: that.
@@ -128,6 +128,7 @@ def divide(
         task=task,
         prediction=prediction,
         head=recipe.head,
+        head_options=dict(recipe.head_kwargs or {}),
         decoder=recipe.decoder,
         mean=tuple(mean or settings.get("mean") or IMAGENET_DEFAULT_MEAN),
         std=tuple(std or settings.get("std") or IMAGENET_DEFAULT_STD),

@@ -11,6 +11,8 @@ import torch
 from localprop.division.partition import balanced, module_ends, most_modules, stage_ends
 from localprop.errors import ChainError, ConfigError, listing, suggestion
 from localprop.features import infer_layout
+from localprop.heads import HEADS
+from localprop.heads.common import Place
 from localprop.memory.cost import Costs, module_peak
 from localprop.memory.part import Conditions, Cost
 from localprop.methods import build_loss, varying
@@ -19,6 +21,7 @@ from localprop.network.loss import HeadLoss, LocalLoss, ModuleSpec
 from localprop.network.module import LocalModule
 from localprop.network.network import LocalNetwork
 from localprop.settings.recipe import Recipe, Recomputation
+from localprop.tracing.private import Weights
 
 PARTITIONS = ("balanced", "compute", "stage")
 
@@ -45,14 +48,32 @@ class Division:
             ),
         ]
 
-    def loss(self, index: int, start: int, stop: int, **changes: Any) -> LocalLoss:
-        """The local loss of the module of units [start, stop)."""
+    @property
+    def _placed(self) -> bool:
+        """Whether heads depend on the place where they stand, not on the layout that they read alone."""
+        return getattr(HEADS[self.spec.head], "needs_place", False)
+
+    def loss(
+        self, index: int, start: int, stop: int, ahead: int = 0, weights: Weights | None = None, **changes: Any
+    ) -> LocalLoss:
+        """The local loss of the module of units [start, stop).
+
+        Args:
+            index: which module.
+            start: its first unit.
+            stop: the unit after its last.
+            ahead: how many units further its head reads.
+            weights: "none" where only its cost is asked for.
+            changes: of its spec.
+        """
         spec = replace(
             self.spec,
             index=index,
             input=self.layouts[start],
             output=self.layouts[stop],
             following=tuple(zip(self.units[stop:], self.layouts[stop + 1 :], strict=True)),
+            place=Place(self.model, self.units, self.layouts, stop + ahead, index, self.spec.count, weights),
+            ahead=self.layouts[stop + ahead] if ahead else None,
             **changes,
         )
         return build_loss(self.recipe.method, spec, self.recipe.options)
@@ -119,18 +140,22 @@ class Division:
         @cache
         def auxiliary(index: int, start: int, stop: int) -> Cost:
             with torch.random.fork_rng(devices=[]):
-                loss = self.loss(index, start, stop, task=task)
+                loss = self.loss(index, start, stop, weights="none", task=task)
             step = replace(self.step, recomputation=self.recipe.cheap)
             return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), target, step)
 
         @cache
         def cost(index: int, start: int, stop: int) -> float:
             own = [unit(i, i == start, i == stop - 1) for i in range(start, stop)]
-            # Of units with equal outputs any stands for all: their auxiliary nets cost the same.
-            loss = auxiliary(index, self._representative(start), self._representative(stop))
+            # Of units with equal outputs any stands for all: their auxiliary nets cost the same, but for a head that
+            # resembles what follows.
+            end = stop if self._placed else self._representative(stop)
+            loss = auxiliary(index, self._representative(start), end)
             return module_peak(own, loss) if aim == "memory" else sum(part.seconds for part in [*own, loss])
 
-        return cost if varying(self.recipe.options) else lambda index, *units: cost(self._likewise(index), *units)
+        if self._placed or varying(self.recipe.options):
+            return cost
+        return lambda index, *units: cost(self._likewise(index), *units)
 
     def _likewise(self, index: int) -> int:
         """The first module that has a loss like that of a module: between the first and the last all have the same."""
@@ -143,7 +168,7 @@ class Division:
         shared = 0
         for index, (start, stop) in enumerate(pairwise([0, *ends])):
             ahead = self._ahead(stop, ends[index + 1]) if stop < len(self.units) else 0
-            loss = self.loss(index, start, stop, ahead=self.layouts[stop + ahead] if ahead else None)
+            loss = self.loss(index, start, stop, ahead)
             local_modules.append(
                 LocalModule(
                     self.model,

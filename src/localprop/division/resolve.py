@@ -28,6 +28,8 @@ def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
     recipe = with_methods_defaults(recipe)
     head = HEADS.lookup(recipe.head or "")  # also where the method has no use for it
     given = dict(recipe.head_kwargs or {})
+    if not getattr(head, "needs_place", False):
+        head = _without_options
     check_options("head", recipe.head or "", head, given)
     DECODERS.lookup(recipe.decoder)
     cheap = recipe.recompute
@@ -41,6 +43,10 @@ def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
         head_kwargs={**options_of(head), **given},
         method_kwargs={**options_of(METHODS[recipe.method]), **recipe.options},
     )
+
+
+def _without_options() -> None:
+    """Stands for a head that is called with a layout and a number of outputs alone."""
 
 
 def with_methods_defaults(recipe: _Recipe) -> _Recipe:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from localprop.decoders import build_decoder
 from localprop.decoders.common import Decoder
 from localprop.errors import warn_renamed
 from localprop.features import Layout
-from localprop.heads import build_head
+from localprop.heads import HEADS, build_head
+from localprop.heads.common import Place
 from localprop.tasks.base import Task
 from localprop.tracing.units import Unit
 
@@ -32,6 +33,8 @@ class ModuleSpec:
         decoder: name of the decoder.
         mean, std: per channel, with which images are normalised.
         following: the units after the module, in order, each with the layout of its output; none after the last module.
+        place: where the head stands, for heads that resemble what follows.
+        head_options: the head's options.
         ahead: layout of what the head reads, where that is not the module's output; see `Recipe.reach`.
     """
 
@@ -47,6 +50,8 @@ class ModuleSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     following: tuple[tuple[Unit, Layout], ...] = ()
+    place: Place | None = None
+    head_options: dict[str, Any] = field(default_factory=dict, hash=False)
     ahead: Layout | None = None
 
     @property
@@ -65,6 +70,9 @@ class ModuleSpec:
         Args:
             outputs: how many numbers it gives for each example; default: a prediction like the network's.
         """
+        kind = HEADS.lookup(self.head)
+        if getattr(kind, "needs_place", False):
+            return kind(self.seen, outputs, self.place, **self.head_options)
         if outputs is not None:
             return build_head(self.head, self.seen, outputs)
         return self.task.head(self.head, self.seen, self.prediction)

@@ -165,9 +165,14 @@ class LocalModule(nn.Module):
         return recomputing() if recomputation == "cheap" and not self.recompute else nullcontext()
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that the backbone exempts from weight decay; timm's optimizers ask for them."""
+        """Names of parameters that the backbone exempts from weight decay; timm's optimizers ask for them.
+
+        A head's copies of these are exempt, too.
+        """
         exempt = getattr(self._backbone[0], "no_weight_decay", None)
-        return set(exempt()) if exempt else set()
+        names = set(exempt()) if exempt else set()
+        own = (f"auxiliary.{name}" for name, _ in self.auxiliary.named_parameters() if names)
+        return names | {name for name in own if any(name.endswith(f".{other}") for other in names)}
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
@@ -25,7 +25,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             memo[id(tensor)] = fake
     for module in model.modules():
         memo.update({id(t): t.detach().cpu() for t in vars(module).values() if isinstance(t, Tensor)})
-        memo.update({id(getattr(module, hooks)): OrderedDict() for hooks in _HOOKS})
+        memo.update({id(getattr(module, hooks)): OrderedDict() for hooks in HOOKS})
     return copy.deepcopy(model, memo)
 
 
