@@ -283,3 +283,16 @@ def test_values_of_earlier_units_move_with_the_head():
     assert kept
     assert not any(name.startswith("handed_") for name in head.state_dict())
     assert all(buffer.dtype == torch.bfloat16 for name, buffer in head.bfloat16().named_buffers() if "handed_" in name)
+
+
+@pytest.mark.parametrize("reach", [0, 1])
+@pytest.mark.parametrize("name", ["swin", "vit", "resnet"])
+def test_heads_of_all_that_follows_predict_what_the_network_does(name, reach):
+    """So a head that reads ahead continues where it reads, and not where its module ends."""
+    options = {"depth": ALL, "tau": 0, "copy": True}
+    net = split(name, 3, "greedy", head="successor", head_kwargs=options, reach=reach)
+    with torch.no_grad():
+        predictions = net.eval().module_predictions(batch()[0])
+    assert all(torch.equal(prediction, predictions[-1]) for prediction in predictions)
+    net.train().backward(*batch(), seed=0)
+    assert all(p.grad is not None for module in net.local_modules for p in module.parameters())
