@@ -1,6 +1,8 @@
 """Methods that are made of parts: what they fill in, and what a user's own choice does."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -64,6 +66,18 @@ def test_auglocal_resumes_as_it_was(tmp_path):
     assert (recorded["head"], recorded["head_kwargs"]) == ("successor", {"depth": 1, "tau": 0.5, "copy": None})
     assert main(["train", "--resume", str(stopped / "run")]) == 0
     weights, expected = (load_file(folder / "run" / "model.safetensors") for folder in (stopped, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.processes
+def test_auglocal_with_the_kinetic_term_has_the_same_bits_in_processes(tmp_path):
+    flags = ["--method", "auglocal", "--kinetic", "0.1", "--drop-path", "0.1", "--modules", "2", "--device", "cpu"]
+    flags += ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(2,2)", "num_heads=(1,2)"]
+    flags += ["--batch-size", "64", "--epochs", "1", "--steps", "8", "--experiment", "run"]
+    assert main(["train", *flags, "--output", str(tmp_path / "one")]) == 0
+    parallel = ["--parallel", "modules", "--nproc", "2", "--output", str(tmp_path / "two")]
+    subprocess.run([sys.executable, "-m", "localprop", "train", *flags, *parallel], check=True, timeout=240)
+    weights, expected = (load_file(tmp_path / folder / "run" / "model.safetensors") for folder in ("two", "one"))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 

@@ -108,6 +108,28 @@ def test_the_predicted_peak_follows_heads_that_resemble_what_follows(name):
     check(network(name, "feature-reconstruction", head="successor", head_kwargs={"depth": 1}), amp=name == "vit")
 
 
+@pytest.mark.parametrize("name", ["swin", "vit", "resnet", "mlp"])
+def test_the_predicted_peak_follows_the_kinetic_term(name):
+    check(network(name, "trgl"))
+    check(network(name, "end-to-end", kinetic=0.1))
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("name", ["swin", "vit"])
+def test_the_kinetic_term_keeps_nothing(name, amp):
+    config = OptimConfig(amp=amp)
+    plain, more = (simulate_step(network(name, "greedy", kinetic=k), config, BATCH, SIZE) for k in (0.0, 0.1))
+    # A gradient as large as the features waits while a block's backward runs.
+    features = BATCH * {"swin": 16 * 16 * 24, "vit": 65 * 48}[name] * 4
+    assert 0 < more.peak - plain.peak <= features + 64
+    assert more.parts["activations"] == pytest.approx(plain.parts["activations"], abs=64)
+    on_cuda = [
+        simulate_step(network(name, "greedy", kinetic=k), config, BATCH, SIZE, "cuda").parts["activations"]
+        for k in (0.0, 0.1)
+    ]
+    assert on_cuda[0] == pytest.approx(on_cuda[1], abs=4096)
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", ["swin", "resnet"])
 def test_the_predicted_peak_follows_the_decoder(name, decoder):

@@ -53,7 +53,10 @@ def kinetic_energy(output: Tensor, features: Tensor) -> Tensor:
     """The mean of (output - features)^2, computed in float32: TRGL's term for a block.
 
     It keeps references to both tensors for backward, which a block and what follows it mostly keep anyway, and nothing
-    else. The source's term is the mean square of each residual branch; a block with two branches is one step here.
+    else. (Not kept anyway is what the next block takes in another type, as a layer norm of bfloat16 on CUDA does, and
+    what a downsampling takes in another order.) In backward the gradient of the input waits while the block's backward
+    runs: that is one feature map more at the peak. The source's term is the mean square of each residual branch; a
+    block with two branches is one step here.
 
     Args:
         output: (B, ...) what a block gives.
