@@ -161,8 +161,6 @@ def _read_ahead(module: LocalModule, following: LocalModule, carry: Carry, scali
                 own[0].grad += carry.gradient.abs().amax() * 0
         carry.losses[-1] = carry.losses[-1] + judged.detach()
     carry.ahead = seen
-    if following.frozen:
-        carry.ahead, carry.energies = seen.detach(), []
     return None if prediction is None else prediction.detach()
 
 
