@@ -4,9 +4,8 @@ localprop train --plugin examples/own_method.py --method predsim
 localprop bench examples/own_suite.yaml --plugin examples/own_method.py   compares it with the other methods
 python examples/own_method.py [EPOCHS]     trains in a loop of your own, 4 epochs on scikit-learn's digits by default
 
-Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019. A module's features of two
-images should be alike if the images are of one class, and differ otherwise. So the loss fits the cosine similarities of
-a batch's features to those of its labels.
+Source: Noekland and Eidnes, Training Neural Networks with Local Error Signals, ICML 2019. The loss fits the cosine
+similarities of a batch's features to those of its labels.
 """
 
 import sys
@@ -21,7 +20,7 @@ import localprop
 
 
 @localprop.METHODS.register("predsim")
-class PredSim(localprop.LocalLoss):
+class PredSim(localprop.HeadLoss):
     """(1 - `beta`) x the task's loss of a linear head + `beta` x mean squared difference of the similarities.
 
     Args:
@@ -33,22 +32,24 @@ class PredSim(localprop.LocalLoss):
     uses_inputs = False  # the loss does not look at the images, so they are freed early
 
     def __init__(self, spec: localprop.ModuleSpec, beta: float = 0.99) -> None:
-        super().__init__()
-        self.beta, self.task, self.layout, self.classes = beta, spec.task, spec.output, spec.prediction[-1]
-        self.head = nn.Linear(spec.output.channels, self.classes)
+        super().__init__(spec)
+        self.beta, self.layout, self.seen, self.classes = beta, spec.output, spec.seen, spec.prediction[-1]
+        self.head = nn.Linear(spec.seen.channels, self.classes)
         self.project = nn.Linear(spec.output.channels, spec.output.channels)
 
-    def forward(self, output: Tensor, features: Tensor, inputs: None, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `localprop.LocalLoss.forward`."""
-        logits = self.predict(output)
+    def judge(self, seen: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's term, and its logits."""
+        return (1 - self.beta) * self.task.loss(logits := self.predict(seen), targets), logits
+
+    def rest(self, output: Tensor, features: Tensor, inputs: None, targets: Tensor) -> Tensor:
+        """The other term, which reads the output."""
         classes = targets if targets.is_floating_point() else F.one_hot(targets, self.classes).float()
         similar = similarities(self.project(self.layout.tokens(output)).std(1))
-        difference = F.mse_loss(similar, similarities(classes))
-        return (1 - self.beta) * self.task.loss(logits, targets) + self.beta * difference, logits
+        return self.beta * F.mse_loss(similar, similarities(classes))
 
     def predict(self, output: Tensor) -> Tensor:
-        """The head's logits; `pooled` reads features in any layout of a backbone."""
-        return self.head(self.layout.pooled(output))
+        """The head's logits for the output, or for what the next module's first blocks make of it."""
+        return self.head(self.seen.pooled(output))
 
 
 def similarities(vectors: Tensor) -> Tensor:

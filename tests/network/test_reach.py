@@ -67,7 +67,7 @@ def two_forwards(net, images, labels, seed, parts=1):
                 add(trained, grad([total / parts if parts > 1 else total], trained))
             else:
                 leaf = output.detach().requires_grad_()
-                rest = loss.rest(leaf, features, images)
+                rest = loss.rest(leaf, features, images, labels)
                 total = output.new_zeros((), dtype=torch.float32) if rest is None else rest.detach()
                 from_rest = None
                 if rest is not None:

@@ -66,7 +66,7 @@ class FeatureReconstruction(TaskTerm):
         self.decoder = spec.build_decoder(spec.input) if self.weight else None
         self.sampled = _sampled(self.decoder, sample, spec.decoder) if self.decoder else None
 
-    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor | None:
+    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor) -> Tensor | None:
         """The weighted error of the rebuilt input; see `HeadLoss.rest`."""
         if self.decoder is None:
             return None

@@ -73,7 +73,7 @@ class InfoPro(TaskTerm):
         self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1), persistent=False)
 
-    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor | None:
+    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor) -> Tensor | None:
         """The weighted cross-entropy of the rebuilt image; see `HeadLoss.rest`."""
         if self.decoder is None:
             return None

@@ -173,7 +173,7 @@ class HeadLoss(LocalLoss):
         self.task = spec.task
 
     def judge(self, seen: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The head's term.
+        """The head's term. All that it trains is the head.
 
         Args:
             seen: what the head reads: the module's output, or what the next module's first blocks make of it.
@@ -185,7 +185,7 @@ class HeadLoss(LocalLoss):
         prediction = self.predict(seen)
         return None if prediction is None else self.task.loss(prediction, targets), prediction
 
-    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None) -> Tensor | None:
+    def rest(self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor) -> Tensor | None:
         """All other terms (a scalar), None where there are none; arguments are those of `forward`."""
         return None
 
@@ -194,7 +194,7 @@ class HeadLoss(LocalLoss):
     ) -> tuple[Tensor, Tensor | None]:
         """See `LocalLoss.forward`: the sum of both parts, where the head reads the output."""
         judged, prediction = self.judge(output, targets)
-        rest = self.rest(output, features, inputs)
+        rest = self.rest(output, features, inputs, targets)
         terms = [term for term in (judged, rest) if term is not None]
         return sum(terms[1:], terms[0]), prediction
 

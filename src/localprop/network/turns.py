@@ -125,7 +125,7 @@ def _run(module: LocalModule, carry: Carry, scaling: Scaling) -> None:
     with _remembering(module):
         output = module(carry.take(), carry.context, module.shared, None, energies)
         leaf = output.detach().requires_grad_(output.requires_grad)
-        rest = loss.rest(leaf, carry.features, carry.inputs)
+        rest = loss.rest(leaf, carry.features, carry.inputs, carry.targets)
     total = output.new_zeros((), dtype=torch.float32)
     if rest is not None:
         rest = _counted(rest, carry)
