@@ -57,6 +57,17 @@ def test_what_is_compared_may_differ_in_all_else():
     assert [s.label for s in comparison.series] == ["end-to-end", "greedy, lr 0.0001", "greedy, linear head, lr 0.001"]
 
 
+def test_a_part_that_is_off_has_no_name():
+    parts = [make_record("greedy", 4, reach=r, kinetic=k) for r, k in ((0, 0.0), (1, 0.0), (0, 0.1), (1, 0.1))]
+    (comparison,) = comparisons_of([make_record(reach=0), make_record(seed=2, reach=1), *parts])
+    names = ["greedy", "greedy, kinetic 0.1", "greedy, reach 1", "greedy, reach 1, kinetic 0.1"]
+    assert comparison.series[0].label == "end-to-end"
+    assert len(comparison.series[0].records) == 2
+    assert sorted(sorted(s.label.split(", ")) for s in comparison.series[1:]) == sorted(
+        sorted(name.split(", ")) for name in names
+    )
+
+
 def test_accuracies_on_validation_and_test_images_are_apart():
     other = make_record()
     other.result["evaluated_on"] = "validation"

@@ -18,7 +18,7 @@ _QUIET = ("measure", "model_kwargs", "amp_dtype", "batch_size", "source", "epoch
 # What the result of a run does not depend on. Results of version 0.1 may have those that are left out today.
 _FREE = free("record") | {"plugin", "hold_on_device"}
 # What end-to-end training has no use for, and with one module: runs of it that differ in these are the same run.
-_AUXILIARY = {"decoder", "head", "method_kwargs"}
+_AUXILIARY = {"decoder", "head", "head_kwargs", "reach", "method_kwargs"}
 _DIVISION = {"modules", "partition", "cuts", "min_depth", "budget"}
 
 

@@ -12,6 +12,7 @@ from localprop.settings.flat import to_flat
 DEFAULTS = to_flat(TrainConfig())
 _KINDS = ("decoder", "head", "partition")  # their values are words that need a noun: "conv decoder"
 _NAMES = {"grad_checkpointing": "checkpointing"}
+_OFF = {"reach": 0, "kinetic": 0.0}  # recorded by runs without a part
 
 
 def usual_values(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -76,7 +77,8 @@ def _differ(key: str, configs: Sequence[dict[str, Any]]) -> bool:
 def _word(key: str, value: Any) -> str:
     """One setting in words; empty where it is off or left to its default."""
     name = _NAMES.get(key, key.replace("_", " "))
-    if value is None or value == {} or (value is False and DEFAULTS.get(key) is False):
+    off = (value is False and DEFAULTS.get(key) is False) or (key in _OFF and value == _OFF[key])
+    if value is None or value == {} or off:
         return ""
     if isinstance(value, bool):
         return name if value else f"no {name}"
