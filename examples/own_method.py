@@ -44,8 +44,8 @@ class PredSim(localprop.HeadLoss):
     def rest(self, output: Tensor, features: Tensor, inputs: None, targets: Tensor) -> Tensor:
         """The other term, which reads the output."""
         classes = targets if targets.is_floating_point() else F.one_hot(targets, self.classes).float()
-        similar = similarities(self.project(self.layout.tokens(output)).std(1))
-        return self.beta * F.mse_loss(similar, similarities(classes))
+        features = self.project(self.layout.tokens(output)).std(1)
+        return self.beta * F.mse_loss(similarities(features), similarities(classes))
 
     def predict(self, output: Tensor) -> Tensor:
         """The head's logits for the output, or for what the next module's first blocks make of it."""
@@ -54,8 +54,7 @@ class PredSim(localprop.HeadLoss):
 
 def similarities(vectors: Tensor) -> Tensor:
     """Cosine similarities (B, B) of the rows of `vectors` (B, D), each less its mean."""
-    rows = F.normalize(vectors - vectors.mean(1, keepdim=True), dim=1)
-    return rows @ rows.T
+    return (rows := F.normalize(vectors - vectors.mean(1, keepdim=True), dim=1)) @ rows.T
 
 
 if __name__ == "__main__":
