@@ -200,7 +200,7 @@ from localprop.tasks.classification import Classification
 
 STEPS = 8
 job = join("cpu")
-module = Toy(local_loss=Toy(uses_inputs=False), reads=set())
+module = Toy(local_loss=Toy(uses_inputs=False), reads=set(), shared=0)
 stage = PipelineStage(job, Placement((range(1), range(1, 2))), Toy(local_modules=[module, module]))
 way = stage.way_back()
 images = [torch.full((2, 3), float(step)) for step in range(STEPS)]
@@ -210,7 +210,7 @@ came = []
 for step, carry in enumerate(stage.train_batches(data, 0, 2, 1, job.device, range(STEPS))):
     if job.rank == 0:  # the gradient of a batch is used once the next one is on its way
         weight = carry.features + 1
-        stage.send(Carry(weight, carry.targets, losses=[torch.zeros(())]), 0)
+        stage.send(Carry(weight, carry.targets, losses=[torch.zeros(())]))
         if step:
             came.append(way.receive())
     else:

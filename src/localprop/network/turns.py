@@ -71,6 +71,17 @@ def turn(modules: Sequence[LocalModule], k: int) -> tuple[Phase, ...]:
     return (Phase(k, "whole"),)
 
 
+def turns(modules: Sequence[LocalModule], own: range) -> tuple[Phase, ...]:
+    """The phases of a batch in a process that trains the modules `own`, in order.
+
+    A head that reads ahead is trained where the module is whose units it reads. So the phase "ahead" of the module
+    before these comes first, and that of the last of them is left to the next process.
+    """
+    before = [Phase(own.start - 1, "ahead")] if modules[own.start].shared else []
+    phases = [*before, *(phase for k in own for phase in turn(modules, k))]
+    return tuple(phase for phase in phases if phase != (own.stop - 1, "ahead"))
+
+
 def run_phase(modules: Sequence[LocalModule], phase: Phase, carry: Carry, scaling: Scaling) -> Tensor | None:
     """Runs a phase of a turn on a batch.
 

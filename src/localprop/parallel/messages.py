@@ -43,8 +43,15 @@ class Sender:
 
     def wait_for_room(self) -> None:
         """Returns when one more may be sent."""
+        self._wait(IN_FLIGHT - 1)
+
+    def settle(self) -> None:
+        """Returns when all that was sent is taken."""
+        self._wait(0)
+
+    def _wait(self, most: int) -> None:
         with self._job.talking(f"rank {self._rank}"):
-            while len(self._pending) >= IN_FLIGHT:
+            while len(self._pending) > most:
                 works, _ = self._pending.popleft()
                 for work in works:
                     work.wait()
@@ -67,13 +74,17 @@ class Sender:
 
 
 class Receiver:
-    """Receives batches from another stage, `IN_FLIGHT` ahead of the one that is worked on.
+    """Receives batches from another stage, some of them ahead of the one that is worked on.
 
-    Arguments are those of `Sender`.
+    Args:
+        job: as of `Sender`, and so the next two.
+        rank: see there.
+        group: see there.
+        ahead: how many at most.
     """
 
-    def __init__(self, job: Job, rank: int, group: dist.ProcessGroup | None = None) -> None:
-        self._job, self._rank, self._group = job, rank, group
+    def __init__(self, job: Job, rank: int, group: dist.ProcessGroup | None = None, ahead: int = IN_FLIGHT) -> None:
+        self._job, self._rank, self._group, self._ahead = job, rank, group, ahead
         self._posted: deque[tuple[list[Any], list[Tensor]]] = deque()
 
     def in_flight(self) -> list[Tensor]:
@@ -83,7 +94,7 @@ class Receiver:
     @property
     def full(self) -> bool:
         """Whether that is as much as may be."""
-        return len(self._posted) == IN_FLIGHT
+        return len(self._posted) == self._ahead
 
     def one(self) -> Carry:
         """The next batch, which comes with its form."""
@@ -96,7 +107,7 @@ class Receiver:
             return
         form = self._form()
         for left in range(count, 0, -1):
-            while len(self._posted) < min(left, IN_FLIGHT + 1):
+            while len(self._posted) < min(left, self._ahead + 1):
                 self._posted.append(self._post(form))
             yield self._take(form, self._posted.popleft())
 
@@ -128,7 +139,7 @@ class Receiver:
 class WayBack:
     """One hop back: from each stage to the one before it, beside the batches that go forward.
 
-    It is for losses that read ahead, where the stage after has a gradient for what it received. No method needs it yet.
+    It is for heads that read ahead, where the stage after has a gradient for what it received.
     It has connections of its own: on those of the batches, which NCCL uses in the order of the calls, each of two
     stages could wait for the other.
 
@@ -160,3 +171,8 @@ class WayBack:
     def in_flight(self) -> list[Tensor]:
         """What has been sent back and is not known to be received."""
         return self._sender.in_flight() if self._sender else []
+
+    def settle(self) -> None:
+        """Returns when all that was sent back is received."""
+        if self._sender:
+            self._sender.settle()

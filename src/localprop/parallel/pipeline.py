@@ -14,7 +14,7 @@ from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
 from localprop.parallel.job import Job
 from localprop.parallel.messages import Receiver, Sender, WayBack
-from localprop.parallel.placement import Placement
+from localprop.parallel.placement import IN_FLIGHT, Placement
 from localprop.parallel.replicas import Replicas
 from localprop.parallel.timeline.traces import recorder_for, write_trace
 from localprop.training.stage import Stage, Waiting
@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 class PipelineStage(Stage):
     """A process that trains some of the modules: it receives from the stage before and sends to the next.
+
+    Where a head reads ahead into the next stage, it sends a batch in the middle of its step, and waits there for the
+    gradient. So there is one batch at a time between the two, and one graph in memory.
 
     The last one knows all losses, and reports. The first one decides when to stop: its word travels with the batches,
     so that every process stops after the same one. Replicas are pipelines side by side, each for a part of every
@@ -49,12 +52,17 @@ class PipelineStage(Stage):
         self.reporter = placement.reporter
         self.reports = job.rank == self.reporter
         self._last = stage == len(placement.stages) - 1
-        self._receiver = Receiver(job, job.rank - 1) if stage else None
+        shared = [bool(net.local_modules[modules.start].shared) for modules in placement.stages] + [False]
+        self._gives_back, self._gets_back = shared[stage : stage + 2]
+        ahead = 1 if self._gives_back else IN_FLIGHT  # the one before waits for the gradient of that
+        self._receiver = Receiver(job, job.rank - 1, ahead=ahead) if stage else None
         self._sender = None if self._last else Sender(job, job.rank + 1)
         self._looks = any(net.local_modules[k].local_loss.uses_inputs for k in self.modules)
         later = net.local_modules[self.modules.stop :]
         self._needed_later = {name for module in later for name in module.reads}
         self._ways_back: list[WayBack] = []
+        self._way_back = self.way_back() if any(shared) else None
+        self.exchange = self if self._gives_back or self._gets_back else None
         self._training = self._announced = False
         self._signal, self._asked = 0, 0.0
 
@@ -121,8 +129,40 @@ class PipelineStage(Stage):
             for _ in range(-(-data.test_size // batch_size)):
                 yield [self._receiver.one() for _ in range(models)]
 
-    def send(self, carry: Carry, signal: int) -> None:
+    def send(self, carry: Carry) -> None:
         """See `Stage.send`."""
+        if not (self._gets_back and self._training):
+            self._send(carry)
+
+    def give_back(self, carry: Carry) -> None:
+        """See `Exchange.give_back`."""
+        assert self._way_back is not None
+        # In the place of what there is not, something of another shape: nothing can be sent of size 0.
+        gradient = carry.features.new_zeros(()) if carry.gradient is None else carry.gradient
+        scale = carry.features.new_zeros(1) if carry.scale is None else carry.scale
+        carry.gradient = carry.scale = None
+        with self.span("back"):
+            self._way_back.send(Carry(gradient, scale, losses=carry.losses[-1:]))
+
+    def settle(self) -> None:
+        """See `Exchange.settle`."""
+        assert self._way_back is not None
+        self._way_back.settle()
+
+    def hand_on(self, carry: Carry) -> None:
+        """See `Exchange.hand_on`."""
+        assert self._way_back is not None
+        assert self._sender is not None
+        self._send(carry)
+        with self.span("gradient"):
+            back = self._way_back.receive()
+        self._sender.settle()
+        carry.losses[-1:] = back.losses
+        carry.gradient = back.features if back.features.dim() else None
+        carry.scale = None if back.targets.dim() else back.targets
+
+    def _send(self, carry: Carry) -> None:
+        signal = self.signals.number
         if self._receiver is None:
             carry.stop = self._asked_to_stop(signal)
         elif signal and not self._signal:
@@ -160,7 +200,7 @@ class PipelineStage(Stage):
         """See `Stage.gather`."""
         return self._job.gather(value)
 
-    def stop_after(self, stop: int, signal: int) -> int:
+    def stop_after(self, stop: int) -> int:
         """See `Stage.stop_after`."""
         return stop
 

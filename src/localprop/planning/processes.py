@@ -89,7 +89,7 @@ def share_out(
         StageTime(own.seconds, output=parts * size, gradients=_trained(net, modules))
         for own, size, modules in zip(steps, [*entries, 0], layout.stages, strict=True)
     ]
-    waiting = in_flight([own.entry for own in steps])
+    waiting = in_flight(net, layout.stages, [own.entry for own in steps])
     return Processes(
         ranks=list(layout.stages),
         units=[[unit for k in modules for unit in net.local_modules[k].units] for modules in layout.stages],
@@ -100,13 +100,19 @@ def share_out(
     )
 
 
-def in_flight(entries: Sequence[int]) -> list[int]:
+def in_flight(net: LocalNetwork, stages: Sequence[range], entries: Sequence[int]) -> list[int]:
     """Bytes that each stage holds besides its step: (micro-)batches received ahead, and sent and not known to be taken.
 
     Args:
+        net: the network.
+        stages: the modules of each stage.
         entries: of each stage, the bytes of a micro-batch as it comes there; see `PredictedStep.entry`.
     """
-    return [IN_FLIGHT * (came + left) for came, left in pairwise([0, *entries[1:], 0])]
+    # Where a head reads ahead, what was sent is taken before its step ends, and one more may come.
+    shared = [bool(net.local_modules[modules.start].shared) for modules in stages[1:]]
+    came = [(1 if own else IN_FLIGHT) * entry for own, entry in zip(shared, entries[1:], strict=True)]
+    left = [0 if own else IN_FLIGHT * entry for own, entry in zip(shared, entries[1:], strict=True)]
+    return [one + other for one, other in zip([0, *came], [*left, 0], strict=True)]
 
 
 def _trained(net: LocalNetwork, modules: range) -> int:

@@ -128,7 +128,7 @@ def _build_trainer(
     if not stage.needs_inputs:
         experiment.data.release()
     steps = experiment.steps_per_epoch
-    state = TrainingState(net, config.optim, steps, device, stage.modules, stage.average, stage.span)
+    state = TrainingState(net, config.optim, steps, device, stage.modules, stage.average, stage.span, stage.exchange)
     lock = None
     if stage.reports:
         earlier = folder_of_job(job.name, config) if job.name and job.attempt and not resumed else None
@@ -213,7 +213,7 @@ def _predict(experiment: Experiment, net: LocalNetwork, placement: Placement, jo
     problems = [line for line in known if isinstance(line, str)]
     if problems:
         return None, problems[:1]
-    waiting = in_flight([entry for _, entry in known])
+    waiting = in_flight(net, placement.stages, [entry for _, entry in known])
     peaks = [peak + more for (peak, _), more in zip(known, waiting, strict=True)]
     rank = peaks.index(max(peaks))
     return peaks[rank], [

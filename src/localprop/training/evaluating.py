@@ -10,7 +10,6 @@ from localprop.data.base import Data
 from localprop.network.carry import Carry
 from localprop.settings.config import TrainConfig
 from localprop.training.scores import Scores, Tally, sums_of
-from localprop.training.signals import StopSignals
 from localprop.training.stage import Stage
 from localprop.training.state import TrainingState, autocast
 
@@ -21,7 +20,6 @@ def evaluate_network(
     data: Data,
     config: TrainConfig,
     device: torch.device,
-    signals: StopSignals,
     stop_if_asked: Callable[[int], None],
 ) -> Scores | None:
     """Evaluates a network on the test images of a dataset.
@@ -32,7 +30,6 @@ def evaluate_network(
         data: whose test images are taken.
         config: the run's settings.
         device: where the network is.
-        signals: those that came to this process.
         stop_if_asked: is called after each batch, with its `Carry.stop`.
 
     Returns:
@@ -50,7 +47,7 @@ def evaluate_network(
             for carry, model in zip(carries, (None, averaged), strict=False):
                 with autocast(optim, device):
                     _run(state, stage.modules, carry, model)
-                stage.send(carry, signals.number)
+                stage.send(carry)
             if stage.reports:
                 final = carries[-1]
                 sums = net.task.sums(final.features, final.targets)

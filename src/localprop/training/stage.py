@@ -13,7 +13,8 @@ from localprop.data.base import Data
 from localprop.network.carry import Carry
 from localprop.tasks.base import Batch, share_of_step
 from localprop.training.checkpoints.saving import begin_checkpoint, publish, write_parts
-from localprop.training.state import TrainingState
+from localprop.training.signals import StopSignals
+from localprop.training.state import Exchange, TrainingState
 
 T = TypeVar("T")
 
@@ -43,19 +44,23 @@ class Stage:
         replicas: how many they are.
         reporter: the process that knows all losses, and so writes results and shows progress.
         reports: whether this is the reporter.
+        signals: those that come to this process while it trains.
+        exchange: what is exchanged in the middle of a step; None where no head reads ahead across processes.
     """
 
     name = "1 process"
     replica, replicas = 0, 1
     reporter, reports = 0, True
+    exchange: Exchange | None = None
 
     def __init__(self, modules: range, own_part: Callable[[Batch], Batch] | None = None) -> None:
         self.modules = modules
         self._own_part = own_part
+        self.signals = StopSignals()
         self._batch: list[Tensor] = []  # whose micro-batches are being trained on
 
-    # Batches: one of several processes receives them from the stage before, and sends them to the next. What a loss
-    # that reads ahead has for the stage before goes one hop back, by `PipelineStage.way_back`.
+    # Batches: one of several processes receives them from the stage before, and sends them to the next. Where a head
+    # reads ahead, its gradient goes one hop back, to the stage before (`exchange`).
 
     def train_batches(
         self, data: Data, epoch: int, batch_size: int, micro_batches: int, device: torch.device, steps: range
@@ -75,8 +80,8 @@ class Stage:
         for inputs, targets in data.test_batches(batch_size, device):
             yield [Carry(inputs, targets) for _ in range(models)]
 
-    def send(self, carry: Carry, signal: int) -> None:
-        """Hands a batch to the next stage; `signal` is the number of one that came to this process, or 0.
+    def send(self, carry: Carry) -> None:
+        """Hands a batch to the next stage, unless that was done in its step already.
 
         Where this process reports, the batch then has the losses to report.
         """
@@ -91,14 +96,13 @@ class Stage:
         """What each process gives, by rank; all call this together. Values are such as JSON has."""
         return [value]
 
-    def stop_after(self, stop: int, signal: int) -> int:
+    def stop_after(self, stop: int) -> int:
         """The number of the signal after which every process stops, once it has sent a batch; 0 to continue.
 
         Args:
             stop: the batch's `Carry.stop`.
-            signal: the number of the signal that came to this process; 0 for none.
         """
-        return signal
+        return self.signals.number
 
     def weights(self, state: TrainingState) -> dict[str, Tensor]:
         """The evaluated backbone's state dict, where this process reports; else some of it."""

@@ -2,28 +2,44 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from localprop.errors import CheckpointError, NonFiniteLossError, first_line
+from localprop.errors import NonFiniteLossError
 from localprop.memory.measure import plain_tensors
 from localprop.network.carry import Carry
 from localprop.network.graphs import GraphPool
 from localprop.network.network import LocalNetwork
-from localprop.network.turns import Phase
+from localprop.network.turns import Phase, turns
 from localprop.settings.config import OptimConfig
 from localprop.system.reading import Malformed
-from localprop.training.checkpoints.parts import load_share, part_name
-from localprop.training.checkpoints.restoring import check_part, load_optimizer
+from localprop.training.checkpoints.parts import load_part, part_name, part_of
+from localprop.training.checkpoints.restoring import check_part
 from localprop.training.optimizers import RatesOnDevice, create_optimizer, create_scheduler, masks_its_step
 from localprop.training.stepping.captured import CapturedSteps
 from localprop.training.stepping.mask import Mask
 from localprop.training.stepping.moving_average import AverageOnDevice
 from localprop.training.stepping.offload import Offload
 from localprop.training.stepping.steps import OptimizerSteps
+
+
+class Exchange(Protocol):
+    """What a process exchanges with its neighbours in the middle of a step, where heads read ahead."""
+
+    def give_back(self, carry: Carry) -> None:
+        """Takes the gradient off a batch that the head of the module before has for it, and sends it back."""
+
+    def hand_on(self, carry: Carry) -> None:
+        """Sends a batch to the next process, and waits for what the head of the last module here has for it.
+
+        The batch then has that gradient, its scale, and all of the module's loss.
+        """
+
+    def settle(self) -> None:
+        """Returns when what was given back is taken."""
 
 
 class TrainingState:
@@ -37,6 +53,7 @@ class TrainingState:
         modules: those that are trained by this process; all, if left out. The network gives up the others' weights.
         average: replaces a module's gradients, in place, by their mean over processes that train the same module.
         span: given "compute" and a module, a context in which that module takes its step.
+        exchange: where a head reads ahead into another process, or from one: what is exchanged with it.
         delayed: whether the host learns of NaN and infinity later and does not wait for the device; default: on CUDA.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
@@ -52,14 +69,15 @@ class TrainingState:
         modules: range | None = None,
         average: Callable[[list[Tensor]], None] | None = None,
         span: Callable[[str, int], AbstractContextManager[Any]] | None = None,
+        exchange: Exchange | None = None,
         delayed: bool | None = None,
     ) -> None:
         self.net = net
         self.config = config
         self.step = 0
-        self.average, self.span = average, span
+        self.average, self.span, self.exchange = average, span, exchange
         self.modules = modules or range(len(net.local_modules))
-        self.phases: Sequence[Phase] = [phase for k in self.modules for phase in net.turn(k)]
+        self.phases: Sequence[Phase] = turns(net.local_modules, self.modules)
         self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
@@ -143,8 +161,19 @@ class TrainingState:
                 self.net.seed_phase(phase, seed)
                 self.run_phase(phase, carry, last)
                 self.finish_phase(phase, carry.losses[-1], last)
+            if phase.module < self.modules.start:
+                self._others.give_back(carry)
+            elif phase.kind == "forward" and phase.module + 1 == self.modules.stop:
+                self._others.hand_on(carry)
+        if self.exchange:
+            self.exchange.settle()
         if last:
             self.update_average()
+
+    @property
+    def _others(self) -> Exchange:
+        assert self.exchange is not None, "a head reads ahead into another process"
+        return self.exchange
 
     def run_phase(self, phase: Phase, carry: Carry, last: bool) -> None:
         """What the device does in a phase of a module's turn; the module's step too, if that is masked."""
@@ -155,7 +184,11 @@ class TrainingState:
 
     def finish_phase(self, phase: Phase, loss: Tensor, last: bool) -> None:
         """What the host does after that, without a mask: it checks the loss and the gradients, and steps."""
-        if phase.done and not self.mask:
+        if phase.module < self.modules.start:
+            # Its own process checks this too, but later: this one must not go on.
+            if not (self.mask or self.scalers[0] or loss.isfinite()):
+                raise self.steps.finite.loss_error(phase.module, loss.item(), self.step + 1)
+        elif phase.done and not self.mask:
             self.steps.step_checked(phase.module - self.modules.start, loss, self.step + 1, last, self.average)
 
     def update_average(self) -> None:
@@ -221,21 +254,11 @@ class TrainingState:
         if self.steps.offload:
             self.steps.offload.synchronize()
         shares = self.net.shares()
-        weights = self.net.backbone.state_dict()
-        averages = self.ema.module.state_dict() if self.ema else {}
         parts: dict[str, Any] = {}
         with self._plain_rates():
             optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         for k, optimizer, scaler in zip(self.modules, optimizers, self.scalers, strict=True):
-            part = {
-                "backbone": {name: weights[name] for name in shares[k]},
-                "auxiliary": self.net.local_modules[k].auxiliary_state(),
-                "optimizer": optimizer,
-            }
-            if self.ema:
-                part["ema"] = {name: averages[name] for name in shares[k]}
-            if scaler:
-                part["scaler"] = scaler.state_dict()
+            part = part_of(self.net, k, shares[k], optimizer, scaler, self.ema)
             self.steps.finite.require_part(k, part, self.step)
             parts[part_name(k)] = part
         return parts
@@ -268,23 +291,10 @@ class TrainingState:
         shares = self.net.shares()
         if self._rates:
             self._rates.unset()  # which those of the checkpoint are compared with
-        try:
-            for i, k in enumerate(self.modules):
-                part = parts[part_name(k)]
-                load_share(self.net.backbone, part["backbone"], shares[k])
-                self.net.local_modules[k].load_auxiliary_state(part["auxiliary"])
-                load_optimizer(self.optimizers[i], part["optimizer"])
-                if self.steps.offload:
-                    self.steps.offload.release(i)
-                if self.ema:
-                    load_share(self.ema.module, part["ema"], shares[k])
-                if scaler := self.scalers[i]:
-                    scaler.load_state_dict(part["scaler"])
-        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"the checkpoint does not fit the network ({first_line(error)}); resume with the versions of localprop "
-                "and timm that the run was started with"
-            ) from None
+        for i, k in enumerate(self.modules):
+            load_part(self.net, k, shares[k], parts, self.optimizers[i], self.scalers[i], self.ema)
+            if self.steps.offload:
+                self.steps.offload.release(i)
         self.step = step
 
 

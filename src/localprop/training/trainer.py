@@ -29,7 +29,7 @@ from localprop.training.outputs import CHECKPOINTS, Outputs
 from localprop.training.position import Clock, Position, read_position
 from localprop.training.records import StepRecords
 from localprop.training.scores import Scores
-from localprop.training.signals import Interrupted, StopSignals
+from localprop.training.signals import Interrupted
 from localprop.training.stage import Stage
 from localprop.training.state import TrainingState, autocast
 from localprop.training.stepping.captured import use_graphs
@@ -82,7 +82,7 @@ class Trainer:
         self.outputs = Outputs(folder, title, data.evaluated_on, count, steps, self.steps_per_epoch, lock, measures)
         self.tests_at_end = True
         self.tested: Scores | None = None
-        self._signals, self._clock = StopSignals(), Clock()
+        self._clock = Clock()
         self._records = StepRecords(state, self.stage.reports, self.outputs, self.gauge, self._clock, device, predicted)
         self._skipped_noted = 0
 
@@ -151,7 +151,7 @@ class Trainer:
             NonFiniteLossError, DataError, CheckpointError: see there. Checkpoints written before stay.
         """
         self._records.progress = progress
-        with self._signals, stops_cleanly(), one_memory_error():
+        with self.stage.signals, stops_cleanly(), one_memory_error():
             if not self._at_end:
                 use_graphs(self.state, self.config.run, self.device, self.stage.replicas > 1, progress.note)
             rows, epoch_ends = self.outputs.rows, self.position.batch == 0 or self._at_end
@@ -180,9 +180,7 @@ class Trainer:
             What was found; None in a process that does not report.
         """
         data = data or self.data
-        return evaluate_network(
-            self.state, self.stage, data, self.config, self.device, self._signals, self._stop_if_asked
-        )
+        return evaluate_network(self.state, self.stage, data, self.config, self.device, self._stop_if_asked)
 
     def _train_epoch(self, progress: Progress) -> None:
         """Trains to the end of an epoch, or to `last_step` within it."""
@@ -216,7 +214,7 @@ class Trainer:
         losses = []
         for number, carry in enumerate(micro_batches):
             carry = self._train_micro_batch(carry, number)
-            self.stage.send(carry, self._signals.number)
+            self.stage.send(carry)
             losses.append(torch.stack([loss.float() for loss in carry.losses]))
         return torch.stack(losses).mean(0), carry.stop
 
@@ -289,5 +287,5 @@ class Trainer:
         self._skipped_noted = len(self.data.skipped)
 
     def _stop_if_asked(self, stop: int) -> None:
-        if number := self.stage.stop_after(stop, self._signals.number):
+        if number := self.stage.stop_after(stop):
             raise Interrupted(number, self._save())

@@ -17,7 +17,15 @@ from localprop.report.texts import drawn
 from localprop.system.files import written_aside
 
 STEPS = 10
-COLORS = {"wait": "0.87", "room": "0.87", "send": "#00a087", "load": "#8fc7e8", "replicas": "#3c6fb0"}
+COLORS = {
+    "wait": "0.87",
+    "room": "0.87",
+    "gradient": "0.87",
+    "send": "#00a087",
+    "back": "#00a087",
+    "load": "#8fc7e8",
+    "replicas": "#3c6fb0",
+}
 COLORS |= {"evaluate": "#c9b458", "save": "0.6"}
 _NUMBERED = 0.018  # part of the picture's width; a narrower step has no number
 _HEIGHT = 0.62  # of a lane, whose distance is 1

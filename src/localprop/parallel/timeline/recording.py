@@ -14,14 +14,16 @@ KINDS = {
     "compute": "trains a module",
     "wait": "waits for features",
     "room": "waits for room",
+    "gradient": "waits for a gradient",
     "send": "sends",
+    "back": "sends a gradient back",
     "load": "loads images",
     "replicas": "talks to replicas",
     "evaluate": "evaluates",
     "save": "saves",
 }
 """What a process does. "replicas" lies within "compute" where gradients are averaged."""
-WAITING = ("wait", "room")
+WAITING = ("wait", "room", "gradient")
 BETWEEN = ("evaluate", "save")
 """What is done between steps, not in them."""
 RECORDED = 200

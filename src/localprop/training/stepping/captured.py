@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from timm.utils import ModelEmaV3
@@ -33,6 +33,7 @@ class Training(Protocol):
     ema: ModelEmaV3 | None
     steps: OptimizerSteps
     step: int
+    exchange: Any
 
     def capture(self, pool: GraphPool, refuse: Callable[[str], None]) -> None: ...
 
@@ -72,6 +73,8 @@ def use_graphs(
         refuse("--offload-optimizer moves optimizer states, and a graph needs them in one place")
     elif replicas:
         refuse("replicas average their gradients, which the host does")
+    elif state.exchange is not None:
+        refuse("a head reads ahead into another process, and no graph waits for what comes back in its step")
     elif config.trace:
         refuse("--trace needs the host between modules")
     elif step := _checkpoint_in_the_way(state, config.checkpoint_steps):
