@@ -1,13 +1,10 @@
 """Heads that read ahead into another process: real processes against the same run in one process."""
 
 import os
-import signal
 
 import pytest
-from ranks import CALM, LONG, MODULES, assert_same_run, flags, wait_for_step
-from safetensors.torch import load_file
 
-from localprop.report.results import read_results
+from ranks import assert_same_run, flags
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
