@@ -14,7 +14,8 @@ from localprop.network.carry import Carry
 from localprop.tasks.base import Batch, share_of_step
 from localprop.training.checkpoints.saving import begin_checkpoint, publish, write_parts
 from localprop.training.signals import StopSignals
-from localprop.training.state import Exchange, TrainingState
+from localprop.training.state import TrainingState
+from localprop.training.stepping.exchange import Exchange
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -20,26 +20,11 @@ from localprop.training.checkpoints.parts import load_part, part_name, part_of
 from localprop.training.checkpoints.restoring import check_part
 from localprop.training.optimizers import RatesOnDevice, create_optimizer, create_scheduler, masks_its_step
 from localprop.training.stepping.captured import CapturedSteps
+from localprop.training.stepping.exchange import Exchange
 from localprop.training.stepping.mask import Mask
 from localprop.training.stepping.moving_average import AverageOnDevice
 from localprop.training.stepping.offload import Offload
 from localprop.training.stepping.steps import OptimizerSteps
-
-
-class Exchange(Protocol):
-    """What a process exchanges with its neighbours in the middle of a step, where heads read ahead."""
-
-    def give_back(self, carry: Carry) -> None:
-        """Takes the gradient off a batch that the head of the module before has for it, and sends it back."""
-
-    def hand_on(self, carry: Carry) -> None:
-        """Sends a batch to the next process, and waits for what the head of the last module here has for it.
-
-        The batch then has that gradient, its scale, and all of the module's loss.
-        """
-
-    def settle(self) -> None:
-        """Returns when what was given back is taken."""
 
 
 class TrainingState:

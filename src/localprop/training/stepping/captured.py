@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from timm.utils import ModelEmaV3
@@ -14,6 +14,7 @@ from localprop.network.graphs import CapturedPass, CudaGraphPool, GraphPool, Wor
 from localprop.network.network import LocalNetwork
 from localprop.network.turns import Phase
 from localprop.settings.config import OptimConfig, RunConfig
+from localprop.training.stepping.exchange import Exchange
 from localprop.training.stepping.mask import Mask
 from localprop.training.stepping.steps import OptimizerSteps, forget
 
@@ -33,7 +34,7 @@ class Training(Protocol):
     ema: ModelEmaV3 | None
     steps: OptimizerSteps
     step: int
-    exchange: Any
+    exchange: Exchange | None
 
     def capture(self, pool: GraphPool, refuse: Callable[[str], None]) -> None: ...
 
