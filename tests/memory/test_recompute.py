@@ -172,6 +172,16 @@ def test_the_result_of_a_checkpointed_block_is_kept(function):
     assert torch.equal(*results)
 
 
+def test_a_unit_that_runs_again_may_follow_one_that_ends_in_a_layer_norm():
+    """Activation checkpointing keeps its input without a node of the graph, so it seems kept by the layer norm."""
+    nets = [split("swin", 2, grad_checkpointing=again, recompute=True).train() for again in (False, True)]
+    assert nets[1].local_modules[0].recomputation[:2] == ("whole", "whole")
+    for net in nets:
+        net.backward(*batch(), seed=0)
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
 def test_the_result_of_a_layer_norm_without_notes_is_kept():
     loss, x, _ = product(lambda x: torch.native_layer_norm(x, (64,), None, None, 0.3)[0], True)
     loss.backward()

@@ -1,5 +1,6 @@
 """Heads that read ahead, through the next module's first blocks: one shared forward, and whose weights are trained."""
 
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -207,6 +208,20 @@ def test_a_frozen_module_only_runs(frozen):
         assert all((p.grad is None) == (k == frozen) for p in own)
         if k < 2:  # the head of a frozen module is not trained
             assert all((p.grad is None) == (k == frozen) for p in module.local_loss.head.parameters())
+
+
+@pytest.mark.parametrize(("name", "recompute"), [("vit", True), ("mlp", True), ("cnn", True), ("cnn", False)])
+def test_nothing_of_a_batch_is_left_over(name, recompute):
+    net, counts = split(name, method="greedy", reach=1, recompute=recompute).train(), []
+    gc.collect()
+    gc.disable()
+    try:
+        for seed in range(3):
+            net.backward(*batch(), seed=seed)
+            counts.append(sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_without_a_second_part_a_loss_is_refused():

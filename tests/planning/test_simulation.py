@@ -20,6 +20,7 @@ from localprop.memory.cost import Costs
 from localprop.memory.kernels import kernels_of
 from localprop.memory.measure import measured
 from localprop.memory.tracker import Tracker
+from localprop.network.carry import Carry
 from localprop.planning.simulation import simulate_step
 from localprop.planning.steps import PARTS
 from localprop.settings.config import OptimConfig
@@ -45,7 +46,10 @@ def real_peak(net, config):
     with amp:
         state.train_step(list(kept), seed=0)
     with measured(chain(*state.tensors().values()), torch.device("cpu")) as measurement, amp:
-        state.train_step([tensor.clone() for tensor in kept], seed=1)
+        parts = Carry.micro_batches([tensor.clone() for tensor in kept], config.micro_batches)
+        for number, part in enumerate(parts, 1):
+            state.train_step(part, seed=number, last=number == config.micro_batches)
+            del part
     return measurement.peak
 
 
@@ -57,7 +61,8 @@ def check(net, **settings):
     assert step.parts.keys() == set(PARTS)
     assert sum(step.parts.values()) == step.peak == max(used for _, used in step.timeline)
     assert all(size >= 0 for size in step.parts.values())
-    assert len(step.module_ends) == len(net.local_modules) > step.module
+    assert len(step.module_ends) == config.micro_batches * len(net.local_modules)
+    assert len(step.module_seconds) == len(net.local_modules) > step.module
     assert step.module_ends == sorted(step.module_ends)
     assert step.module_ends[-1] == step.seconds > 0
     return step
@@ -128,6 +133,38 @@ def test_the_kinetic_term_keeps_nothing(name, amp):
         for k in (0.0, 0.1)
     ]
     assert on_cuda[0] == pytest.approx(on_cuda[1], abs=4096)
+
+
+READING_AHEAD = [(name, method, {}) for name in MODELS for method in ("greedy", "feature-reconstruction")]
+READING_AHEAD += [
+    ("swin", "feature-reconstruction", {"kinetic": 0.1}),
+    ("swin", "infopro", {"recompute": False}),
+    ("vit", "feature-reconstruction", {"reach": 2, "modules": 2}),
+    ("vit", "greedy", {"grad_checkpointing": True}),
+    ("swin", "greedy", {"recompute_units": {"patch_embed": "whole", "layers.0": "whole"}, "modules": 2}),
+    ("resnet", "infopro", {"reach": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "options"), READING_AHEAD)
+def test_the_predicted_peak_is_that_of_a_real_step_with_heads_that_read_ahead(name, method, options):
+    net = network(name, method, **{"reach": 1} | options)
+    assert all(module.shared for module in net.local_modules[1:])
+    check(net)
+
+
+@pytest.mark.parametrize("settings", [{"amp": True}, {"model_ema": True, "clip_grad": 1.0}, {"micro_batches": 4}])
+def test_the_predicted_peak_follows_every_setting_with_heads_that_read_ahead(settings):
+    check(network("vit", "feature-reconstruction", reach=1), **settings)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_the_predicted_peak_knows_frozen_modules_with_heads_that_read_ahead(frozen):
+    net = network("vit", "greedy", reach=1)
+    for parameter in net.local_modules[frozen]._each(nn.Module.parameters):
+        parameter.requires_grad_(False)
+    assert [module.frozen for module in net.local_modules].index(True) == frozen
+    check(net)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -100,15 +100,19 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
     own = set[int]()  # numbers of nodes that have been created inside, and keep something
 
     def pack(tensor: Tensor) -> _Kept | _Recomputed:
-        own.add(torch._C._autograd._get_sequence_nr() - 1)  # the newest node, which keeps the tensor
+        if _is_newest(tensor):
+            kept = _keep(tensor)
+        else:
+            own.add(_newest_node())  # which keeps the tensor
+            kept = _Kept(tensor)
         base = tensor if tensor._base is None else tensor._base
         node: Any = base.grad_fn
         if node is None or node.name() not in _CHEAP:
-            return _Kept(tensor)
+            return kept
         changed = tensor._version > 0
         elsewhere = node._sequence_nr() not in own  # what activation checkpointing keeps can be unpacked only once
         unknown = node.name() == _LAYER_NORM and _NOTES not in node.metadata
-        return _Kept(tensor) if changed or elsewhere or unknown else _Recomputed(node, tensor)
+        return kept if changed or elsewhere or unknown else _Recomputed(node, tensor)
 
     with _norms_noted(), torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield
@@ -117,8 +121,26 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
 @contextmanager
 def keeping() -> Iterator[None]:
     """Inside `recomputing`, autograd keeps everything again, as it does outside."""
-    with torch.autograd.graph.saved_tensors_hooks(_Kept, _unpack):
+    with torch.autograd.graph.saved_tensors_hooks(_keep, _unpack):
         yield
+
+
+def _newest_node() -> int:
+    """The number of the node of the graph that was made last."""
+    return torch._C._autograd._get_sequence_nr() - 1
+
+
+def _is_newest(tensor: Tensor) -> bool:
+    """Whether the newest node made the tensor that is to be kept.
+
+    Then the node keeps its own result; or no node keeps it, but activation checkpointing, as what it begins with.
+    """
+    return tensor.grad_fn is not None and tensor.grad_fn._sequence_nr() == _newest_node()
+
+
+def _keep(tensor: Tensor) -> _Kept:
+    # A node that kept its result with a reference to itself would never be freed, unless backward passes it.
+    return _Kept(tensor.detach() if _is_newest(tensor) else tensor)
 
 
 def _unpack(packed: _Kept | _Recomputed) -> Tensor:

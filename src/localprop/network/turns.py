@@ -7,7 +7,7 @@ module's output, and not into their weights, which the next module's own losses 
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,12 +159,20 @@ def _read_ahead(module: LocalModule, following: LocalModule, carry: Carry, scali
     leaf = carry.features.detach().requires_grad_(trains)
     with torch.set_grad_enabled(trains or not following.frozen), recomputing(following.recompute):
         seen = following(leaf, carry.context, 0, following.shared, carry.energies)
-        judged, prediction = loss.judge(seen, carry.targets)
+    # The head has a graph of its own, so that what it keeps is gone before the backward of the units.
+    read = seen.detach().requires_grad_(trains)
+    with torch.set_grad_enabled(trains), recomputing(following.recompute):
+        judged, prediction = loss.judge(read, carry.targets)
     if judged is not None:
         judged = _counted(judged, carry)
         if trains and judged.requires_grad:
             own = [p for p in loss.head_parameters() if p.requires_grad]
-            _backward([scaling(judged)], inputs=[leaf, *own], retain=not following.frozen)
+            _backward([scaling(judged)], inputs=[read, *own])
+            gradient, read.grad = read.grad, None
+            if gradient is not None:
+                handed = _Handed.apply(seen, [gradient])
+                del gradient
+                _backward([handed], inputs=[leaf], retain=not following.frozen)
             carry.gradient, leaf.grad = leaf.grad, None
             carry.scale = scaling.scale(leaf)
             if scaling.scaler and carry.gradient is not None and own and own[0].grad is not None:
@@ -187,16 +195,14 @@ def _pass_back(module: LocalModule, carry: Carry, scaling: Scaling) -> None:
     if pending.gradient is not None:
         gradient = pending.gradient if gradient is None else pending.gradient.add_(gradient)
         pending.gradient = None
-    roots: list[Tensor] = []
-    gradients: list[Tensor | None] = []
+    roots = []
     if gradient is not None and pending.output.requires_grad:
-        roots, gradients = [pending.output], [gradient]
+        roots.append(_Handed.apply(pending.output, [gradient]))
     if pending.energy is not None and pending.energy.requires_grad:
         roots.append(scaling(pending.energy))
-        gradients.append(None)
     del gradient, pending
     if roots:
-        _backward(roots, gradients, inputs=module.trained() if module.shared else None)
+        _backward(roots, inputs=module.trained() if module.shared else None)
 
 
 def _isolate(carry: Carry, output: Tensor) -> None:
@@ -215,23 +221,34 @@ def _counted(loss: Tensor, carry: Carry) -> Tensor:
     return loss if carry.share is None else loss * carry.share
 
 
-def _backward(
-    roots: Sequence[Tensor],
-    gradients: Sequence[Tensor | None] | None = None,
-    inputs: Iterable[Tensor] | None = None,
-    retain: bool = False,
-) -> None:
+class _Handed(torch.autograd.Function):
+    """Where the backward of a tensor begins whose gradient is known: that is freed as soon as it is used.
+
+    A gradient that is an argument of a backward pass lives until that is over.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient.pop(), None
+
+
+def _backward(roots: Sequence[Tensor], inputs: Iterable[Tensor] | None = None, retain: bool = False) -> None:
     """Backward outside of autocast; into `inputs` alone where they are given."""
     leaves = None if inputs is None else list(inputs)
     if leaves == []:
         return
     device = roots[0].device.type
     if not torch.is_autocast_enabled(device):
-        torch.autograd.backward(roots, gradients, retain, inputs=leaves)
+        torch.autograd.backward(roots, None, retain, inputs=leaves)
         return
     torch.clear_autocast_cache()
     with torch.autocast(device, enabled=False):
-        torch.autograd.backward(roots, gradients, retain, inputs=leaves)
+        torch.autograd.backward(roots, None, retain, inputs=leaves)
     # Weights change right after this backward: casts of them that autocast has kept would be stale. Of units that run
     # again in backward there are some.
     torch.clear_autocast_cache()

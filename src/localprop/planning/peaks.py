@@ -159,4 +159,4 @@ def _phase(record: Record, newest: Allocation) -> str:
         return "moving average"
     if record.tracker.events[record.moment].backward:
         return "recomputation" if newest.forward else "backward"
-    return "forward" if record.moment < record.backward else "optimizer step"
+    return "optimizer step" if record.backward_after(record.moment) is None else "forward"

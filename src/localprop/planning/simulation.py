@@ -12,6 +12,7 @@ from localprop.memory.measure import plain_tensors, total_bytes
 from localprop.memory.tracker import Tracker
 from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
+from localprop.network.turns import Phase
 from localprop.parallel.averaging import average
 from localprop.planning.fake_training import fake_training
 from localprop.planning.steps import Mark, OnHost, PredictedStep, Record, predicted_step
@@ -123,12 +124,14 @@ def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark]) -> Itera
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         tracker.label([p.grad for p in parameters if p.grad is not None], "gradients")
 
-    @contextmanager
-    def marking(*_: object) -> Iterator[None]:
-        yield
-        marks.append(Mark(len(tracker.events), tracker.seconds, tracker.flops))
+    finish = state.finish_phase
 
-    state.span = marking
+    def marking(phase: Phase, loss: Tensor, last: bool) -> None:
+        finish(phase, loss, last)
+        if phase.done:
+            marks.append(Mark(len(tracker.events), tracker.seconds, tracker.flops))
+
+    state.finish_phase = marking  # type: ignore[method-assign]
     handles = [optimizer.register_step_pre_hook(before) for optimizer in state.optimizers]
     try:
         yield

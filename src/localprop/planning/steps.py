@@ -106,11 +106,19 @@ class Record:
         return self.on_host[self.turn] if self.on_host else OnHost()
 
     @cached_property
-    def backward(self) -> int:
-        """The event with which the backward began of the module that is trained at the peak; else of all events."""
+    def backwards(self) -> list[int]:
+        """The events with which each backward began of the module that is trained at the peak, in order.
+
+        There are three where its head reads ahead: of all else that reads its output, of the head, and of its units.
+        """
         events = self.tracker.events
         begin = self.marks[self.turn - 1].event if self.turn else 0
-        return next((i for i in range(begin, len(events)) if events[i].backward), len(events))
+        end = self.marks[self.turn].event
+        return [i for i in range(begin, end) if events[i].backward and not (i > begin and events[i - 1].backward)]
+
+    def backward_after(self, event: int) -> int | None:
+        """The event with which the first of these backwards began after an event."""
+        return next((begin for begin in self.backwards if begin > event), None)
 
     def at_peak(self) -> list[tuple[Allocation, str]]:
         """What is in use at the peak, and for what, as of `PARTS`; optimizer states on the host included."""
@@ -118,8 +126,9 @@ class Record:
         for allocation in self.tracker.allocations:
             stop = last if allocation.stop is None else allocation.stop
             if allocation.start <= self.moment < stop:
-                # What was there before backward and is freed after it began was kept for it.
-                kept = allocation.start < self.backward <= stop
+                # What was there before a backward and is freed after it began was kept for it.
+                backward = self.backward_after(allocation.start)
+                kept = backward is not None and backward <= stop and not self.tracker.events[allocation.start].backward
                 uses.append((allocation, allocation.kind or ("activations" if kept else "temporaries")))
         return uses
 
