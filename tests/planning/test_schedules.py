@@ -113,6 +113,22 @@ def test_a_slow_link_is_the_bottleneck_and_a_far_one_if_few_batches_are_in_fligh
     assert local_modules(stages, Link(latency=5.0), 5).seconds == pytest.approx(1)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_rank_waits_while_the_next_one_reads_ahead(micro_batches):
+    """A turn takes what the rank itself computes, and what the next computes before it sends the gradient back."""
+    first, middle, last = StageTime(2.0, 4.0), StageTime(3.0, 2.0, ahead=1.0), StageTime(4.0, ahead=0.5)
+    result = local_modules([first, middle, last], micro_batches=micro_batches)
+    assert result.seconds == pytest.approx(2 + 1 + 4)
+    assert result.waiting == pytest.approx((1 / 7, 1 - 6 / 7, 1 - 4.5 / 7))
+    result = local_modules([first, StageTime(3.0, 3.0, ahead=1.0), last], micro_batches=micro_batches)
+    assert result.seconds == pytest.approx(1 + 3 + 0.5 + 3)
+    result = local_modules([first, middle, StageTime(9.0, ahead=0.5)], micro_batches=micro_batches)
+    assert (result.seconds, result.bottleneck) == (pytest.approx(9.5), "rank 2")
+    # Nothing is in flight meanwhile: features and gradient both take their time.
+    result = local_modules([StageTime(2.0, 4.0, output=10.0), middle], Link(bandwidth=10.0, latency=0.25))
+    assert result.seconds == pytest.approx(2 + 1 + 4 + 2 * (1 + 0.25))
+
+
 def test_data_parallel_reduces_behind_backward_or_beside_it():
     """Four ranks, three buckets of 100 bytes at 100 per second: 2 * 3/4 seconds each."""
     stages = [StageTime(1.0, 1.0, 1.0, 0.5, gradients=100.0)] * 3

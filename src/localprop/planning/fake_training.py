@@ -25,6 +25,39 @@ from localprop.training.optimizers import fill_tables
 from localprop.training.state import TrainingState
 
 
+class Neighbours:
+    """The processes beside one that is simulated, where heads read ahead. What they send is there at once.
+
+    Args:
+        tracker: watches the simulation.
+
+    Attributes:
+        given: seconds so far when a gradient was given back, in each micro-batch.
+        handed: seconds so far when a batch was handed on, likewise.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._sent: Tensor | None = None
+        self.given: list[float] = []
+        self.handed: list[float] = []
+
+    def give_back(self, carry: Carry) -> None:
+        """See `Exchange.give_back`."""
+        self.given.append(self._tracker.seconds)
+        self._sent, carry.gradient = carry.gradient, None
+
+    def hand_on(self, carry: Carry) -> None:
+        """See `Exchange.hand_on`."""
+        self.handed.append(self._tracker.seconds)
+        if carry.pending and carry.pending.output.requires_grad:
+            carry.gradient = torch.empty_like(carry.features)
+
+    def settle(self) -> None:
+        """See `Exchange.settle`."""
+        self._sent = None
+
+
 @contextmanager
 def fake_training(
     net: LocalNetwork,
@@ -57,7 +90,7 @@ def fake_training(
             with mixed:
                 arrive = _arrivals(fake, batch_size, input_size, modules)
             with Tracker():  # which answers when the state or an optimizer asks for a number
-                state = TrainingState(fake, config, 10, torch.device("cpu"), modules)
+                state = TrainingState(fake, config, 10, torch.device("cpu"), modules, exchange=Neighbours(tracker))
                 _prime(state)
             following = layers.following(_layer_names(fake)) if layers else nullcontext()
             with tracker, following:
@@ -123,7 +156,10 @@ def _arrivals(
         came = torch.empty_like(features)
         inputs = came if own.start == 0 else torch.empty_like(first) if looks else None
         targets = target.batch(batch_size, dtype)
-        return Carry(came, targets, inputs if looks else None, tree_map_only(Tensor, torch.empty_like, context))
+        # To which the head adds its own that reads ahead.
+        losses = [torch.empty(())] if net.local_modules[own.start].shared else []
+        beside = tree_map_only(Tensor, torch.empty_like, context)
+        return Carry(came, targets, inputs if looks else None, beside, losses)
 
     return arrive
 

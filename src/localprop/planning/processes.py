@@ -86,7 +86,13 @@ def share_out(
     steps = [simulate_step(net, optim, part, input_size, device, modules, layout.replicas) for modules in layout.stages]
     entries = [own.entry for own in steps[1:]]
     stages = [
-        StageTime(own.seconds, output=parts * size, gradients=_trained(net, modules))
+        StageTime(
+            own.seconds - own.ahead - own.behind,
+            own.behind,
+            output=parts * size,
+            gradients=_trained(net, modules),
+            ahead=own.ahead,
+        )
         for own, size, modules in zip(steps, [*entries, 0], layout.stages, strict=True)
     ]
     waiting = in_flight(net, layout.stages, [own.entry for own in steps])

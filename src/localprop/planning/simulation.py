@@ -14,7 +14,7 @@ from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
 from localprop.network.turns import Phase
 from localprop.parallel.averaging import average
-from localprop.planning.fake_training import fake_training
+from localprop.planning.fake_training import Neighbours, fake_training
 from localprop.planning.steps import Mark, OnHost, PredictedStep, Record, predicted_step
 from localprop.settings.config import OptimConfig
 from localprop.training.state import TrainingState
@@ -76,7 +76,9 @@ def record_step(
             state.train_step(carry, seed=0)
         on_host = _on_host(state, parts) if config.offload_optimizer else []
     tracker.stop()
-    return Record(tracker, marks, state.modules, parts, entry, on_host)
+    beside = state.exchange
+    assert isinstance(beside, Neighbours)
+    return Record(tracker, marks, state.modules, parts, entry, on_host, beside.given, beside.handed)
 
 
 def _loaded(tracker: Tracker, arrive: Callable[[], Carry]) -> Carry:

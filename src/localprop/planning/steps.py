@@ -28,6 +28,8 @@ class PredictedStep:
         module_ends: seconds at which each module is done, in each micro-batch.
         module_seconds: expected time of each module.
         entry: bytes of a micro-batch as it came: images or features, labels, and what units hand along.
+        ahead: seconds until all is done that the process before waits for: its head reads ahead.
+        behind: seconds of what waits for the next process, into which the last head here reads ahead.
     """
 
     peak: int
@@ -39,6 +41,8 @@ class PredictedStep:
     module_ends: list[float] = field(repr=False)
     module_seconds: list[float] = field(repr=False)
     entry: int
+    ahead: float = 0.0
+    behind: float = 0.0
 
 
 class Mark(NamedTuple):
@@ -67,6 +71,8 @@ class Record:
         micro_batches: of the step.
         entry: bytes of a micro-batch as it came.
         on_host: optimizer states that are on the host until a mark, for each mark; empty where none ever is.
+        given: seconds when a gradient was given back to the process before, in each of these micro-batches.
+        handed: seconds when a batch was handed on to the process that gives a gradient back, likewise.
     """
 
     tracker: Tracker
@@ -75,6 +81,8 @@ class Record:
     micro_batches: int
     entry: int
     on_host: list[OnHost]
+    given: list[float] = field(default_factory=list)
+    handed: list[float] = field(default_factory=list)
 
     @cached_property
     def turns(self) -> list[int]:
@@ -144,6 +152,7 @@ def predicted_step(record: Record) -> PredictedStep:
     middle, again = marks[count - 1], max(record.micro_batches - 2, 0)
     starts = [i * middle.seconds for i in range(again + 1)]
     timeline = [(event.seconds, used) for event, used in zip(tracker.events, record.in_use, strict=True)]
+    ends = [middle.seconds, tracker.seconds] if record.micro_batches > 1 else [tracker.seconds]
     done = [*(mark.seconds for mark in marks[:-1]), tracker.seconds]
     spans = [end - start for start, end in pairwise([0.0, *done])]
     return PredictedStep(
@@ -157,4 +166,13 @@ def predicted_step(record: Record) -> PredictedStep:
         module_ends=[start + end for start in starts[:-1] for end in done[:count]] + [starts[-1] + end for end in done],
         module_seconds=[sum(spans[k::count]) + again * spans[k] for k in range(count)],
         entry=record.entry,
+        ahead=_in_all(
+            [moment - begin for moment, begin in zip(record.given, [0.0, middle.seconds], strict=False)], again
+        ),
+        behind=_in_all([end - moment for moment, end in zip(record.handed, ends, strict=False)], again),
     )
+
+
+def _in_all(seconds: list[float], again: int) -> float:
+    """Seconds of all micro-batches, from those of the ones that were simulated, the first of which comes again."""
+    return sum(seconds) + again * (seconds[0] if seconds else 0.0)

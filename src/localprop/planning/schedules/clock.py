@@ -21,6 +21,8 @@ class StageTime:
         update: seconds of the optimizer's step.
         output: bytes that go to the next stage, and as many come back where gradients do.
         gradients: bytes of the weights' gradients.
+        ahead: seconds, before `forward`, of what the rank before waits for: its head reads ahead, through the first
+            units here. That rank then sends after its `forward`, and waits before its `backward`.
     """
 
     forward: float
@@ -29,11 +31,12 @@ class StageTime:
     update: float = 0.0
     output: float = 0.0
     gradients: float = 0.0
+    ahead: float = 0.0
 
     @property
     def seconds(self) -> float:
         """All that is computed."""
-        return self.forward + self.backward + self.weights + self.update
+        return self.ahead + self.forward + self.backward + self.weights + self.update
 
 
 @dataclass(frozen=True)
