@@ -56,8 +56,11 @@ def real_peak(net, config):
 def check(net, **settings):
     config = OptimConfig(**settings)
     step = simulate_step(net, config, BATCH, SIZE)
-    # Kernels for products of bfloat16 take up to a megabyte of their own, which is not predicted.
-    assert step.peak == pytest.approx(real_peak(net, config), rel=0.03 if config.amp else 0.01)
+    real = real_peak(net, config)
+    # Kernels for products of bfloat16 take up to a megabyte of their own, which is not predicted: how much depends on
+    # the processor.
+    unknown = 2**20 if config.amp else 0
+    assert -0.01 * real <= real - step.peak <= 0.01 * real + unknown
     assert step.parts.keys() == set(PARTS)
     assert sum(step.parts.values()) == step.peak == max(used for _, used in step.timeline)
     assert all(size >= 0 for size in step.parts.values())
