@@ -1,6 +1,7 @@
 """Compares local modules in two processes with one process, and with 1F1B of torch.distributed.pipelining.
 
-python benchmarks/parallel.py     a small Swin, 32 px, batch 128, K=2, gloo, one thread per process: about 6 minutes
+python benchmarks/parallel.py             a small Swin, 32 px, batch 128, K=2, gloo, one thread per process: 6 minutes
+python benchmarks/parallel.py --reach 1   heads that read ahead, in one process and in two, and no 1F1B: 4 minutes
 
 Needs two cores that do nothing else. Rounds are interleaved. Each round trains (a) `localprop train` in one process,
 (b) the same with `--parallel modules` in two, and (c) the same backbone end-to-end by 1F1B, with its two stages cut
@@ -10,7 +11,8 @@ count; the data are random images. By the kernel's account, a process waits when
 ready to.
 
 The script also measures memory, from the allocator's events. It compares the measured times with a simulation, whose
-times are measured while both processes compute and do not communicate. Writes benchmarks/results/parallel.json.
+times are measured while both processes compute and do not communicate. Writes benchmarks/results/parallel.json; with
+--reach, benchmarks/results/parallel_reach.json.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from parallel_ranks import cpu_seconds, resident
 from PIL import Image
 from small_swin import CLASSES, MODEL, SIDE, add_flags, backbone, cut_evenly, model_kwargs, time_units
 
+import localprop
 from localprop.parallel.placement import IN_FLIGHT
 from localprop.planning.schedules import Link, StageTime, local_modules, one_f_one_b
 
@@ -92,6 +95,7 @@ def train(options: argparse.Namespace, folder: Path, ranks: int) -> dict[str, An
         *["--model", MODEL, "--model-kwargs", *flags, "--method", "feature-reconstruction", "--modules", "2"],
         *["--partition", "compute", "--batch-size", str(options.batch_size), "--epochs", "1", "--device", "cpu"],
         *["--micro-batches", str(options.micro_batches), "--recompute", str(options.recompute)],
+        *["--reach", str(options.reach)],
         *["--output", str(folder / "runs"), "--experiment", "one"],
         *(["--parallel", "modules"] if ranks > 1 else []),
     ]
@@ -154,14 +158,32 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = {name: statistics.median(own[name]["seconds"] for own in rounds) for name in rounds[0]}
     ratio = {
         f"local against {other}": statistics.median(own[other]["seconds"] / own["local"]["seconds"] for own in rounds)
-        for other in ("one process", "1F1B")
+        for other in seconds
+        if other != "local"
     }
     waiting = {
         name: [statistics.median(own[name]["waiting"][rank] for own in rounds) for rank in range(2)]
-        for name in ("local", "1F1B")
+        for name in seconds
+        if name != "one process"
     }
     # The slower rank is the one that waits less.
     return {"seconds": seconds, "ratio": ratio, "waiting": waiting, "waiting of the slower rank": min(waiting["local"])}
+
+
+def read_ahead(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Two processes against one, with heads that read ahead; and what `localprop plan` expects."""
+    rounds = []
+    for _ in range(options.rounds):
+        rounds.append({"one process": train(options, folder, 1), "local": train(options, folder, 2)})
+        print({name: round(own["seconds"], 3) for name, own in rounds[-1].items()}, flush=True)
+    planned = localprop.plan(
+        backbone(options.embed_dim, options.depths), options.batch_size, modules=(2,), partition="compute",
+        method="feature-reconstruction", reach=options.reach, recompute=options.recompute,
+        micro_batches=options.micro_batches, nproc=2,
+    )  # fmt: skip
+    row = next(row for row in planned.rows if row.parallel)
+    expected = {"ratio": row.step.seconds / row.parallel.timing.seconds, "waiting": row.parallel.timing.waiting}
+    return summary(rounds) | {"planned": expected, "rounds": rounds}
 
 
 def main() -> None:
@@ -169,6 +191,7 @@ def main() -> None:
     add_flags(parser)
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--reach", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--probe-seconds", type=float, default=8)
@@ -178,6 +201,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images", min(100, 2 * WARM + options.steps + 8) * options.batch_size)
+        if options.reach:
+            result = read_ahead(options, folder)
+            print(json.dumps(result, indent=1))
+            if not options.dry_run:
+                settings = {key: value for key, value in vars(options).items() if key != "dry_run"}
+                write_result("parallel_reach", settings | {"model": MODEL} | result)
+            return
         units = time_units(
             backbone(options.embed_dim, options.depths), options.batch_size // options.micro_batches, rounds=3
         )
