@@ -96,10 +96,10 @@ class Carry:
         return self.features if ahead is None else ahead
 
     def clone(self) -> "Carry":
-        """The same with features, inputs and targets of its own."""
+        """The same with features, inputs, targets and a list of losses of its own."""
         features = self.features.clone()
         inputs = features if self.inputs is self.features else None if self.inputs is None else self.inputs.clone()
-        return replace(self, features=features, inputs=inputs, targets=self.targets.clone())
+        return replace(self, features=features, inputs=inputs, targets=self.targets.clone(), losses=list(self.losses))
 
     @property
     def labels(self) -> Tensor:
