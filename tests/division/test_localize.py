@@ -86,6 +86,26 @@ def test_the_balanced_cut_makes_the_largest_module_smallest(name, method, decode
     assert max(sizes.values()) > 1.1 * min(sizes.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "reach"), [("vit", "greedy", 1), ("cnn", "feature-reconstruction", 1), ("swin", "greedy", 2)]
+)
+def test_the_balanced_cut_makes_the_largest_module_smallest_with_heads_that_read_ahead(name, method, reach):
+    def cut(*places, **options):
+        return localize(
+            build(name), None if places else 2, method, cuts=places or None, input_size=SIZE, reach=reach, **options
+        ).train()
+
+    def largest(net):
+        step = simulate_step(net, OptimConfig(), 16, SIZE)  # whose peak is that of a real step
+        return step.peak - step.parts["parameters"] - step.parts["optimizer"]
+
+    with traced_once(name):
+        sizes = {place: largest(cut(place)) for place in names_of(name)[:-1]}
+        net = cut(batch_size=16, min_depth=0)
+    assert sizes[net.local_modules[0].units[-1]] == pytest.approx(min(sizes.values()), rel=0.02)
+    assert max(sizes.values()) > 1.1 * min(sizes.values())
+
+
 def test_the_batch_size_weighs_activations_against_gradients():
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),

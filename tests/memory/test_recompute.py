@@ -182,6 +182,28 @@ def test_a_unit_that_runs_again_may_follow_one_that_ends_in_a_layer_norm():
         assert torch.equal(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_product_computes_its_input_again_only_for_the_gradient_of_its_weight(monkeypatch, amp):
+    called, cheap = [], localprop.memory.recompute._CHEAP
+    again = cheap["GeluBackward0"]
+    monkeypatch.setitem(cheap, "GeluBackward0", lambda node: called.append(1) or again(node))
+    layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    x = torch.randn(4, 3, 8, requires_grad=True)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp), recomputing(enabled):
+            loss = layers(x).float().square().sum()
+        torch.autograd.backward(loss, inputs=[x], retain_graph=True)
+        assert not called
+        torch.autograd.backward(loss, inputs=list(layers.parameters()))
+        found.append([tensor.grad for tensor in (x, *layers.parameters())])
+        x.grad = None
+        layers.zero_grad()
+    assert called == [1]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_result_of_a_layer_norm_without_notes_is_kept():
     loss, x, _ = product(lambda x: torch.native_layer_norm(x, (64,), None, None, 0.3)[0], True)
     loss.backward()

@@ -13,7 +13,7 @@ from localprop.errors import ChainError, ConfigError, listing, suggestion
 from localprop.features import infer_layout
 from localprop.heads import HEADS
 from localprop.heads.common import Place
-from localprop.memory.cost import Costs, module_peak
+from localprop.memory.cost import Costs, Part, Reach, module_peak
 from localprop.memory.part import Conditions, Cost
 from localprop.methods import build_loss, varying
 from localprop.network.kinetic import kinetic_weight
@@ -129,29 +129,50 @@ class Division:
     def _costs(self, aim: Literal["memory", "time"]) -> Callable[[int, int, int], float]:
         """The cost of module `index`, if it has units [start, stop): bytes at its peak, or expected time."""
 
-        def unit(i: int, first: bool, last: bool) -> Cost:
-            # The first unit of a module needs no gradient of its input.
-            step = replace(self.step, recomputation=self._recomputation(i, last), input_gradient=not first)
-            return self.costs.units(step)[i]
+        def unit(i: int, last: bool, conditions: Conditions) -> Cost:
+            return self.costs.units(replace(conditions, recomputation=self._recomputation(i, last)))[i]
+
+        first, beyond = replace(self.step, input_gradient=False), replace(self.step, ahead=True)
 
         task = self.spec.task.for_costs()
         target = task.target(self.spec.prediction)
 
         @cache
-        def auxiliary(index: int, start: int, stop: int) -> Cost:
+        def loss(index: int, start: int, stop: int) -> LocalLoss:
             with torch.random.fork_rng(devices=[]):
-                loss = self.loss(index, start, stop, weights="none", task=task)
+                return self.loss(index, start, stop, weights="none", task=task)
+
+        @cache
+        def auxiliary(index: int, start: int, stop: int, part: Part = "whole") -> Cost:
+            # Of units with equal outputs any stands for all: their auxiliary nets cost the same, but for a head that
+            # resembles what follows.
+            start, stop = self._representative(start), stop if self._placed else self._representative(stop)
             step = replace(self.step, recomputation=self.recipe.cheap)
-            return self.costs.auxiliary(loss, self._shape(stop), self._shape(start), target, step)
+            own = loss(index, start, stop)
+            return self.costs.auxiliary(own, self._shape(stop), self._shape(start), target, step, part)
+
+        def ahead(index: int, start: int, stop: int) -> int:
+            """How many units the head of a module reads ahead, if the next module has as many."""
+            own = self._ahead(stop, len(self.units)) if 0 <= index < self.spec.count - 1 else 0
+            return own if own and self._has_head(loss(index, start, stop)) else 0
 
         @cache
         def cost(index: int, start: int, stop: int) -> float:
-            own = [unit(i, i == start, i == stop - 1) for i in range(start, stop)]
-            # Of units with equal outputs any stands for all: their auxiliary nets cost the same, but for a head that
-            # resembles what follows.
-            end = stop if self._placed else self._representative(stop)
-            loss = auxiliary(index, self._representative(start), end)
-            return module_peak(own, loss) if aim == "memory" else sum(part.seconds for part in [*own, loss])
+            shared = min(ahead(index - 1, 0, start), stop - start)
+            # The first unit of a module needs no gradient of its input, but for the head of the module before.
+            own = [
+                unit(i, i == stop - 1 or i < start + shared, self.step if i > start or shared else first)
+                for i in range(start, stop)
+            ]
+            end = stop + ahead(index, start, stop)
+            rest = auxiliary(index, start, stop, "rest" if end > stop else "whole")
+            parts, reach = [*own, rest], None
+            if end > stop:
+                # The head reads what it would as that of a module that ends there.
+                head = auxiliary(index, start, end, "judge")
+                reach = Reach([unit(i, True, beyond) for i in range(stop, end)], head)
+                parts += [*reach.units, reach.head]
+            return module_peak(own, rest, shared, reach) if aim == "memory" else sum(part.seconds for part in parts)
 
         if self._placed or varying(self.recipe.options):
             return cost

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +14,62 @@ from localprop.memory.part import Conditions, Cost, part_cost
 from localprop.tracing.copies import fake_copy
 from localprop.tracing.units import Chain
 
+Part = Literal["whole", "judge", "rest"]
+"""Of a local loss: all of it, the head's term, or all else."""
 
-def module_peak(units: Sequence[Cost], auxiliary: Cost) -> int:
+
+class Reach(NamedTuple):
+    """What the head of a module reads ahead.
+
+    Attributes:
+        units: costs of the next module's first units, each under conditions that are `ahead`.
+        head: cost of the head's term.
+    """
+
+    units: Sequence[Cost]
+    head: Cost
+
+
+def module_peak(units: Sequence[Cost], auxiliary: Cost, shared: int = 0, reach: Reach | None = None) -> int:
     """Largest number of bytes that a module needs at any moment of its step, beside its input.
 
     Args:
         units: costs of its units, in order.
-        auxiliary: cost of its local loss.
+        auxiliary: cost of its local loss; of the rest of it, if its head reads ahead.
+        shared: how many of its first units the head of the module before has read: they have run when its step begins.
+        reach: what its own head reads ahead, if that does.
     """
-    # Of each output, whether it is kept: for the unit itself, or for what follows.
-    kept = [unit.keeps_output or after is None or after.keeps_input for unit, after in pairwise([*units, None]) if unit]
-    peak = alive = 0  # alive: kept by the units before
-    before = []
-    for i, unit in enumerate(units):
-        before.append(alive)
-        given = 0 if i == 0 or kept[i - 1] else units[i - 1].output
-        peak = max(peak, alive + given + unit.forward)
-        alive += unit.kept + (unit.output if kept[i] else 0)
-    peak = max(peak, alive + auxiliary.forward, alive + auxiliary.backward)
-    gradients, output = auxiliary.gradients, units[-1].output  # which is the next module's input
+    tops, before = _forward(units)
+    alive, gradients, beside = before[-1], auxiliary.gradients, 0
+    peak = max(*tops[shared:], alive + auxiliary.forward, alive + auxiliary.backward)
+    output = units[-1].output  # which is the next module's input
+    if reach:
+        # The rest has left the gradient of the output, if it reads that.
+        waiting = alive + gradients + (output if auxiliary.backward >= output else 0)
+        tops, kept = _forward(reach.units)
+        beside = kept[-1]
+        peak = max(peak, *(waiting + top for top in tops))
+        peak = max(peak, waiting + beside + max(reach.head.forward, reach.head.backward))
+        gradients += reach.head.gradients
+        waiting += reach.head.gradients + beside
+        peak = max(peak, *(waiting + unit.backward - unit.kept for unit in reach.units))
     for i in reversed(range(len(units))):
         own = units[i].output if units[i].keeps_output and i + 1 < len(units) else 0
-        peak = max(peak, before[i] + units[i].backward + own + gradients + output)
+        peak = max(peak, before[i] + units[i].backward + own + gradients + output + beside)
         gradients += units[i].gradients
     return peak
+
+
+def _forward(units: Sequence[Cost]) -> tuple[list[int], list[int]]:
+    """Bytes in use at most in the forward of each unit, and kept before each; then those kept after the last."""
+    # Of each output, whether it is kept: for the unit itself, or for what follows.
+    kept = [unit.keeps_output or after is None or after.keeps_input for unit, after in pairwise([*units, None]) if unit]
+    tops, before = [], [0]
+    for i, unit in enumerate(units):
+        given = 0 if i == 0 or kept[i - 1] else units[i - 1].output
+        tops.append(before[i] + given + unit.forward)
+        before.append(before[i] + unit.kept + (unit.output if kept[i] else 0))
+    return tops, before
 
 
 def unit_costs(model: nn.Module, chain: Chain, conditions: Conditions) -> list[Cost]:
@@ -68,19 +100,21 @@ def auxiliary_cost(
     network_input: tuple[int, ...],
     target: Example,
     conditions: Conditions,
+    part: Part = "whole",
 ) -> Cost:
-    """The cost of a local loss.
+    """The cost of a local loss, or of a part of it.
 
     Args:
         auxiliary: the local loss.
-        output: shape of the module's output, batch axis left out, as in the next two.
+        output: shape of the module's output, or of what the head reads; batch axis left out, as in the next two.
         source: shape of its input.
         network_input: shape of the network's input.
         target: what one target looks like.
         conditions: of the step.
+        part: "judge" or "rest", of a `HeadLoss`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    duplicate = fake_copy(auxiliary, mode).train()
+    duplicate: Any = fake_copy(auxiliary, mode).train()
     batch = conditions.batch_size
     half = conditions.amp_dtype
     with mode:
@@ -90,10 +124,17 @@ def auxiliary_cost(
         targets = target.batch(batch)
 
     def run(x: Tensor) -> Tensor:
-        return duplicate(x, own, inputs, targets)[0]
+        if part == "whole":
+            return duplicate(x, own, inputs, targets)[0]
+        term = duplicate.judge(x, targets)[0] if part == "judge" else duplicate.rest(x, own, inputs, targets)
+        return x.new_zeros(()) if term is None else term
 
+    trained = list(duplicate.parameters())
+    if part != "whole":
+        heads = {id(parameter) for parameter in duplicate.head_parameters()}
+        trained = [parameter for parameter in trained if (id(parameter) in heads) == (part == "judge")]
     with batch_norm_told("an auxiliary net", batch):
-        return part_cost(mode, run, features, duplicate.parameters(), conditions)[0]
+        return part_cost(mode, run, features, trained, conditions)[0]
 
 
 class Costs:
@@ -122,9 +163,11 @@ class Costs:
         source: tuple[int, ...],
         target: Example,
         conditions: Conditions,
+        part: Part = "whole",
     ) -> Cost:
         """See `auxiliary_cost`. Losses whose nets look the same cost the same."""
-        key = (type(loss), repr(loss), output, source, target, conditions)
+        key = (type(loss), repr(loss), output, source, target, conditions, part)
         if key not in self._auxiliaries:
-            self._auxiliaries[key] = auxiliary_cost(loss, output, source, self.chain.input_size, target, conditions)
+            size = self.chain.input_size
+            self._auxiliaries[key] = auxiliary_cost(loss, output, source, size, target, conditions, part)
         return self._auxiliaries[key]

@@ -29,6 +29,8 @@ class Conditions:
         input_gradient: whether its input needs a gradient; that of a module's first unit does not.
         gradients_wait: whether weights have gradients already, to which new ones are added, as in micro-batches. Then
             they need the same memory wherever a model is cut, and are left out.
+        ahead: whether a head reads it ahead: its backward goes to its input alone, and what it keeps stays for another
+            one. Only the time of that backward counts.
     """
 
     batch_size: int = 32
@@ -37,6 +39,7 @@ class Conditions:
     device: str = "cpu"
     input_gradient: bool = True
     gradients_wait: bool = False
+    ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,10 @@ def part_cost(
             gradients = _waiting_gradients(trained) if conditions.gradients_wait else []
             tracker.label([*trained, *gradients, leaf], "given")
             forward = _run_forward(tracker, run, leaf, conditions)
-            start = len(tracker.events)
+            start, begun = len(tracker.events), tracker.seconds if conditions.ahead else 0.0
             if forward.loss.requires_grad:
-                forward.loss.backward()
+                inputs = [leaf] if conditions.ahead else None
+                torch.autograd.backward(forward.loss, retain_graph=conditions.ahead, inputs=inputs)
             used = tracker.in_use()[start - 1 :]
         output = torch.empty(forward.shape, dtype=forward.dtype)
     cost = Cost(
@@ -104,7 +108,7 @@ def part_cost(
         keeps_input=forward.keeps_input,
         keeps_output=forward.keeps_output,
         gradients=0 if conditions.gradients_wait else sum(p.numel() * p.element_size() for p in trained),
-        seconds=tracker.seconds,
+        seconds=tracker.seconds - begun,
     )
     return cost, output
 
