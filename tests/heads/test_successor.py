@@ -296,3 +296,15 @@ def test_heads_of_all_that_follows_predict_what_the_network_does(name, reach):
     assert all(torch.equal(prediction, predictions[-1]) for prediction in predictions)
     net.train().backward(*batch(), seed=0)
     assert all(p.grad is not None for module in net.local_modules for p in module.parameters())
+
+
+def test_weight_decay_is_the_same_for_heads_that_read_ahead():
+    own, ahead = (split("swin", 3, "greedy", head="successor", reach=reach).local_modules for reach in (0, 1))
+    tables = {
+        f"before.{name.removeprefix('auxiliary.')}"
+        for name, _ in own[1].named_parameters()
+        if name.startswith("auxiliary.") and name.endswith("relative_position_bias_table")
+    }
+    trained = {name for name, _ in ahead[1].named_parameters()}
+    assert tables & trained
+    assert tables & trained <= ahead[1].no_weight_decay()

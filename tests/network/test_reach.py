@@ -244,6 +244,20 @@ def test_without_a_second_part_a_loss_is_refused():
         del localprop.METHODS["whole-loss"]
 
 
+def test_weights_of_a_criterion_are_refused():
+    class Warm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, logits, labels):
+            return F.cross_entropy(logits / self.temperature, labels)
+
+    split("mlp", method="greedy", criterion=Warm())
+    with pytest.raises(ConfigError, match=r"the criterion has weights, .* set reach to 0"):
+        split("mlp", method="greedy", criterion=Warm(), reach=1)
+
+
 @pytest.mark.parametrize("name", ["swin", "vit"])
 @pytest.mark.parametrize("kinetic", [0.0, 0.1])
 def test_a_captured_pass_is_backward(name, kinetic):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import timm
 import torch
+from torch import nn
 
 from checkpoint_states import bits
 from localprop import localize
@@ -68,6 +69,24 @@ def test_compiled_training_is_eager_training(tmp_path):
     resumed.load(load_checkpoint(path).parts, 3)
     assert bits(steps(resumed, 2)) == bits(steps(compiled, 2))
     assert bits(resumed.net.state_dict()) == bits(compiled.net.state_dict())
+
+
+@pytest.mark.processes  # compilers, as above
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_two_backward_passes_through_compiled_units():
+    """Of which the compiler's cache has code that lets one pass alone, from a run in which they are a module."""
+    donated = torch._functorch.config.donated_buffer
+    try:
+        for reach in (0, 1):
+            torch._dynamo.reset()
+            layers = [nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Tanh()) for _ in range(3)]
+            model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(8, CLASSES))
+            net = localize(model, method="greedy", cuts=["1", "2"], reach=reach, input_size=(2, 2, 2)).train()
+            compile_network(net)
+            net.backward(torch.randn(4, 2, 2, 2), torch.arange(4))
+            assert all(parameter.grad is not None for parameter in net.parameters())
+    finally:
+        torch._functorch.config.donated_buffer = donated
 
 
 def test_without_a_compiler_the_error_is_one_line(monkeypatch):

@@ -220,6 +220,8 @@ class Division:
     def _has_head(self, loss: LocalLoss) -> bool:
         """Whether a local loss has a head that can read ahead."""
         if isinstance(loss, HeadLoss):
+            if any(parameter.requires_grad for parameter in loss.task.parameters()):
+                raise ConfigError("the criterion has weights, which no head that reads ahead trains; set reach to 0")
             return loss.head is not None
         raise ConfigError(
             f"reach is {self.recipe.reach}, but the loss of method {self.recipe.method} is not in two parts; derive it "

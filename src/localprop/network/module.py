@@ -171,7 +171,8 @@ class LocalModule(nn.Module):
         """
         exempt = getattr(self._backbone[0], "no_weight_decay", None)
         names = set(exempt()) if exempt else set()
-        own = (f"auxiliary.{name}" for name, _ in self.auxiliary.named_parameters() if names)
+        nets = [("auxiliary.", self.auxiliary), *((BEFORE, before) for before in self._before)]
+        own = [prefix + name for prefix, net in nets for name, _ in net.named_parameters() if names]
         return names | {name for name in own if any(name.endswith(f".{other}") for other in names)}
 
     def named_parameters(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from localprop.errors import ConfigError
 from localprop.network.loss import HeadLoss
@@ -21,6 +22,10 @@ def compile_network(net: LocalNetwork) -> None:
     # All modules share the code of their forward, of which torch compiles 8 versions and then no more.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 4 * len(net.local_modules))
+    if any(module.shared for module in net.local_modules):
+        # There are two backward passes through shared units. The compiler's cache may have code for them from a run
+        # without reach, which overwrites in the first pass what the second needs; torch refuses to run that.
+        torch._functorch.config.donated_buffer = False
     for module in net.local_modules:
         module.recompute = False  # the compiler itself chooses what to compute again
         module.recomputation = tuple("none" if own == "cheap" else own for own in module.recomputation)
