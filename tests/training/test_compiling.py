@@ -10,12 +10,13 @@ from torch import nn
 from checkpoint_states import bits
 from localprop import localize
 from localprop.errors import ConfigError
+from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
 from localprop.training.checkpoints.loading import load_checkpoint
 from localprop.training.checkpoints.saving import save_checkpoint
 from localprop.training.compiling import compile_network, require_compiler
 from localprop.training.state import TrainingState
-from tiny import CLASSES, SIZE, batch
+from tiny import CLASSES, SIZE, batch, split
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,15 @@ def test_two_backward_passes_through_compiled_units():
             assert all(parameter.grad is not None for parameter in net.parameters())
     finally:
         torch._functorch.config.donated_buffer = donated
+
+
+def test_the_plan_of_a_compiled_network_leaves_it_alone():
+    """What is compiled of a loss's two parts is bound to that loss, and a copy of it would be too."""
+    plain, compiled = (split("mlp", 2, reach=1, recompute=False) for _ in range(2))
+    compile_network(compiled)
+    steps = [simulate_step(net, OptimConfig(), 16, SIZE) for net in (plain, compiled)]
+    assert steps[0] == steps[1]
+    assert all(parameter.grad is None for parameter in compiled.parameters())
 
 
 def test_without_a_compiler_the_error_is_one_line(monkeypatch):

@@ -172,6 +172,11 @@ class HeadLoss(LocalLoss):
         super().__init__()
         self.task = spec.task
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not compiled, as of any module: compiled parts in it would be those of the original.
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("judge", "rest")}
+
     def judge(self, seen: Tensor, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The head's term. All that it trains is the head.
 
