@@ -81,3 +81,45 @@ def test_what_is_not_finite_in_a_head_that_reads_ahead_is_one_line(forker, tmp_p
     assert sorted(codes) in ([1, 2], [2, 2])
     line = r"localprop: rank [01]: the loss of module 1 of 2 \(.*\) is nan at step 2.*\n"
     assert re.fullmatch(line, ranks.log.read_text()), ranks.log.read_text()
+
+
+EXCHANGE = """
+from types import SimpleNamespace as Toy
+import torch
+from localprop.network.carry import Carry
+from localprop.parallel.job import join
+from localprop.parallel.pipeline import PipelineStage
+from localprop.parallel.placement import Placement
+from localprop.tasks.classification import Classification
+
+BACK = [(torch.ones(2, 3).t(), None), (torch.ones(2, 3), torch.tensor(512.0)), (None, torch.tensor(2.0)), (None, None)]
+job = join("cpu")
+modules = [Toy(local_loss=Toy(uses_inputs=False), reads=set(), shared=shared) for shared in (0, 1)]
+stage = PipelineStage(job, Placement((range(1), range(1, 2))), Toy(local_modules=modules))
+assert stage.exchange is stage
+loads = lambda *_: ([torch.full((2, 3), float(step)), torch.zeros(2, dtype=torch.int64)] for step in range(len(BACK)))
+data = Toy(steps_per_epoch=lambda size: len(BACK), train_batches=loads, task=Classification())
+batches = stage.train_batches(data, 0, 2, 1, job.device, range(len(BACK)))
+for step, (carry, (gradient, scale)) in enumerate(zip(batches, BACK, strict=True)):
+    if job.rank == 0:
+        carry.losses.append(torch.tensor(0.25))
+        stage.hand_on(carry)
+        for came, sent in ((carry.gradient, gradient), (carry.scale, scale)):
+            assert came is sent is None or (came.equal(sent) and came.stride() == sent.stride()), (step, came, sent)
+        assert carry.losses == [step + 0.5]
+        assert stage.waiting().tensors == []  # what was sent is known to be taken
+    else:
+        assert carry.features.eq(step).all() and carry.losses == [0.25]
+        carry.gradient, carry.scale, carry.losses[-1] = gradient, scale, torch.tensor(step + 0.5)
+        stage.give_back(carry)
+        assert carry.gradient is carry.scale is None
+        stage.settle()
+    stage.send(carry)  # which is not sent again
+job.wait_for_all()
+job.leave()
+"""
+
+
+def test_a_gradient_its_scale_and_the_loss_come_back(forker, tmp_path):
+    ranks = forker.start(tmp_path / "log", 2, code=EXCHANGE)
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
