@@ -258,6 +258,21 @@ def test_weights_of_a_criterion_are_refused():
         split("mlp", method="greedy", criterion=Warm(), reach=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("reach", 1.5, "whole number"),
+        ("reach", "1", "whole number"),
+        ("modules", True, "whole number"),
+        ("min_depth", 0.5, "whole number"),
+        ("kinetic", "0.1", "number"),
+    ],
+)
+def test_settings_of_another_type_are_refused(name, value, kind):
+    with pytest.raises(ConfigError, match=rf"^{name} is {value!r}; it must be a {kind}$"):
+        localprop.Recipe.of(**{name: value})
+
+
 @pytest.mark.parametrize("name", ["swin", "vit"])
 @pytest.mark.parametrize("kinetic", [0.0, 0.1])
 def test_a_captured_pass_is_backward(name, kinetic):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
@@ -58,6 +59,12 @@ class Recipe:
     """For the method, such as weight=0.5."""
 
     def __post_init__(self) -> None:
+        for name in ("modules", "reach", "min_depth"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise ConfigError(f"--{name.replace('_', '-')} is {value!r}; it must be a whole number")
+        if self.kinetic is not None and (isinstance(self.kinetic, bool) or not isinstance(self.kinetic, Real)):
+            raise ConfigError(f"--kinetic is {self.kinetic!r}; it must be a number")
         require_within_bounds(self)
         for unit, value in (self.recompute_units or {}).items():
             if value not in get_args(Recomputation):
