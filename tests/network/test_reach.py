@@ -298,3 +298,9 @@ def test_a_captured_pass_is_backward(name, kinetic):
         assert all(torch.equal(x, y) for x, y in zip(a.predictions, b.predictions, strict=True))
     assert pool.captures == 7
     assert_same(dict(nets[0].named_parameters()), dict(nets[1].named_parameters()))
+
+
+@pytest.mark.parametrize("method", ["greedy", "end-to-end"])
+def test_one_module_has_nothing_to_reach(method):
+    with pytest.raises(ConfigError, match="reach is 1, but one module has no other behind it; leave out reach"):
+        localize(build("mlp"), 1, method, reach=1, input_size=SIZE)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import TypeVar
 
+from localprop.errors import ConfigError
 from localprop.methods import check_method
 from localprop.registry import DECODERS, HEADS, METHODS
 from localprop.settings.options import check_options, options_of
@@ -32,6 +33,10 @@ def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
         head = _without_options
     check_options("head", recipe.head or "", head, given)
     DECODERS.lookup(recipe.decoder)
+    if count == 1 and recipe.reach:
+        raise ConfigError(
+            f"reach is {recipe.reach}, but one module has no other behind it; leave out reach, or choose more modules"
+        )
     cheap = recipe.recompute
     if cheap is None:
         cheap = count > 1 and not recipe.end_to_end and device != "cuda"

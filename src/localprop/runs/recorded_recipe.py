@@ -56,7 +56,7 @@ def changed_default(recipe: Recipe, recorded: dict[str, Any] | None, device: str
         return f"recompute is {now['recompute']} now where it is left open, and was {again} then"
     compared = [(name, now["method_kwargs"], then) for name in now["method_kwargs"] if name not in recipe.options]
     earlier = settings_as_recorded(recorded or {})
-    compared += [(name, now, earlier) for name in ("head", "kinetic") if getattr(recipe, name) is None]
+    compared += [(name, now, earlier) for name in ("head", "kinetic", "reach") if getattr(recipe, name) is None]
     for name, values, before in compared:
         own, old = (list(v) if isinstance(v, tuple) else v for v in (values[name], before.get(name, values[name])))
         if own != old:
