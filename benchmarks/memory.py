@@ -4,9 +4,12 @@ python benchmarks/memory.py table     Swin-Tiny, 224 px, AdamW, fp32, batch 32 a
 python benchmarks/memory.py micro     the same at batch 128, in four micro-batches: about 5 minutes
 python benchmarks/memory.py grid      five models, fp32 and bf16, K = 1, 2, 4, max, with and without checkpointing:
                                       about 15 minutes
+python benchmarks/memory.py reach     Swin-Tiny with heads that read ahead, batch 128 predicted and batch 8 measured:
+                                      about 5 minutes
 --device cuda measures `torch.cuda.max_memory_allocated` instead of the CPU allocator's events.
 
-Writes benchmarks/results/memory_table.json, memory_grid.json and memory_micro.json, on CUDA with _cuda.
+Writes benchmarks/results/memory_table.json, memory_grid.json, memory_micro.json and memory_reach.json, on CUDA with
+_cuda.
 """
 
 import argparse
@@ -30,7 +33,7 @@ def backbone(name: str) -> torch.nn.Module:
     return timm.create_model(name, num_classes=10)
 
 
-def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, **options) -> dict:
+def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, conv: bool = True, **options) -> dict:
     """Trains one real step of a plan's row; returns predicted and measured bytes."""
     setting, local = row.setting, row.setting.modules > 1
     net = localprop.localize(
@@ -42,7 +45,7 @@ def measure(name: str, row: localprop.PlanRow, device: str, amp: bool = False, *
         batch_size=row.batch_size,
         micro_batches=row.micro_batches,
         amp_dtype=torch.bfloat16 if amp else None,
-        **(CONV | options if local else {}),
+        **((CONV if conv else {}) | options if local else {}),
     )
     assert [module.units for module in net.local_modules] == row.module_units  # the plan describes this very network
     step, kept = local_step(net, row.batch_size, device, amp, row.micro_batches)
@@ -122,16 +125,38 @@ def grid(device: str) -> None:
     write_result(_name("memory_grid", device), {"device": device, "largest_error_percent": max(errors), "rows": rows})
 
 
+def reach(device: str) -> None:
+    """Heads that read one block ahead: peaks and operations against end-to-end training."""
+    stage = {"recompute_units": {"patch_embed": "whole", "layers.0": "whole"}}
+    cases: list[dict] = [{"reach": 0}, {"reach": 1}, {"reach": 1, **stage}]
+    rows: list[dict] = []
+    for batch_size, splits in ((128, (False, True)), (8, (False,))):
+        for options in (own | {"split_blocks": split} for split in splits for own in cases):
+            plan = localprop.plan(backbone(SWIN), batch_size, modules=[2, 4], device=device, **options)
+            for row in (row for row in plan.rows[2:] if row.setting.split_blocks == options["split_blocks"]):
+                if batch_size == 128:
+                    own = {"modules": row.setting.modules, **options, "batch_size": batch_size}
+                    own["predicted"] = row.step.peak
+                else:
+                    given = {name: value for name, value in options.items() if name != "split_blocks"}
+                    own = measure(SWIN, row, device, conv=False, **given)
+                ratios = {"ratio": plan.memory_ratio(row), "flops_ratio": plan.flops_ratio(row)}
+                own |= {name: round(value, 4) for name, value in ratios.items()}
+                rows.append(own | {"cuts": [units[-1] for units in row.module_units[:-1]]})
+                print(rows[-1], flush=True)
+    write_result(_name("memory_reach", device), {"device": device, "model": SWIN, "rows": rows})
+
+
 def _name(name: str, device: str) -> str:
     return name if device == "cpu" else f"{name}_{device}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["table", "grid", "micro"])
+    parser.add_argument("what", choices=["table", "grid", "micro", "reach"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    {"table": table, "grid": grid, "micro": micro}[options.what](options.device)
+    {"table": table, "grid": grid, "micro": micro, "reach": reach}[options.what](options.device)
 
 
 if __name__ == "__main__":
