@@ -161,6 +161,18 @@ def test_the_predicted_peak_follows_every_setting_with_heads_that_read_ahead(set
     check(network("vit", "feature-reconstruction", reach=1), **settings)
 
 
+def test_timms_checkpointing_runs_what_a_head_reads_ahead_once_more_in_each_of_two_backwards():
+    nets = [network("vit", "greedy", reach=1, recompute=False).train() for _ in range(2)]
+    nets[1].backbone.set_grad_checkpointing()
+    steps = [check(net) for net in nets]
+    reach_0 = [network("vit", "greedy", recompute=False) for _ in range(2)]
+    reach_0[1].backbone.set_grad_checkpointing()
+    plain = [simulate_step(net, OptimConfig(), BATCH, SIZE) for net in reach_0]
+    assert steps[1].flops - steps[0].flops > 1.3 * (plain[1].flops - plain[0].flops)
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):  # after the same two steps
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_the_predicted_peak_knows_frozen_modules_with_heads_that_read_ahead(frozen):
     net = network("vit", "greedy", reach=1)
