@@ -78,6 +78,18 @@ def test_a_row_is_a_simulated_step_of_that_setting(result):
         assert [module.units for module in net.local_modules] == result.rows[i].module_units
 
 
+def test_a_plan_knows_heads_that_read_ahead_and_what_single_units_compute_again():
+    again = {"recompute_units": {"blocks.0": "whole"}}
+    plain, ahead, less = (small_plan((2,), **options).rows for options in ({}, {"reach": 1}, {"reach": 1, **again}))
+    net = localize(build("vit"), 2, "greedy", input_size=SIZE, batch_size=16, reach=1, **again)
+    assert simulate_step(net, OptimConfig(), 16, SIZE) == less[2].step
+    assert ahead[2].step.flops > plain[2].step.flops
+    assert ahead[2].step.peak > plain[2].step.peak
+    chosen_row = small_plan((2,), reach=1, budget=ahead[2].step.peak).choice
+    assert chosen_row.setting.recipe.reach == 1
+    assert plain[0].step == ahead[0].step == less[0].step
+
+
 def test_planning_leaves_the_model_and_the_random_state_alone():
     model, told = build("mlp").eval(), []
     weights, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()

@@ -76,6 +76,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
     parts = f" in {config.micro_batches} parts" if config.micro_batches > 1 else ""
     batch = f"batch {config.batch_size}{parts}"
     title = f"{backbone.model} at {height}x{width}, {batch}, {config.precision}, {config.opt}"
+    title += f", reach {config.local.reach}" if config.local.reach else ""
     return result, title
 
 
