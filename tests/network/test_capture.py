@@ -105,12 +105,15 @@ def test_without_cuda_it_is_one_line():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(("name", "method"), [("swin", "greedy"), ("vit", "feature-reconstruction")])
-def test_a_captured_pass_is_backward_on_cuda(name, method, half, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "method", "reach"),
+    [("swin", "greedy", 0), ("vit", "feature-reconstruction", 0), ("swin", "feature-reconstruction", 1)],
+)
+def test_a_captured_pass_is_backward_on_cuda(name, method, reach, half, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as in a run, or no two passes are equal
     results = []
     for captured in (False, True):
-        net = split(name, method=method, decoder="pixel-shuffle").to("cuda").train()
+        net = split(name, method=method, decoder="pixel-shuffle", reach=reach).to("cuda").train()
         after = loop(net, optimizers_of(net), 0.1)
         step = net.capture(after_module=after) if captured else None
 

@@ -44,9 +44,10 @@ def train(state, steps, first=0):
     return [own.cpu() for own in losses]
 
 
+@pytest.mark.parametrize("reach", [0, 1])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_graphs_have_the_bits_of_eager_steps(name):
-    eager, graphs = (state_of(**SETTINGS[name]) for _ in range(2))
+def test_graphs_have_the_bits_of_eager_steps(name, reach):
+    eager, graphs = (state_of(options={"reach": reach, "kinetic": 0.1 * reach}, **SETTINGS[name]) for _ in range(2))
     graphs.capture(CudaGraphPool(CUDA), pytest.fail)
     for a, b in zip(train(eager, 6), train(graphs, 6), strict=True):
         assert torch.equal(a, b)
