@@ -99,6 +99,7 @@ def cases(dry: bool) -> list[Case]:
         "K=8, blocks split": local(SWIN_8, split_blocks=True),
         "K=2": local(SWIN_2),
         "K=4, a quarter rebuilt": local(SWIN_4, recompute=False, method_kwargs={"sample": 0.25}),
+        "K=4, reach 1": local(SWIN_4, recompute=False, reach=1),
         "K=4, greedy": local(SWIN_4, method="greedy"),
         "K=4, decoder conv": local(SWIN_4, decoder="conv"),
     }
@@ -107,6 +108,7 @@ def cases(dry: bool) -> list[Case]:
         "K=4": local(VIT_4),
         "K=4, nothing recomputed": local(VIT_4, recompute=False),
         "K=4, a quarter rebuilt": local(VIT_4, recompute=False, method_kwargs={"sample": 0.25}),
+        "K=4, reach 1": local(VIT_4, recompute=False, reach=1),
         "exact K=4": exact(VIT_4, "blocks"),
         "checkpointing": Way("checkpointing"),
         "K=8": local(VIT_8),

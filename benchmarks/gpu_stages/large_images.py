@@ -13,7 +13,7 @@ from gpu_stages.steps import Mode, build
 EAGER_NOTE = "run eagerly: CUDA graphs need CUDA"
 RANDOM_NOTE = "other random numbers when computed again: the work of an exact step, not its gradients"
 ORDER = (
-    ("end-to-end", "K=4", "K=4, nothing recomputed", "K=4, a quarter rebuilt"),
+    ("end-to-end", "K=4", "K=4, nothing recomputed", "K=4, a quarter rebuilt", "K=4, reach 1"),
     ("K=8, blocks split", "K=8", "K=2", "K=4, greedy", "K=4, decoder conv"),
     ("exact K=4",),
     ("checkpointing",),
