@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import localprop
 from localprop import localize
 from localprop.cli import main
 from localprop.settings.config import OptimConfig
@@ -104,3 +105,24 @@ def test_a_checkpoint_of_another_reach_is_refused():
     own, other = state_of(), state_of(split("swin", method="feature-reconstruction"))
     with pytest.raises(Exception, match=r"does not fit the network .*auxiliary nets hold other weights, such as"):
         own.load(other.parts(), 0)
+
+
+class _Named(localprop.HeadLoss):
+    """A loss with a net that is called as the head of the module before is in a checkpoint."""
+
+    uses_inputs = False
+
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.head, self.before = spec.build_head(), nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("reach", [0, 1])
+def test_a_plugins_net_of_the_same_name_is_saved_and_loaded(reach):
+    localprop.METHODS["named"] = _Named
+    own, other = (state_of(split("swin", method="named", reach=reach)) for _ in range(2))
+    for parameter in own.net.parameters():
+        nn.init.normal_(parameter)
+    other.load(own.parts(), 0)
+    for (name, a), b in zip(own.net.named_parameters(), other.net.parameters(), strict=True):
+        assert torch.equal(a, b), name

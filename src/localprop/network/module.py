@@ -198,8 +198,7 @@ class LocalModule(nn.Module):
 
     def auxiliary_state(self) -> dict[str, Tensor]:
         """The tensors of the auxiliary nets that this module trains, by name."""
-        state = self.auxiliary.state_dict()
-        own = {name: tensor for name, tensor in state.items() if not (self.gives_head and name.startswith(_HEAD))}
+        own = self._own_state()
         for before in self._before:
             own |= {f"{BEFORE}{name}": tensor for name, tensor in before.state_dict().items() if name.startswith(_HEAD)}
         return own
@@ -208,9 +207,14 @@ class LocalModule(nn.Module):
         """Loads what `auxiliary_state` gave; raises ValueError if it is another module's."""
         if other := state.keys() ^ self.auxiliary_state().keys():
             raise ValueError(f"its auxiliary nets hold other weights, such as {min(other)}")
-        self.auxiliary.load_state_dict(
-            {name: tensor for name, tensor in state.items() if not name.startswith(BEFORE)}, strict=False
-        )
+        own = self._own_state()
+        self.auxiliary.load_state_dict({name: state[name] for name in own}, strict=False)
         for before in self._before:
-            taken = {name[len(BEFORE) :]: tensor for name, tensor in state.items() if name.startswith(BEFORE)}
+            # What is not its own, because a net of a plugin's loss may be called `before` as well.
+            taken = {name[len(BEFORE) :]: tensor for name, tensor in state.items() if name not in own}
             before.load_state_dict(taken, strict=False)
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """The tensors of its own local loss that it trains."""
+        state = self.auxiliary.state_dict()
+        return {name: tensor for name, tensor in state.items() if not (self.gives_head and name.startswith(_HEAD))}
