@@ -124,6 +124,18 @@ def batch(size=4, seed=0):
     return images, torch.arange(size).clamp(min=1) % CLASSES
 
 
+def gradients(net):
+    """Copies of the gradients that there are, by the names of their parameters."""
+    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def assert_same(a, b):
+    """Two mappings have the same names, and tensors of the same bits."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
 def module_peaks(net, images, labels, amp=False):
     """Bytes that each module's forward and backward take at most, beside its input, by the allocator's account."""
     peaks, features, context = [], images, {}

@@ -11,19 +11,9 @@ from torch.nn import functional as F
 from localprop import localize
 from localprop.errors import ChainError
 from localprop.seeding import derive_seed
-from tiny import MODELS, SIZE, batch, build, split, traced_once, units_of
+from tiny import MODELS, SIZE, assert_same, batch, build, gradients, split, traced_once, units_of
 
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def gradients(net):
-    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @every_model

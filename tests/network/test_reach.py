@@ -15,19 +15,9 @@ from localprop.memory.recompute import recomputing
 from localprop.network.capture import CapturedBackward
 from localprop.seeding import derive_seed
 from tape import TapePool
-from tiny import MODELS, SIZE, batch, build, split
+from tiny import MODELS, SIZE, assert_same, batch, build, gradients, split
 
 HEADS = ["greedy", "infopro", "feature-reconstruction"]
-
-
-def gradients(net):
-    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def two_forwards(net, images, labels, seed, parts=1):

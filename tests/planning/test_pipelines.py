@@ -98,8 +98,8 @@ def test_the_predicted_peak_of_a_process_whose_heads_read_ahead_is_that_of_a_rea
     assert 0 < step.seconds - step.ahead - step.behind < step.seconds
 
 
-def test_one_batch_is_in_flight_where_heads_read_ahead():
-    net = split("vit", 3, "greedy", reach=1)
+def in_three_processes(net):
+    """A module in each: what that takes, the step of each process alone, and the bytes that come to it."""
     step = simulate_step(net, OptimConfig(), BATCH, SIZE)
     result = share_out(net, step, OptimConfig(), BATCH, SIZE, "cpu", 3, Link())
     alone = [simulate_step(net, OptimConfig(), BATCH, SIZE, modules=range(k, k + 1)) for k in range(3)]
@@ -108,6 +108,11 @@ def test_one_batch_is_in_flight_where_heads_read_ahead():
     for module in net.local_modules[:2]:
         images = module(images, {}).detach()
         sizes.append(total_bytes([images, labels]))
+    return result, alone, sizes
+
+
+def test_one_batch_is_in_flight_where_heads_read_ahead():
+    result, alone, sizes = in_three_processes(split("vit", 3, "greedy", reach=1))
     assert result.peaks == [own.peak + came for own, came in zip(alone, sizes, strict=True)]
     # A process waits while the next one reads ahead, and between its turns for what it waits for itself.
     turns = [own.seconds + later.ahead for own, later in pairwise(alone)]
@@ -115,15 +120,7 @@ def test_one_batch_is_in_flight_where_heads_read_ahead():
 
 
 def test_processes_hold_the_batches_in_flight():
-    net = split("vit", 3)
-    step = simulate_step(net, OptimConfig(), BATCH, SIZE)
-    result = share_out(net, step, OptimConfig(), BATCH, SIZE, "cpu", 3, Link())
-    alone = [simulate_step(net, OptimConfig(), BATCH, SIZE, modules=range(k, k + 1)) for k in range(3)]
-    images, labels = batch(BATCH)
-    sizes = [0]
-    for module in net.local_modules[:2]:
-        images = module(images, {}).detach()
-        sizes.append(total_bytes([images, labels]))
+    result, alone, sizes = in_three_processes(split("vit", 3))
     held = [IN_FLIGHT * (came + left) for came, left in pairwise([*sizes, 0])]
     assert result.peaks == [own.peak + more for own, more in zip(alone, held, strict=True)]
     assert result.timing.seconds == pytest.approx(max(own.seconds for own in alone))

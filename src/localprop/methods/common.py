@@ -68,8 +68,7 @@ class Judging(TaskTerm):
     Args:
         spec: the module it is built for.
         task: (first, last) weight of the criterion on the head's prediction: of the first module, and of the last but
-            one. Alone it is a part of the learning rate, which AdamW
-            ignores; beside a kinetic term it matters.
+            one. Alone it scales all gradients of a module, which AdamW makes up for; beside a kinetic term it matters.
         contrast: of how many modules, from the first, the criterion is supervised contrast.
         temperature: of the contrast.
 
