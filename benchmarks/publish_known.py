@@ -1,0 +1,96 @@
+"""Writes src/localprop/planning/known.yaml, what accuracy local learning is known to cost.
+
+python benchmarks/publish_known.py
+
+Reads benchmarks/published.yaml (published figures), benchmarks/results/gpu_ba3b577/race.json (a race of prototypes on
+an H200) and benchmarks/results/gap/ (records of `localprop bench gap`).
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+from common import RESULTS, ROOT
+
+TARGET = ROOT / "src" / "localprop" / "planning" / "known.yaml"
+# Lanes of the race: method, reach and kinetic term of each that is a setting of localprop.
+_LANES: dict[str, tuple[str, int, bool]] = {
+    "fr": ("feature-reconstruction", 0, False),
+    "greedy": ("greedy", 0, False),
+    "la": ("feature-reconstruction", 1, True),
+}
+
+
+def main() -> int:
+    """Returns the exit code."""
+    TARGET.write_text(content(), encoding="utf-8")
+    print(f"wrote {TARGET.relative_to(ROOT)}")
+    return 0
+
+
+def content() -> str:
+    """The text of the file."""
+    head = "# Gaps to end-to-end training in points. Written by `python benchmarks/publish_known.py`.\n"
+    groups = [*_published(), _race(), _suite(RESULTS / "gap")]
+    return head + yaml.safe_dump(groups, sort_keys=False, width=120, default_flow_style=None)
+
+
+def _published() -> list[dict[str, Any]]:
+    published = yaml.safe_load((ROOT / "benchmarks" / "published.yaml").read_text(encoding="utf-8"))
+    names = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10"}
+    groups = []
+    for data, figures in published["accuracy"].items():
+        base = figures["end-to-end"]
+        rows = [
+            {"method": method, "modules": published["modules"], "gap": round(figure - base, 2), "seeds": None}
+            for method, figure in figures.items()
+            if method in ("feature-reconstruction", "greedy", "infopro")
+        ]
+        groups.append({"protocol": f"published: {published['model']}, {names[data]}", "gaps": rows})
+    return groups
+
+
+def _race() -> dict[str, Any]:
+    lanes = json.loads((RESULTS / "gpu_ba3b577" / "race.json").read_text())["lanes"]
+    last = {name: lane["log"][-1] for name, lane in lanes.items()}
+    rows = []
+    for name, (method, reach, kinetic) in _LANES.items():
+        gap = round(last[name]["acc"][-1] - last["e2e"]["acc"][-1], 2)
+        rows.append({"method": method, "modules": 4, **_parts(reach, kinetic), "gap": gap, "seeds": 1})
+    epochs = last["e2e"]["epoch"]
+    return {"protocol": f"a prototype: Swin-Tiny, CIFAR-10, 32 px, {epochs} of 44 epochs, an H200", "gaps": rows}
+
+
+def _suite(folder: Path) -> dict[str, Any]:
+    """Gaps of a suite's records: of the seeds that both have, to end-to-end training with the same kinetic weight."""
+    accuracy: dict[tuple[Any, ...], dict[int, float]] = {}
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    for record in records:
+        config = record["config"]
+        if config["head"] not in (None, "mlp") or config["method_kwargs"]:
+            continue
+        kind = (config["method"], config["modules"] or 1, config.get("reach") or 0, config.get("kinetic") or 0.0)
+        accuracy.setdefault(kind, {})[config["seed"]] = record["result"]["accuracy"]
+    rows = []
+    for (method, modules, reach, kinetic), own in sorted(accuracy.items()):
+        base = accuracy.get(("end-to-end", 1, 0, kinetic), {})
+        both = [seed for seed in own if seed in base]
+        if method == "end-to-end" or not both:
+            continue
+        gap = round(mean(own[seed] - base[seed] for seed in both), 2)
+        row = {"method": method, "modules": modules, **_parts(reach, bool(kinetic)), "gap": gap, "seeds": len(both)}
+        rows.append(row)
+    config = records[0]["config"]
+    size, epochs = config["img_size"], config["epochs"]
+    return {"protocol": f"a small Swin, CIFAR-10, {size} px, {epochs} epochs, held-out images", "gaps": rows}
+
+
+def _parts(reach: int, kinetic: bool) -> dict[str, Any]:
+    return {**({"reach": reach} if reach else {}), **({"kinetic": True} if kinetic else {})}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
