@@ -10,7 +10,7 @@ from torch import nn
 
 from localprop import chain
 from localprop.features import Example
-from localprop.memory.cost import Costs, module_peak, unit_costs
+from localprop.memory.cost import Costs, module_end, module_peak, unit_costs
 from localprop.memory.part import Conditions, Cost
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
@@ -34,7 +34,8 @@ def composed(net, name, conditions, grad_checkpointing=False):
         kinds = [conditions if i == stop - 1 else others for i in range(start, stop)]
         own = [costs.units(replace(kind, input_gradient=i > start))[i] for i, kind in enumerate(kinds, start)]
         shapes = [units[end - 1].shape if end else SIZE for end in (stop, start)]
-        found.append((given, module_peak(own, costs.auxiliary(module.local_loss, *shapes, LABEL, conditions))))
+        auxiliary = costs.auxiliary(module.local_loss, *shapes, LABEL, conditions)
+        found.append((given, module_peak(own, module_end(auxiliary, own[-1].output))))
         start, given = stop, own[-1].output
     return found
 
@@ -160,19 +161,23 @@ def cost(kept=0, forward=0, backward=0, output=0, keeps_input=False, keeps_outpu
     return Cost(kept, forward, backward, output, keeps_input, keeps_output, gradients, 0.0)
 
 
+def peak(units, loss):
+    return module_peak(units, module_end(loss, units[-1].output))
+
+
 def test_a_peak_may_be_anywhere():
     loss = cost(forward=7, backward=9, gradients=2)
     a, b = cost(kept=10, forward=15, backward=20, output=4, gradients=3), cost(5, 8, 12, output=6, keeps_input=True)
     # In backward of b: a has kept 10 and its output, and there are the loss's gradients and the module's output.
-    assert module_peak([a, b], loss) == 10 + 4 + 12 + 2 + 6
-    assert module_peak([a, replace(b, forward=30)], loss) == 10 + 4 + 30
-    assert module_peak([a, replace(b, forward=30, keeps_input=False)], loss) == 10 + 4 + 30
-    assert module_peak([a, b], replace(loss, backward=90)) == 10 + 4 + 5 + 6 + 90
-    assert module_peak([a, b], replace(loss, forward=90)) == 10 + 4 + 5 + 6 + 90
+    assert peak([a, b], loss) == 10 + 4 + 12 + 2 + 6
+    assert peak([a, replace(b, forward=30)], loss) == 10 + 4 + 30
+    assert peak([a, replace(b, forward=30, keeps_input=False)], loss) == 10 + 4 + 30
+    assert peak([a, b], replace(loss, backward=90)) == 10 + 4 + 5 + 6 + 90
+    assert peak([a, b], replace(loss, forward=90)) == 10 + 4 + 5 + 6 + 90
     # In backward of a: what b kept is gone, its gradients are there.
-    assert module_peak([a, replace(b, gradients=50)], loss) == 20 + 2 + 50 + 6
+    assert peak([a, replace(b, gradients=50)], loss) == 20 + 2 + 50 + 6
     # An output that its unit needs for its own backward is there once, whoever else keeps it.
-    assert module_peak([a, replace(b, keeps_input=False)], loss) == 10 + 12 + 2 + 6
-    assert module_peak([replace(a, keeps_output=True), b], loss) == 10 + 4 + 12 + 2 + 6
-    assert module_peak([replace(a, keeps_output=True), replace(b, gradients=50)], loss) == 20 + 4 + 2 + 50 + 6
-    assert module_peak([a, replace(b, keeps_output=True)], loss) == 10 + 4 + 12 + 2 + 6
+    assert peak([a, replace(b, keeps_input=False)], loss) == 10 + 12 + 2 + 6
+    assert peak([replace(a, keeps_output=True), b], loss) == 10 + 4 + 12 + 2 + 6
+    assert peak([replace(a, keeps_output=True), replace(b, gradients=50)], loss) == 20 + 4 + 2 + 50 + 6
+    assert peak([a, replace(b, keeps_output=True)], loss) == 10 + 4 + 12 + 2 + 6

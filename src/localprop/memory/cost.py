@@ -30,33 +30,58 @@ class Reach(NamedTuple):
     head: Cost
 
 
-def module_peak(units: Sequence[Cost], auxiliary: Cost, shared: int = 0, reach: Reach | None = None) -> int:
+class End(NamedTuple):
+    """What comes after the forward of a module's last unit, in bytes beside what its units keep.
+
+    Attributes:
+        top: most in use until the backward of its units begins.
+        waiting: in use in the backward of each of its units.
+        given: in use in the forward of each of its units.
+        seconds: expected time of all that comes then.
+    """
+
+    top: int
+    waiting: int
+    given: int = 0
+    seconds: float = 0.0
+
+
+def module_end(auxiliary: Cost, output: int, reach: Reach | None = None) -> End:
+    """What comes after the forward of a local module's last unit.
+
+    Args:
+        auxiliary: cost of its local loss; of the rest of it, if its head reads ahead.
+        output: bytes of its output, which is the next module's input.
+        reach: what its own head reads ahead, if that does.
+    """
+    top, gradients, seconds = max(auxiliary.forward, auxiliary.backward), auxiliary.gradients, auxiliary.seconds
+    if not reach:
+        return End(top, gradients + output, seconds=seconds)
+    # The rest has left the gradient of the output, if it reads that.
+    waiting = gradients + (output if auxiliary.backward >= output else 0)
+    tops, kept = _forward(reach.units)
+    top = max(top, *(waiting + own for own in tops), waiting + kept[-1] + max(reach.head.forward, reach.head.backward))
+    gradients += reach.head.gradients
+    waiting += reach.head.gradients + kept[-1]
+    top = max(top, *(waiting + unit.backward - unit.kept for unit in reach.units))
+    seconds += sum(part.seconds for part in (*reach.units, reach.head))
+    return End(top, gradients + output + kept[-1], seconds=seconds)
+
+
+def module_peak(units: Sequence[Cost], end: End, shared: int = 0) -> int:
     """Largest number of bytes that a module needs at any moment of its step, beside its input.
 
     Args:
         units: costs of its units, in order.
-        auxiliary: cost of its local loss; of the rest of it, if its head reads ahead.
+        end: what comes after the forward of the last.
         shared: how many of its first units the head of the module before has read: they have run when its step begins.
-        reach: what its own head reads ahead, if that does.
     """
     tops, before = _forward(units)
-    alive, gradients, beside = before[-1], auxiliary.gradients, 0
-    peak = max(*tops[shared:], alive + auxiliary.forward, alive + auxiliary.backward)
-    output = units[-1].output  # which is the next module's input
-    if reach:
-        # The rest has left the gradient of the output, if it reads that.
-        waiting = alive + gradients + (output if auxiliary.backward >= output else 0)
-        tops, kept = _forward(reach.units)
-        beside = kept[-1]
-        peak = max(peak, *(waiting + top for top in tops))
-        peak = max(peak, waiting + beside + max(reach.head.forward, reach.head.backward))
-        gradients += reach.head.gradients
-        waiting += reach.head.gradients + beside
-        peak = max(peak, *(waiting + unit.backward - unit.kept for unit in reach.units))
+    peak, waiting = max([*(end.given + top for top in tops[shared:]), before[-1] + end.top]), end.waiting
     for i in reversed(range(len(units))):
         own = units[i].output if units[i].keeps_output and i + 1 < len(units) else 0
-        peak = max(peak, before[i] + units[i].backward + own + gradients + output + beside)
-        gradients += units[i].gradients
+        peak = max(peak, before[i] + units[i].backward + own + waiting)
+        waiting += units[i].gradients
     return peak
 
 

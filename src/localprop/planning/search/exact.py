@@ -1,0 +1,82 @@
+"""The fastest exact training within any memory: where the chain is cut, and what each unit computes again."""
+
+from itertools import pairwise
+
+import numpy as np
+
+from localprop.memory.cost import End
+from localprop.planning.search.fronts import MOST, Front, both, front
+from localprop.planning.search.runs import Runs, Units
+from localprop.planning.search.ways import Way
+
+_SIMPLER = 1e-3
+"""What a module more has to bring, as a part of the time of all units: else fewer are taken."""
+
+
+class ExactSearch:
+    """Exact training in modules: forward keeps their inputs; then, from the last one up, forward again and backward.
+
+    Args:
+        units: the costs; the input of every unit but the first needs a gradient.
+        forward: seconds of each unit's forward.
+        loss: what comes after the last unit.
+        most: ways that a front keeps.
+        cuts: the numbers of units after which a module may end.
+
+    Attributes:
+        front: what all modules need at their peak, beside the batch, against time.
+    """
+
+    def __init__(
+        self, units: Units, forward: list[float], loss: End, most: int = MOST, cuts: list[int] | None = None
+    ) -> None:
+        self.units, self._loss, self._runs = units, loss, Runs(units, most)
+        self._more = _SIMPLER * sum(next(iter(options.values())).seconds for options in units.inner)
+        self._forward = np.concatenate(([0.0], np.cumsum(forward)))
+        count = len(units)
+        self._cuts = [*(range(1, count) if cuts is None else cuts), count]
+        self._fronts: dict[int, Front] = {}
+        # Of each front, for each way: the way in which its first module is trained.
+        self._ways: dict[int, np.ndarray] = {}
+        for start in reversed([0, *self._cuts[:-1]]):
+            self._fronts[start], self._ways[start] = self._suffix(start, most)
+        self.front = self._fronts[0]
+
+    def _suffix(self, start: int, most: int) -> tuple[Front, np.ndarray]:
+        """The front of the units from `start` on, beside the inputs of modules up to there."""
+        parts = []
+        for stop in (cut for cut in self._cuts if cut > start):
+            own = self._runs.front(start, stop, self._end(stop))
+            if stop == len(self.units):
+                need, seconds, way = own.need, own.seconds, np.arange(len(own.need))
+                after = np.zeros(len(need), np.int64)
+            else:
+                need, seconds, way, after = both(own, self._fronts[stop], self.units.output(stop - 1))
+                seconds = seconds + self._forward[stop] - self._forward[start] + self._more
+            parts.append((need, seconds, np.full(len(need), stop), after, way))
+        need, seconds, choice, after, way = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        # A front has one number for each way beside `choice`: that of a pair of ways.
+        best = front(need, seconds, choice, np.arange(len(need)), most)
+        return Front(best.need, best.seconds, best.choice, after[best.after]), way[best.after]
+
+    def _end(self, stop: int) -> End:
+        """What comes after the forward of a module: the gradient of its output is there already."""
+        if stop == len(self.units):
+            return self._loss
+        output = self.units.output(stop - 1)
+        return End(top=output, waiting=0, given=output)
+
+    def way(self, number: int) -> Way:
+        """A way of `front`."""
+        start, ends, ways = 0, [], []
+        seconds, need = float(self.front.seconds[number]), float(self.front.need[number])
+        while start < len(self.units):
+            stop = int(self._fronts[start].choice[number])
+            ends.append(stop)
+            ways.append(int(self._ways[start][number]))
+            start, number = stop, int(self._fronts[start].after[number])
+        names = [
+            self._runs.choices(start, stop, self._end(stop), way)
+            for (start, stop), way in zip(pairwise([0, *ends]), ways, strict=True)
+        ]
+        return Way(ends, names, need, seconds - (len(ends) - 1) * self._more)

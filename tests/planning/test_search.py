@@ -1,0 +1,236 @@
+"""The planner's search against every way there is, on small chains of random costs."""
+
+import itertools
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from localprop.memory.cost import End, Reach, module_end, module_peak
+from localprop.memory.part import Cost
+from localprop.planning.search.exact import ExactSearch
+from localprop.planning.search.fronts import front
+from localprop.planning.search.local import LocalSearch, Module
+from localprop.planning.search.runs import Runs, Units
+
+KINDS = ("none", "cheap", "whole")
+LAST = ("none", "cheap")
+
+
+def random_cost(draw, output, gradients):
+    kept, forward, backward = draw.randint(0, 30), draw.randint(0, 60), draw.randint(0, 45)
+    return Cost(kept, forward, backward, output, draw.random() < 0.6, draw.random() < 0.3, gradients, draw.random())
+
+
+def random_units(draw, size, first_differs=True, ahead=()):
+    inner, first = [], []
+    for _ in range(size):
+        output, gradients = draw.randint(1, 12), draw.randint(0, 6)
+        inner.append({kind: random_cost(draw, output, gradients) for kind in KINDS})
+        first.append({kind: random_cost(draw, output, gradients) for kind in KINDS})
+    return Units(inner, first if first_differs else [first[0], *inner[1:]], LAST, ahead)
+
+
+def divisions(size, modules=None):
+    for count in range(1, size + 1) if modules is None else [modules]:
+        for inner in itertools.combinations(range(1, size), count - 1):
+            yield list(itertools.pairwise([0, *inner, size]))
+
+
+def choices(units, start, stop, shared=0):
+    """What each unit of a module may compute again, in all ways."""
+    for names in itertools.product(KINDS, repeat=stop - start):
+        ahead, last = names[:shared], names[-1]
+        if set(ahead) <= set(units.ahead) and (last in LAST or len(ahead) == stop - start):
+            yield names
+
+
+def costs_of(units, start, names, shared=0):
+    return [(units.first if i == 0 and not shared else units.inner)[start + i][name] for i, name in enumerate(names)]
+
+
+def fastest(ways, limit):
+    return min((seconds for need, seconds in ways if need <= limit), default=None)
+
+
+def limits(ways):
+    needs = sorted({need for need, _ in ways})
+    return [needs[0] - 1, *needs[:: max(len(needs) // 25, 1)]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_front_is_what_nothing_else_beats(seed):
+    draw = random.Random(seed)
+    ways = [(draw.randint(0, 20), draw.randint(0, 20)) for _ in range(60)]
+    need, seconds = np.array(ways, float).T
+    found = front(need, seconds, np.arange(60), np.arange(60))
+    best = {own for own in ways if not any(o != own and o[0] <= own[0] and o[1] <= own[1] for o in ways)}
+    assert list(zip(found.need, found.seconds, strict=True)) == sorted(best)
+    assert [ways[i] for i in found.choice] == sorted(best)
+    thinned = front(need, seconds, np.arange(60), np.arange(60), most=4)
+    assert len(thinned.need) <= 4
+    assert set(zip(thinned.need, thinned.seconds, strict=True)) <= best
+    assert thinned.need[0] == found.need[0]
+    assert thinned.seconds[-1] == found.seconds[-1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_module_is_the_best_of_all_ways_to_recompute_its_units(seed):
+    draw = random.Random(seed)
+    units = random_units(draw, 5)
+    auxiliary = random_cost(draw, 0, 4)
+    runs = Runs(units)
+    for start, stop in itertools.combinations(range(6), 2):
+        end = module_end(auxiliary, units.output(stop - 1))
+        ways = []
+        for names in choices(units, start, stop):
+            own = costs_of(units, start, names)
+            ways.append((module_peak(own, end), sum(cost.seconds for cost in own) + auxiliary.seconds))
+        found = runs.front(start, stop, end)
+        for limit in limits(ways):
+            way = found.within(limit)
+            assert (None if way is None else found.seconds[way]) == pytest.approx(fastest(ways, limit))
+            if way is not None:
+                names = runs.choices(start, stop, end, way)
+                own = costs_of(units, start, names)
+                assert module_peak(own, end) == found.need[way]
+                assert sum(cost.seconds for cost in own) + auxiliary.seconds == pytest.approx(found.seconds[way])
+
+
+def every_local(units, count, module):
+    for division in divisions(len(units), count):
+        modules = [module(index, *pair) for index, pair in enumerate(division)]
+        beside = sum(own.beside for own in modules)
+        best = []
+        for (start, stop), own in zip(division, modules, strict=True):
+            ways = []
+            for names in choices(units, start, stop, own.shared):
+                costs = costs_of(units, start, names, own.shared)
+                seconds = sum(cost.seconds for cost in costs) + own.end.seconds
+                ways.append((module_peak(costs, own.end, own.shared), seconds))
+            best.append([(need, fastest(ways, need)) for need in sorted({need for need, _ in ways})])
+        yield beside, best
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("reach", [False, True])
+def test_local_modules_are_the_best_of_all_divisions(seed, reach):
+    draw = random.Random(seed)
+    units = random_units(draw, 5, ahead=("cheap",))
+    for options in units.inner[2:4]:  # which does not count where a head has read them ahead
+        options["cheap"] = replace(options["cheap"], forward=200)
+    auxiliaries = [random_cost(draw, 0, draw.randint(0, 8)) for _ in range(5)]
+    heads = [random_cost(draw, 0, draw.randint(0, 8)) for _ in range(5)]
+
+    def module(index, start, stop):
+        ahead = reach and stop < 5
+        beyond = Reach([units.inner[stop]["cheap"]], heads[stop]) if ahead else None
+        end = module_end(auxiliaries[start], units.output(stop - 1), beyond)
+        return Module(end, int(reach and start > 0), auxiliaries[start].gradients if stop < 5 else 0)
+
+    for count in (2, 3):
+        search = LocalSearch(Runs(units), count, module, range(6), lambda index: index)
+        known = list(every_local(units, count, module))
+        for limit in range(10, 250, 9):
+            best = []
+            for beside, modules in known:
+                own = [fastest(ways, limit - beside) for ways in modules]
+                best += [] if None in own else [sum(own)]
+            way = search.fastest(limit)
+            if not best:
+                assert way is None
+                continue
+            # Auxiliary nets that are many may make it take a way that is not quite the fastest.
+            assert way is None or way.seconds >= min(best) - 1e-9
+            if way is not None:
+                check_local(units, way, module, limit)
+
+
+def check_local(units, way, module, limit):
+    """A way needs what it says."""
+    seconds = beside = peak = 0
+    pairs = itertools.pairwise([0, *way.ends])
+    for index, ((start, stop), names) in enumerate(zip(pairs, way.recomputation, strict=True)):
+        own = module(index, start, stop)
+        costs = costs_of(units, start, names, own.shared)
+        peak = max(peak, module_peak(costs, own.end, own.shared))
+        seconds += sum(cost.seconds for cost in costs) + own.end.seconds
+        beside += own.beside
+    assert peak + beside == way.need <= limit
+    assert seconds == pytest.approx(way.seconds)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_local_modules_without_auxiliary_weights_are_the_fastest_of_all(seed):
+    draw = random.Random(seed)
+    units = random_units(draw, 6)
+    auxiliaries = [random_cost(draw, 0, 3) for _ in range(7)]
+
+    def module(index, start, stop):
+        return Module(module_end(auxiliaries[start], units.output(stop - 1)), 0, 0)
+
+    for count in (1, 2, 3, 6):
+        search = LocalSearch(Runs(units), count, module, range(7), lambda index: index)
+        known = list(every_local(units, count, module))
+        for limit in range(10, 130, 9):
+            sums = ([fastest(ways, limit) for ways in modules] for _, modules in known)
+            best = min((sum(own) for own in sums if None not in own), default=None)
+            way = search.fastest(limit)
+            assert (way and way.seconds) == (best and pytest.approx(best))
+            if way:
+                check_local(units, way, module, limit)
+        assert search.fastest(search.least()) is not None
+        assert search.fastest(0.98 * search.least()) is None
+
+
+def every_exact(units, forward, loss):
+    """Needs and times of all exact ways: each module's boundaries, the gradient of its output, and its own peak."""
+    size = len(units)
+    for division in divisions(size):
+        modules = []
+        boundaries = 0
+        for start, stop in division:
+            output = units.output(stop - 1)
+            end = loss if stop == size else End(output, 0, output)
+            again = 0 if stop == size else sum(forward[start:stop])
+            ways = []
+            for names in choices(units, start, stop):
+                costs = [(units.first if start + i == 0 else units.inner)[start + i][n] for i, n in enumerate(names)]
+                seconds = sum(cost.seconds for cost in costs) + end.seconds + again
+                ways.append((boundaries + module_peak(costs, end), seconds))
+            modules.append([(need, fastest(ways, need)) for need in sorted({need for need, _ in ways})])
+            boundaries += output
+        yield modules
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_exact_training_is_the_best_of_all_divisions(seed):
+    draw = random.Random(seed)
+    units = random_units(draw, 5, first_differs=False)
+    forward = [draw.random() for _ in range(5)]
+    loss = End(draw.randint(0, 20), draw.randint(0, 5), 0, draw.random())
+    search = ExactSearch(units, forward, loss)
+    known = list(every_exact(units, forward, loss))
+    for limit in range(10, 150, 7):
+        sums = ([fastest(ways, limit) for ways in modules] for modules in known)
+        best = min((sum(own) for own in sums if None not in own), default=None)
+        number = search.front.within(limit)
+        if best is None:
+            assert number is None
+            continue
+        way = search.way(number)
+        # A module more has to bring something.
+        assert way.seconds == pytest.approx(best, abs=5 * 1e-3 * 5)
+        assert way.need <= limit
+        seconds, needs, boundaries = 0, [], 0
+        for (start, stop), names in zip(itertools.pairwise([0, *way.ends]), way.recomputation, strict=True):
+            end = loss if stop == 5 else End(units.output(stop - 1), 0, units.output(stop - 1))
+            costs = [(units.first if start + i == 0 else units.inner)[start + i][n] for i, n in enumerate(names)]
+            seconds += (
+                sum(cost.seconds for cost in costs) + end.seconds + (0 if stop == 5 else sum(forward[start:stop]))
+            )
+            needs.append(boundaries + module_peak(costs, end))
+            boundaries += units.output(stop - 1)
+        assert way.need == max(needs)
+        assert way.seconds == pytest.approx(seconds)
