@@ -113,37 +113,62 @@ def every_local(units, count, module):
         yield beside, best
 
 
+def auxiliary_nets(draw, size, reach=False, most=0):
+    """What makes local modules, with auxiliary nets of at most so many bytes; heads may read one unit ahead."""
+    auxiliaries, heads = ([random_cost(draw, 0, draw.randint(0, 8)) for _ in range(size)] for _ in range(2))
+    weights = [draw.randint(0, most) for _ in range(size)]
+
+    def build(units):
+        def module(index, start, stop):
+            ahead = reach and stop < size
+            beyond = Reach([units.inner[stop]["cheap"]], heads[stop]) if ahead else None
+            end = module_end(auxiliaries[start], units.output(stop - 1), beyond)
+            return Module(end, int(reach and start > 0), weights[start])
+
+        return module
+
+    return build
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("reach", [False, True])
-def test_local_modules_are_the_best_of_all_divisions(seed, reach):
+def test_local_modules_are_the_fastest_of_all(seed, reach):
     draw = random.Random(seed)
     units = random_units(draw, 5, ahead=("cheap",))
-    for options in units.inner[2:4]:  # which does not count where a head has read them ahead
+    for options in units.inner[2:4]:  # which does not count again where a head has read them ahead
         options["cheap"] = replace(options["cheap"], forward=200)
-    auxiliaries = [random_cost(draw, 0, draw.randint(0, 8)) for _ in range(5)]
-    heads = [random_cost(draw, 0, draw.randint(0, 8)) for _ in range(5)]
+    module = auxiliary_nets(draw, 5, reach)(units)
+    for count in (1, 2, 3, 5):
+        search = LocalSearch(Runs(units), count, module, range(6), lambda index: index)
+        known = list(every_local(units, count, module))
+        for limit in range(10, 250, 9):
+            sums = ([fastest(ways, limit) for ways in modules] for _, modules in known)
+            best = min((sum(own) for own in sums if None not in own), default=None)
+            way = search.fastest(limit)
+            assert (way and way.seconds) == (best and pytest.approx(best))
+            if way:
+                check_local(units, way, module, limit)
+        assert search.fastest(search.least()) is not None
+        assert search.fastest(0.98 * search.least()) is None
 
-    def module(index, start, stop):
-        ahead = reach and stop < 5
-        beyond = Reach([units.inner[stop]["cheap"]], heads[stop]) if ahead else None
-        end = module_end(auxiliaries[start], units.output(stop - 1), beyond)
-        return Module(end, int(reach and start > 0), auxiliaries[start].gradients if stop < 5 else 0)
 
+@pytest.mark.parametrize("seed", range(8))
+def test_weights_of_auxiliary_nets_count(seed):
+    draw = random.Random(seed)
+    units = random_units(draw, 5)
+    module = auxiliary_nets(draw, 5, most=20)(units)
     for count in (2, 3):
         search = LocalSearch(Runs(units), count, module, range(6), lambda index: index)
         known = list(every_local(units, count, module))
         for limit in range(10, 250, 9):
-            best = []
-            for beside, modules in known:
-                own = [fastest(ways, limit - beside) for ways in modules]
-                best += [] if None in own else [sum(own)]
+            best = {}
+            for room in (limit, 0.85 * limit):
+                sums = ([fastest(ways, room - beside) for ways in modules] for beside, modules in known)
+                best[room] = min((sum(own) for own in sums if None not in own), default=float("inf"))
             way = search.fastest(limit)
-            if not best:
-                assert way is None
-                continue
-            # Auxiliary nets that are many may make it take a way that is not quite the fastest.
-            assert way is None or way.seconds >= min(best) - 1e-9
-            if way is not None:
+            # It finds no way that is not there, and one that is nearly as good as any.
+            assert best[limit] - 1e-9 <= (way.seconds if way else float("inf")) <= best[0.85 * limit] + 1e-9
+            if way:
                 check_local(units, way, module, limit)
 
 
@@ -159,29 +184,6 @@ def check_local(units, way, module, limit):
         beside += own.beside
     assert peak + beside == way.need <= limit
     assert seconds == pytest.approx(way.seconds)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_local_modules_without_auxiliary_weights_are_the_fastest_of_all(seed):
-    draw = random.Random(seed)
-    units = random_units(draw, 6)
-    auxiliaries = [random_cost(draw, 0, 3) for _ in range(7)]
-
-    def module(index, start, stop):
-        return Module(module_end(auxiliaries[start], units.output(stop - 1)), 0, 0)
-
-    for count in (1, 2, 3, 6):
-        search = LocalSearch(Runs(units), count, module, range(7), lambda index: index)
-        known = list(every_local(units, count, module))
-        for limit in range(10, 130, 9):
-            sums = ([fastest(ways, limit) for ways in modules] for _, modules in known)
-            best = min((sum(own) for own in sums if None not in own), default=None)
-            way = search.fastest(limit)
-            assert (way and way.seconds) == (best and pytest.approx(best))
-            if way:
-                check_local(units, way, module, limit)
-        assert search.fastest(search.least()) is not None
-        assert search.fastest(0.98 * search.least()) is None
 
 
 def every_exact(units, forward, loss):

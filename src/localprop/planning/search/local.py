@@ -97,17 +97,22 @@ class LocalSearch:
         return _Fronts(start, stop, np.array([own.beside for own in modules], float), need, seconds)
 
     def fastest(self, limit: float) -> Way | None:
-        """The fastest way that needs no more than `limit` bytes, auxiliary nets included; None if there is none."""
-        beside = 0.0
-        for _ in range(_ROUNDS):
-            found = self._divided(limit - beside)
-            if found is None:
-                return None
-            way, taken = found
-            if way.need + taken <= limit:
-                return way._replace(need=way.need + taken)
-            # Of modules with less memory, which may be others: they are looked for again.
-            beside = max(taken, beside + limit / 256)
+        """The fastest way that needs no more than `limit` bytes, auxiliary nets included; None if there is none.
+
+        Auxiliary nets are many where there are many modules, and which of them is not known beforehand. So it may be
+        one that is not quite the fastest.
+        """
+        for price in (0.0, 1.0):
+            beside = 0.0
+            for _ in range(_ROUNDS):
+                found = self._divided(limit - beside, price)
+                if found is None:
+                    break
+                way, taken = found
+                if way.need + taken <= limit:
+                    return way._replace(need=way.need + taken)
+                # Of modules with less memory, which may be others: they are looked for again.
+                beside = max(taken, beside + limit / 256)
         return None
 
     def least(self) -> float:
@@ -120,8 +125,11 @@ class LocalSearch:
             fewest, enough = (fewest, middle) if self.fastest(middle) else (middle, enough)
         return enough
 
-    def _divided(self, limit: float) -> tuple[Way, float] | None:
-        """The fastest way in which no module needs more than `limit` bytes, and what auxiliary nets take beside."""
+    def _divided(self, limit: float, price: float) -> tuple[Way, float] | None:
+        """The fastest way in which no module needs more than `limit` bytes, and what auxiliary nets take beside.
+
+        With a `price` of seconds for each of their bytes it is the one with the fewest.
+        """
         size = self._starts[-1]
         best = np.full(size + 1, np.inf)
         best[0] = 0.0
@@ -130,22 +138,24 @@ class LocalSearch:
             fronts = self._fronts[kind]
             ways = (fronts.need <= limit).sum(1) - 1
             own = np.where(ways < 0, np.inf, fronts.seconds[np.arange(len(ways)), ways] if len(ways) else 0.0)
-            total = best[fronts.start] + own
+            total = best[fronts.start] + own + price * fronts.beside
             best, found = np.full(size + 1, np.inf), np.full(size + 1, -1)
             for run in np.argsort(-total, kind="stable"):  # the best comes last, and stays
                 best[fronts.stop[run]], found[fronts.stop[run]] = total[run], run
             chosen.append((fronts, ways, found))
         if not np.isfinite(best[size]):
             return None
-        return self._traced(chosen, float(best[size]))
+        return self._traced(chosen)
 
-    def _traced(self, chosen: list[tuple[_Fronts, Indices, Indices]], seconds: float) -> tuple[Way, float]:
+    def _traced(self, chosen: list[tuple[_Fronts, Indices, Indices]]) -> tuple[Way, float]:
         stop, runs = self._starts[-1], list[tuple[int, int, int]]()
-        need, beside = 0.0, 0.0
+        need = seconds = beside = 0.0
         for fronts, ways, found in reversed(chosen):
             run = int(found[stop])
             runs.insert(0, (int(fronts.start[run]), stop, int(ways[run])))
-            need, beside = max(need, float(fronts.need[run, ways[run]])), beside + float(fronts.beside[run])
+            need = max(need, float(fronts.need[run, ways[run]]))
+            seconds += float(fronts.seconds[run, ways[run]])
+            beside += float(fronts.beside[run])
             stop = int(fronts.start[run])
         names = []
         for index, (start, stop, way) in enumerate(runs):

@@ -58,13 +58,11 @@ class _Place(NamedTuple):
         given: bytes of its input; 0 where that is the input of the run, which others count.
         waiting: bytes in use in its backward of what was made before, and of the run's end.
         last: whether it is the last.
-        ahead: whether its forward was counted elsewhere: a head has read it ahead.
     """
 
     given: int
     waiting: int
     last: bool
-    ahead: bool = False
 
 
 class Runs:
@@ -120,7 +118,7 @@ class Runs:
         for unit in reversed(range(start, start + count)):
             options = self.units.options(unit, unit == stop - 1, unit == start, shared > 0)
             given = 0 if unit == start else self.units.output(unit - 1)
-            place = _Place(given, self._waiting(unit, stop, end), unit == stop - 1, shared > 0)
+            place = _Place(given, self._waiting(unit, stop, end), unit == stop - 1)
             after = {kept: self._before(options, after, place, end, kept) for kept in (False, True)}
             found.insert(0, (after, options))
         return found
@@ -160,9 +158,10 @@ class Runs:
             own = cost.output if cost.keeps_output else 0
             backward = cost.backward + place.waiting + (0 if place.last else own)
             need = np.maximum(rest.need + cost.kept + own, backward)
-            forward = 0 if place.ahead else cost.forward + end.given
+            # Of units that a head has read ahead, too: there they have taken more.
+            forward = cost.forward + end.given
             if kept or not cost.keeps_input:
-                need = np.maximum(need, forward + (0 if kept or place.ahead else place.given))
+                need = np.maximum(need, forward + (0 if kept else place.given))
             else:
                 need = np.maximum(need, forward) + place.given
             ways.append((need, rest.seconds + cost.seconds, np.full(len(need), number), np.arange(len(need))))
