@@ -180,18 +180,22 @@ def test_one_module_has_whatever_depth_there_is():
     assert ends_of(cut("swin", method="end-to-end", min_depth=9)) == [6]
 
 
-def test_partition_by_compute_makes_the_slowest_module_fastest():
-    """Against every other cut, by the expected times of the whole step."""
+@pytest.mark.parametrize(("name", "reach"), [("resnet", 0), ("swin", 2)])
+def test_partition_by_compute_makes_the_slowest_module_fastest(name, reach):
+    """Against every other cut, by the expected times of whole steps, in a process for each module.
+
+    A head that reads ahead is computed in the process of the module that it reads.
+    """
 
     def slowest(net):
-        ends = simulate_step(net, OptimConfig(opt="sgd"), 32, SIZE).module_ends
-        return max(stop - start for start, stop in itertools.pairwise([0, *ends]))
+        steps = [simulate_step(net, OptimConfig(opt="sgd"), 32, SIZE, modules=range(k, k + 1)) for k in range(2)]
+        return max(step.seconds for step in steps)
 
-    units = units_of("resnet")
-    times = {end: slowest(cut("resnet", method="greedy", cuts=[units[end - 1].name])) for end in range(1, len(units))}
+    options = {"method": "greedy", "reach": reach}
+    units = units_of(name)
+    times = {end: slowest(cut(name, cuts=[units[end - 1].name], **options)) for end in range(1, len(units))}
     chosen, other = (
-        ends_of(cut("resnet", 2, method="greedy", min_depth=0, partition=partition))[0]
-        for partition in ("compute", "balanced")
+        ends_of(cut(name, 2, min_depth=0, partition=partition, **options))[0] for partition in ("compute", "balanced")
     )
     assert times[chosen] <= 1.02 * min(times.values())
-    assert times[other] > 1.2 * min(times.values())  # memory is another matter
+    assert times[other] > 1.1 * min(times.values())  # memory is another matter

@@ -91,9 +91,16 @@ class Places:
                 self._unit(i, i == stop - 1 or i < start + shared, self.step if i > start or shared else first)
                 for i in range(start, stop)
             ]
-            end = self.end(index, start, stop)
-            seconds = sum(part.seconds for part in own) + end.seconds
-            self._known[key] = module_peak(own, end, shared) if aim == "memory" else seconds
+            if aim == "memory":
+                self._known[key] = module_peak(own, self.end(index, start, stop), shared)
+            else:
+                # A head that reads ahead takes the time of the module whose units it reads: it is computed there.
+                reads = stop + self._read(index, start, stop)
+                parts = [*own, self._auxiliary(index, start, stop, "rest" if reads > stop else "whole")]
+                if shared:
+                    before = self._reach(self.likewise(index - 1), start, start + shared)
+                    parts += [*before.units, before.head]
+                self._known[key] = sum(part.seconds for part in parts)
         return self._known[key]
 
     def shared(self, index: int, start: int, stop: int) -> int:
@@ -109,16 +116,19 @@ class Places:
         end = stop + self._read(index, start, stop)
         if end == stop:
             return module_end(self._auxiliary(index, start, stop), self._output(stop))
-        beyond = replace(self.step, ahead=True)
-        # The head reads what it would as that of a module that ends there.
-        head = self._auxiliary(index, start, end, "judge")
-        reach = Reach([self._unit(i, True, beyond) for i in range(stop, end)], head)
+        reach = self._reach(index, stop, end)
         return module_end(self._auxiliary(index, start, stop, "rest"), self._output(stop), reach)
 
     def auxiliary_bytes(self, index: int, start: int, stop: int) -> int:
         """Bytes of the weights of the auxiliary nets of module `index`, if it has units [start, stop)."""
         weights = self._loss(self.likewise(index), *self._alike(start, stop)).parameters()
         return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def _reach(self, index: int, stop: int, end: int) -> Reach:
+        """What the head of module `index` reads, which ends after unit `stop`, up to unit `end`."""
+        beyond = replace(self.step, ahead=True)
+        # The head reads what it would as that of a module that ends there.
+        return Reach([self._unit(i, True, beyond) for i in range(stop, end)], self._auxiliary(index, 0, end, "judge"))
 
     def _unit(self, i: int, last: bool, conditions: Conditions) -> Cost:
         return self.costs.units(replace(conditions, recomputation=self._recomputation(i, last)))[i]
