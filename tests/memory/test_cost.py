@@ -1,5 +1,6 @@
 """Costs found on fake tensors against real steps, and peaks composed of them against simulated ones."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+import localprop.memory.cost
 from localprop import chain
 from localprop.features import Example
 from localprop.memory.cost import Costs, module_end, module_peak, unit_costs
@@ -147,14 +149,32 @@ def test_costs_need_no_memory_and_leave_the_model_alone():
 def test_each_cost_is_found_once(monkeypatch):
     net, units, asked = split("cnn", method="greedy"), units_of("cnn"), []
     costs = Costs(net.backbone, units)
-    for name in ("unit_costs", "auxiliary_cost"):
-        monkeypatch.setattr(f"localprop.memory.cost.{name}", lambda *args, name=name: asked.append(name) or name)
+    for name in ("part_cost", "auxiliary_cost"):
+        real = getattr(localprop.memory.cost, name)
+
+        def ask(*args, name=name, real=real):
+            asked.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(localprop.memory.cost, name, ask)
     loss = [module.local_loss for module in net.local_modules]
     for conditions in (Conditions(8), Conditions(8), Conditions(9)):
-        assert costs.units(conditions) == "unit_costs"
-        for auxiliary in (loss[0], split("cnn", method="greedy").local_modules[0].local_loss, loss[1]):
-            assert costs.auxiliary(auxiliary, (12, 16, 16), SIZE, LABEL, conditions) == "auxiliary_cost"
-    assert asked == ["unit_costs", "auxiliary_cost", "auxiliary_cost"] * 2
+        costs.unit(1, conditions)
+        for auxiliary, shape in zip(loss[:2], ((12, 16, 16), (16, 8, 8)), strict=True):
+            for own in (auxiliary, copy.deepcopy(auxiliary)):
+                costs.auxiliary(own, shape, SIZE, LABEL, conditions)
+    # All units once for what they are given, and then the one that is asked for; each loss, which costs a part too.
+    once = [*["part_cost"] * (len(units) + 1), *["auxiliary_cost", "part_cost"] * 2]
+    assert asked == once * 2
+
+
+def test_a_units_cost_does_not_depend_on_what_was_asked_before():
+    model, units = build("vit"), units_of("vit")
+    costs = Costs(model, units)
+    kinds = ("none", "cheap", "whole", "whole/4", "none")
+    asked = [replace(PLAIN, recomputation=kind, gradients_wait=wait) for wait in (False, True) for kind in kinds]
+    for conditions in asked:
+        assert costs.units(conditions) == unit_costs(model, units, conditions)
 
 
 def cost(kept=0, forward=0, backward=0, output=0, keeps_input=False, keeps_output=False, gradients=0):

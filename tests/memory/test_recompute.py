@@ -343,7 +343,7 @@ def test_the_predicted_peak_follows_the_recomputation_of_each_unit(own):
 
 
 def test_a_recomputation_that_there_is_not_is_told_in_a_line():
-    with pytest.raises(localprop.LocalpropError, match=r"has blocks\.0=all; it must be none, cheap or whole"):
+    with pytest.raises(localprop.LocalpropError, match=r"has blocks\.0=all; it must be none, cheap, whole, or"):
         localize(build("vit"), 2, input_size=SIZE, recompute_units={"blocks.0": "all"})
     with pytest.raises(localprop.LocalpropError, match="no unit is called 'blocs'; did you mean 'blocks'"):
         localize(build("vit"), 2, input_size=SIZE, recompute_units={"blocs": "whole"})

@@ -68,7 +68,7 @@ def localize(
 
     Raises:
         ChainError: the model cannot be cut, or not there or not so often.
-        ConfigError: an unknown method, decoder, head or option.
+        ConfigError: an unknown method, decoder, head or option; units that cannot run in slices of the batch.
     """
     return divide(
         model,

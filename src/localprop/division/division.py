@@ -28,6 +28,7 @@ class Division(Places):
         recipe, units = self.recipe, self.units
         for name in recipe.recompute_units or {}:
             units.position(name)  # there is such a unit
+        self.require_slices()
         if recipe.cuts is not None:
             ends = [*(units.position(name) for name in recipe.cuts), len(units)]
             if ends != sorted(set(ends)):

@@ -11,9 +11,10 @@ from localprop.heads import HEADS
 from localprop.heads.common import Place
 from localprop.memory.cost import Costs, End, Part, Reach, module_end, module_peak
 from localprop.memory.part import Conditions, Cost
+from localprop.memory.slices import slice_size
 from localprop.methods import build_loss, varying
 from localprop.network.loss import HeadLoss, LocalLoss, ModuleSpec
-from localprop.settings.recipe import Recipe, Recomputation
+from localprop.settings.recipe import Recipe, Recomputation, runs_again
 from localprop.tracing.private import Weights
 
 
@@ -71,6 +72,15 @@ class Places:
         )
         return build_loss(self.recipe.method, spec, self.recipe.options)
 
+    def require_slices(self) -> None:
+        """Raises ConfigError where a unit is to run again in slices of the batch, and cannot."""
+        for i, unit in enumerate(self.units):
+            count = runs_again(self._recomputation(i, last=False))
+            if count > 1:
+                slice_size(unit.name, self.step.batch_size, count)
+                if why := self.costs.unsliced(i):
+                    raise ConfigError(f"unit {unit.name} cannot run in slices of the batch: {why}; take whole for it")
+
     def likewise(self, index: int) -> int:
         """The first module that has a loss like that of a module: between the first and the last all have the same,
         but for weights by depth and for heads that depend on their place.
@@ -88,7 +98,7 @@ class Places:
             # The first unit of a module needs no gradient of its input, but for the head of the module before.
             first = replace(self.step, input_gradient=False)
             own = [
-                self._unit(i, i == stop - 1 or i < start + shared, self.step if i > start or shared else first)
+                self._unit(i, i == stop - 1, i < start + shared, self.step if i > start or shared else first)
                 for i in range(start, stop)
             ]
             if aim == "memory":
@@ -128,13 +138,14 @@ class Places:
         """What the head of module `index` reads, which ends after unit `stop`, up to unit `end`."""
         beyond = replace(self.step, ahead=True)
         # The head reads what it would as that of a module that ends there.
-        return Reach([self._unit(i, True, beyond) for i in range(stop, end)], self._auxiliary(index, 0, end, "judge"))
+        units = [self._unit(i, False, True, beyond) for i in range(stop, end)]
+        return Reach(units, self._auxiliary(index, 0, end, "judge"))
 
-    def _unit(self, i: int, last: bool, conditions: Conditions) -> Cost:
-        return self.costs.units(replace(conditions, recomputation=self._recomputation(i, last)))[i]
+    def _unit(self, i: int, last: bool, shared: bool, conditions: Conditions) -> Cost:
+        return self.costs.unit(i, replace(conditions, recomputation=self._recomputation(i, last, shared)))
 
     def _output(self, stop: int) -> int:
-        return self.costs.units(replace(self.step, recomputation=self._recomputation(stop - 1, True)))[stop - 1].output
+        return self._unit(stop - 1, True, False, self.step).output
 
     def _loss(self, index: int, start: int, stop: int) -> LocalLoss:
         """A local loss, without weights, to find its cost."""
@@ -182,8 +193,8 @@ class Places:
             "from localprop.HeadLoss, or set reach to 0"
         )
 
-    def _recomputation(self, unit: int, last: bool) -> Recomputation:
-        return self.recipe.recomputation(self.units[unit].name, last)
+    def _recomputation(self, unit: int, last: bool, shared: bool = False) -> Recomputation:
+        return self.recipe.recomputation(self.units[unit].name, last, shared)
 
     def _shape(self, position: int) -> tuple[int, ...]:
         return self.units[position - 1].shape if position else self.units.input_size

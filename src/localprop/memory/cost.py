@@ -1,6 +1,7 @@
 """What units and local losses cost in a training step, found by running them on fake tensors: no data, no GPU."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from localprop.errors import batch_norm_told
 from localprop.features import Example
 from localprop.memory.part import Conditions, Cost, part_cost
+from localprop.memory.slices import hands_mixed, run, why_not_sliced
+from localprop.settings.recipe import runs_again
 from localprop.tracing.copies import fake_copy
 from localprop.tracing.units import Chain
 
@@ -97,25 +100,53 @@ def _forward(units: Sequence[Cost]) -> tuple[list[int], list[int]]:
     return tops, before
 
 
-def unit_costs(model: nn.Module, chain: Chain, conditions: Conditions) -> list[Cost]:
-    """The cost of each unit of a chain, in train mode."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    duplicate = fake_copy(model, mode).train()
-    dtype = next((p.dtype for p in duplicate.parameters() if p.is_floating_point()), torch.float32)
-    with mode:
-        features = torch.empty(conditions.batch_size, *chain.input_size, dtype=dtype)
-    context: dict[str, Any] = {}
-    costs = []
-    for unit in chain:
-        parameters = [duplicate.get_parameter(name) for name in unit.parameters]
+class _Units:
+    """The units of a model on fake tensors, each with what it is given under some conditions, in train mode.
 
-        def run(x: Tensor, unit: Any = unit) -> Tensor:
-            return unit(duplicate, x, context, conditions.recomputation == "whole")
+    Args:
+        model: the backbone.
+        chain: its units.
+        conditions: under which each of them runs once.
+
+    Attributes:
+        first: the costs then.
+    """
+
+    def __init__(self, model: nn.Module, chain: Chain, conditions: Conditions) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._model, self._chain = fake_copy(model, self._mode).train(), chain
+        self._context: dict[str, Any] = {}
+        dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
+        with self._mode:
+            self._sources = [torch.empty(conditions.batch_size, *chain.input_size, dtype=dtype)]
+        self.first: list[Cost] = []
+        for i in range(len(chain)):
+            cost, output = self._run(i, conditions)
+            self.first.append(cost)
+            self._sources.append(output)
+
+    def cost(self, i: int, conditions: Conditions) -> Cost:
+        """The cost of unit i under conditions that differ from the first in what does not change its input."""
+        return self._run(i, conditions)[0]
+
+    def _run(self, i: int, conditions: Conditions) -> tuple[Cost, Tensor]:
+        unit, again = self._chain[i], conditions.recomputation
+        if runs_again(again) > 1 and hands_mixed(unit):
+            again = "whole"  # all that such a unit may have; see `Costs.unsliced`
+        parameters = [self._model.get_parameter(name) for name in unit.parameters]
+        for parameter in parameters:
+            parameter.grad = None
+
+        def forward(x: Tensor) -> Tensor:
+            return run(unit, self._model, x, self._context, again)
 
         with batch_norm_told(f"unit {unit.name}", conditions.batch_size):
-            cost, features = part_cost(mode, run, features, parameters, conditions)
-        costs.append(cost)
-    return costs
+            return part_cost(self._mode, forward, self._sources[i], parameters, conditions)
+
+
+def unit_costs(model: nn.Module, chain: Chain, conditions: Conditions) -> list[Cost]:
+    """The cost of each unit of a chain, in train mode."""
+    return _Units(model, chain, conditions).first
 
 
 def auxiliary_cost(
@@ -172,14 +203,29 @@ class Costs:
 
     def __init__(self, model: nn.Module, chain: Chain) -> None:
         self.model, self.chain = model, chain
-        self._units: dict[Conditions, list[Cost]] = {}
+        self._passes: dict[tuple[Any, ...], _Units] = {}  # by what the units are given
+        self._units: dict[tuple[int, Conditions], Cost] = {}
         self._auxiliaries: dict[Any, Cost] = {}
+        self._unsliced: dict[int, str | None] = {}
 
     def units(self, conditions: Conditions) -> list[Cost]:
-        """See `unit_costs`."""
-        if conditions not in self._units:
-            self._units[conditions] = unit_costs(self.model, self.chain, conditions)
-        return self._units[conditions]
+        """The cost of each unit."""
+        return [self.unit(i, conditions) for i in range(len(self.chain))]
+
+    def unit(self, i: int, conditions: Conditions) -> Cost:
+        """The cost of unit i."""
+        if (i, conditions) not in self._units:
+            given = conditions.batch_size, conditions.amp_dtype, conditions.device
+            if given not in self._passes:
+                self._passes[given] = _Units(self.model, self.chain, replace(conditions, recomputation="none"))
+            self._units[i, conditions] = self._passes[given].cost(i, conditions)
+        return self._units[i, conditions]
+
+    def unsliced(self, unit: int) -> str | None:
+        """Why a unit cannot run in slices of the batch; None if it can. See `why_not_sliced`."""
+        if unit not in self._unsliced:
+            self._unsliced[unit] = why_not_sliced(self.model, self.chain, unit)
+        return self._unsliced[unit]
 
     def auxiliary(
         self,

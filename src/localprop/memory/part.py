@@ -23,8 +23,8 @@ class Conditions:
     Attributes:
         batch_size: images per step, or per micro-batch.
         amp_dtype: type of automatic mixed precision; None without.
-        recomputation: what of it runs again in backward: "none", "cheap" or "whole"; see `Recomputation`. A local loss
-            never runs again as a whole.
+        recomputation: what of it runs again in backward: "none", "cheap", "whole" or in slices of the batch
+            ("whole/4"); see `Recomputation`. A local loss never runs again as a whole.
         device: "cpu" or "cuda": whose kernels and speed to assume.
         input_gradient: whether its input needs a gradient; that of a module's first unit does not.
         gradients_wait: whether weights have gradients already, to which new ones are added, as in micro-batches. Then

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from localprop.features import Layout
 from localprop.memory.recompute import keeping, recomputing
+from localprop.memory.slices import run
 from localprop.network.kinetic import kinetic_energy
 from localprop.network.loss import HeadLoss, LocalLoss
-from localprop.settings.recipe import Recomputation
+from localprop.settings.recipe import Recomputation, runs_again
 from localprop.tracing.units import Unit
 
 BEFORE = "before."
@@ -28,8 +29,8 @@ class LocalModule(nn.Module):
         recompute: whether cheap results are computed again in backward; see `localprop.memory.recompute`.
         grad_checkpointing: whether every unit but the last keeps no activations and runs again in backward. (What
             the last one keeps is needed at once, so nothing is gained by computing it twice.)
-        recomputation: what each unit computes again in backward: "none", "cheap" or "whole". Units that a head reads
-            ahead are not run again as a whole: there are two backward passes through them.
+        recomputation: what each unit computes again in backward: "none", "cheap", "whole" or in slices of the batch
+            ("whole/4"). Units that a head reads ahead are not run again: there are two backward passes through them.
         kinetic: weight of the kinetic energy of its blocks in its loss; see `localprop.network.kinetic`.
         shared: how many of its first units the head of the module before reads ahead; that head is trained with this
             module.
@@ -71,7 +72,7 @@ class LocalModule(nn.Module):
         self._before = (before.local_loss,)
         cheap: Recomputation = "cheap" if self.recompute else "none"
         own = self.recomputation
-        self.recomputation = tuple(cheap if i < count and r == "whole" else r for i, r in enumerate(own))
+        self.recomputation = tuple(cheap if i < count and runs_again(r) else r for i, r in enumerate(own))
 
     @property
     def local_loss(self) -> LocalLoss:
@@ -146,7 +147,7 @@ class LocalModule(nn.Module):
         """Runs units on another backbone of the same make, such as a moving average of this one; see `forward`."""
         for unit, recomputation in zip(self._units[start:stop], self.recomputation[start:stop], strict=True):
             with self._remembering(recomputation):
-                output = unit(backbone, features, context, recomputation == "whole")
+                output = run(unit, backbone, features, context, recomputation)
                 if self.kinetic and energies is not None and unit.depth and output.shape == features.shape:
                     energies.append(self.kinetic * kinetic_energy(output, features))
                 features = output

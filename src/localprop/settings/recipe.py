@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -13,9 +13,11 @@ from localprop.registry import DECODERS, HEADS, METHODS
 from localprop.settings.bounds import require_within_bounds
 from localprop.settings.values import AutoBool, OptionalFloat, OptionalInt, OptionalNames, OptionalStr, Pairs
 
-Recomputation = Literal["none", "cheap", "whole"]
-"""What a unit computes again in backward instead of keeping it: nothing; activation functions and layer norms (see
-`localprop.memory.recompute`); or all of it, from its input alone."""
+Recomputation = str
+"""What a unit computes again in backward instead of keeping it: nothing ("none"); activation functions and layer norms
+("cheap", see `localprop.memory.recompute`); all of it, from its input alone ("whole"); or all of it, in slices of the
+batch, one after another ("whole/4", see `localprop.memory.slices`)."""
+_RECOMPUTATION = re.compile(r"none|cheap|whole(/([2-9]|[1-9][0-9]{1,5}))?")
 # Of what needs more than a line: tyro keeps a line break of a field's docstring.
 _PARTITION_HELP = (
     "Where to cut: balanced (the largest peak memory of a module is as small as possible), compute (the slowest module "
@@ -54,7 +56,7 @@ class Recipe:
     grad_checkpointing: bool = False
     """Keep only the input of each unit, and run it again in backward: less memory, slower, the same numbers."""
     recompute_units: Pairs = None
-    """Recomputation of single units or blocks of units (none, cheap or whole), such as layers.0=whole layers.1=none."""
+    """Recomputation of units or blocks of units: none, cheap, whole, or in slices (layers.0=whole/4 layers.1=none)."""
     method_kwargs: Pairs = None
     """For the method, such as weight=0.5."""
 
@@ -67,8 +69,11 @@ class Recipe:
             raise ConfigError(f"--kinetic is {self.kinetic!r}; it must be a number")
         require_within_bounds(self)
         for unit, value in (self.recompute_units or {}).items():
-            if value not in get_args(Recomputation):
-                raise ConfigError(f"--recompute-units has {unit}={value}; it must be none, cheap or whole")
+            if not (isinstance(value, str) and _RECOMPUTATION.fullmatch(value)):
+                raise ConfigError(
+                    f"--recompute-units has {unit}={value}; it must be none, cheap, whole, or whole/2, whole/3, ... "
+                    "to run again in so many slices of the batch"
+                )
 
     @classmethod
     def of(cls, **settings: Any) -> "Recipe":
@@ -116,24 +121,31 @@ class Recipe:
         options = {name: value for name, value in self.options.items() if _is_plain(value)}
         return dataclasses.asdict(dataclasses.replace(self, method_kwargs=options))
 
-    def recomputation(self, unit: str, last: bool) -> Recomputation:
+    def recomputation(self, unit: str, last: bool, shared: bool = False) -> Recomputation:
         """What a unit computes again in backward, where all that is open is resolved.
 
         Args:
             unit: its name. The longest name in `recompute_units` that is its own, or that of a block with it, decides.
             last: whether it is the last unit of its module. What that keeps is needed at once, so nothing is gained by
-                computing it twice.
+                computing it twice, unless it is computed in slices.
+            shared: whether a head reads it ahead: with two backward passes it would be computed three times.
         """
         own = self.recompute_units or {}
         names = [name for name in own if unit == name or unit.startswith(f"{name}.")]
         default = "whole" if self.grad_checkpointing else self.cheap
         value: Recomputation = own[max(names, key=len)] if names else default
-        return self.cheap if value == "whole" and last else value
+        return self.cheap if (value == "whole" and last) or (runs_again(value) and shared) else value
 
     @property
     def cheap(self) -> Recomputation:
         """What a local loss computes again, and a unit that does not run again as a whole: "cheap" or "none"."""
         return "cheap" if self.recompute else "none"
+
+
+def runs_again(recomputation: Recomputation) -> int:
+    """In how many slices of the batch a unit runs again in backward: 1 if it does so at once, 0 if it does not."""
+    kind, _, count = recomputation.partition("/")
+    return int(count or 1) if kind == "whole" else 0
 
 
 def _is_plain(value: Any) -> bool:

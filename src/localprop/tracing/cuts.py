@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from localprop.errors import listing
 from localprop.tracing.blocks import has_matrix
-from localprop.tracing.code import Code
+from localprop.tracing.code import Code, Handed
 from localprop.tracing.copies import tensors_of
 from localprop.tracing.proxies import BATCHES
 
@@ -55,6 +55,10 @@ class Forward:
         for node in nodes:
             if _requires_grad(node) and not self._carrying.isdisjoint(node.all_input_nodes):
                 self._carrying.add(node)
+        self._of_pixels = {self.image}  # tensors that depend on more of the image than its size
+        for node in nodes:
+            if tensors_of(node.meta["value"]) and not self._of_pixels.isdisjoint(node.all_input_nodes):
+                self._of_pixels.add(node)
         self._anew = {n for n in nodes if n.op == "get_attr" or _requires_grad(n)} - self._carrying
         self.nodes = [node for node in nodes if node not in self._anew]
 
@@ -184,9 +188,25 @@ class Forward:
             writes = [node for node in segment.nodes if node in read_later]
             graph = _graph([segment.source, *reads], nodes, segment.result, writes)
             code = graph.python_code("self")
-            names = (tuple(node.name for node in group) for group in (reads, writes))
-            result.append(Code.generate(code.src, code.globals, *names))
+            read, written = (tuple(node.name for node in group) for group in (reads, writes))
+            handed = {node.name: self._handed(node) for node in (*reads, *writes)}
+            result.append(Code.generate(code.src, code.globals, read, written, handed))
         return result
+
+    def _handed(self, node: fx.Node) -> Handed:
+        """How a value that is handed along depends on the batch."""
+        values = [node.meta[key] for key in BATCHES]
+        tensors = [tensors_of(value) for value in values]
+        if isinstance(values[0], Tensor) and _is_per_image(node):
+            return "rows"
+        if tensors[0]:
+            shapes = [[tensor.shape for tensor in own] for own in tensors]
+            return "same" if shapes[0] == shapes[1] and node not in self._of_pixels else "mixed"
+        if values[0] == values[1]:
+            return "same"
+        whole = all(type(value) is int for value in values)
+        small, large = BATCHES.values()
+        return "count" if whole and values[0] * large == values[1] * small else "mixed"
 
     def _needs(self, segment: Segment) -> tuple[list[fx.Node], list[fx.Node]]:
         """The nodes to run for a segment, those computed anew included, and the values handed along to it."""
