@@ -7,7 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from localprop.memory.kernels import kernels_of
-from localprop.memory.tracker import MACHINES, Tracker
+from localprop.memory.speed import MACHINES
+from localprop.memory.tracker import Tracker
 
 # Each is called with a map, a matrix and a vector of weights.
 FUNCTIONS = {

@@ -10,7 +10,8 @@ from localprop import localize
 from localprop.memory.cuda import matrix_product_buffers
 from localprop.memory.kernels import kernels_of
 from localprop.memory.measure import measured
-from localprop.memory.tracker import MACHINES, Tracker
+from localprop.memory.speed import MACHINES
+from localprop.memory.tracker import Tracker
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
 

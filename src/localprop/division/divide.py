@@ -13,7 +13,7 @@ from localprop.errors import ChainError, ConfigError
 from localprop.features import image_layout
 from localprop.memory.cost import Costs
 from localprop.memory.part import Conditions
-from localprop.memory.tracker import assumed
+from localprop.memory.speed import assumed
 from localprop.network.loss import ModuleSpec
 from localprop.network.network import LocalNetwork
 from localprop.settings.recipe import Recipe

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.memory.kernels import kernels_of
 from localprop.memory.recompute import recomputing
-from localprop.memory.tracker import MACHINES, Tracker
+from localprop.memory.speed import MACHINES
+from localprop.memory.tracker import Tracker
 from localprop.settings.recipe import Recomputation
 from localprop.tracing.constants import KeepConstants
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from localprop.memory.cuda import cuda_workspace, matrix_product_buffers, rounded
 from localprop.memory.layers import Layers
+from localprop.memory.speed import MACHINES, Clock, Machine
 from localprop.memory.workspace import workspace
 
 
@@ -57,31 +58,6 @@ class Event:
     backward: bool
 
 
-@dataclass
-class Machine:
-    """How fast a device is, as far as the expected *ratio* of two times depends on it.
-
-    Args:
-        flops: floating point operations per second in large matrix products.
-        bandwidth: bytes per second from and to memory.
-        link: bytes per second to another process.
-    """
-
-    flops: float
-    bandwidth: float
-    link: float
-
-
-# Orders of magnitude: two cores of a CPU server and its loopback; one recent datacenter GPU in TF32 or bfloat16, and
-# NVLink or PCIe to the next.
-MACHINES = {"cpu": Machine(1e11, 1e10, 1e9), "cuda": Machine(2e14, 2e12, 5e10)}
-
-
-def assumed(device: str) -> str:
-    """Whose kernels and speed to assume for a type of device, "cpu" or "cuda": those of a CPU for any other ("mps")."""
-    return device if device in MACHINES else "cpu"
-
-
 @dataclass(eq=False)
 class Tracker(TorchDispatchMode):
     """Records each allocation, each free and the floating point operations of what runs inside it.
@@ -93,7 +69,7 @@ class Tracker(TorchDispatchMode):
         layers: tells which layer makes what is allocated; None where nobody will ask.
         events: changes of memory in use, in order.
         flops: floating point operations so far, a multiply and an add counted as two.
-        seconds: time that the operations so far would take, by their FLOPs or by the bytes that they move.
+        clock: the time of the operations so far.
     """
 
     machine: Machine = field(default_factory=lambda: MACHINES["cpu"])
@@ -101,10 +77,10 @@ class Tracker(TorchDispatchMode):
     events: list[Event] = field(default_factory=list)
     allocations: list[Allocation] = field(default_factory=list)
     flops: float = 0.0
-    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.clock = Clock(self.machine)
         self._used = 0
         self._known: dict[int, Allocation] = {}  # by the storage's address, which is free again after its end
 
@@ -150,7 +126,12 @@ class Tracker(TorchDispatchMode):
     @property
     def on_cuda(self) -> bool:
         """Whether kernels and allocator are CUDA's."""
-        return self.machine is MACHINES["cuda"]
+        return self.machine.cuda
+
+    @property
+    def seconds(self) -> float:
+        """Expected seconds until all operations so far are done."""
+        return self.clock.seconds
 
     def keep_buffers(self) -> None:
         """Adds what libraries of the device allocate in their first call and never free."""
@@ -206,4 +187,4 @@ class Tracker(TorchDispatchMode):
         count = flop_registry.get(func.overloadpacket)
         flops = count(*args, **kwargs, out_val=result) if count else 0
         self.flops += flops
-        self.seconds += max(flops / self.machine.flops, moved / self.machine.bandwidth)
+        self.clock.count(func, inputs, flops, moved)

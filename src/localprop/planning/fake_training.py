@@ -15,7 +15,8 @@ from localprop.errors import LocalpropError, PlanError, first_line
 from localprop.memory.kernels import kernels_of
 from localprop.memory.layers import Layers
 from localprop.memory.measure import plain_tensors
-from localprop.memory.tracker import MACHINES, Tracker, assumed
+from localprop.memory.speed import MACHINES, assumed
+from localprop.memory.tracker import Tracker
 from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig

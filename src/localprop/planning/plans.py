@@ -10,7 +10,7 @@ from torch import nn
 
 from localprop.errors import ConfigError
 from localprop.memory.cost import Costs
-from localprop.memory.tracker import MACHINES
+from localprop.memory.speed import MACHINES
 from localprop.planning.peaks import Peak
 from localprop.planning.planner import Planner, key
 from localprop.planning.processes import Processes

@@ -131,7 +131,7 @@ def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark]) -> Itera
     def marking(phase: Phase, loss: Tensor, last: bool) -> None:
         finish(phase, loss, last)
         if phase.done:
-            marks.append(Mark(len(tracker.events), tracker.seconds, tracker.flops))
+            marks.append(Mark(len(tracker.events), tracker.seconds, tracker.flops, tracker.clock.busy))
 
     state.finish_phase = marking  # type: ignore[method-assign]
     handles = [optimizer.register_step_pre_hook(before) for optimizer in state.optimizers]

@@ -23,13 +23,14 @@ class PredictedStep:
             "activations" (what lives from forward into backward, with the batch) and "temporaries".
         module: index of the local module that is trained at the peak.
         flops: floating point operations, a multiply and an add counted as two.
-        seconds: expected time; of meaning only beside another on the same machine.
+        seconds: expected time of an eager step; of meaning only beside another on the same machine.
         timeline: (seconds, bytes in use) after each allocation or free, in order.
         module_ends: seconds at which each module is done, in each micro-batch.
         module_seconds: expected time of each module.
         entry: bytes of a micro-batch as it came: images or features, labels, and what units hand along.
         ahead: seconds until all is done that the process before waits for: its head reads ahead.
         behind: seconds of what waits for the next process, into which the last head here reads ahead.
+        device_seconds: expected time of kernels alone: on CUDA, that of the same step as CUDA graphs.
     """
 
     peak: int
@@ -43,14 +44,16 @@ class PredictedStep:
     entry: int
     ahead: float = 0.0
     behind: float = 0.0
+    device_seconds: float = 0.0
 
 
 class Mark(NamedTuple):
-    """A place in what a tracker saw: the number of events, and seconds and FLOPs, so far."""
+    """A place in what a tracker saw: the number of events, and seconds, FLOPs and seconds of kernels, so far."""
 
     event: int
     seconds: float
     flops: float
+    busy: float
 
 
 class OnHost(NamedTuple):
@@ -170,6 +173,7 @@ def predicted_step(record: Record) -> PredictedStep:
             [moment - begin for moment, begin in zip(record.given, [0.0, middle.seconds], strict=False)], again
         ),
         behind=_in_all([end - moment for moment, end in zip(record.handed, ends, strict=False)], again),
+        device_seconds=tracker.clock.busy + again * middle.busy,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from localprop.errors import OutOfMemory, PlanError
 from localprop.memory.measure import available, most_taken, total_bytes
-from localprop.memory.tracker import assumed
+from localprop.memory.speed import assumed
 from localprop.network.network import LocalNetwork
 from localprop.planning.settings import chosen, plan_for, train_command
 from localprop.planning.simulation import simulate_step
