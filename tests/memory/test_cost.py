@@ -171,9 +171,8 @@ def test_each_cost_is_found_once(monkeypatch):
 def test_a_units_cost_does_not_depend_on_what_was_asked_before():
     model, units = build("vit"), units_of("vit")
     costs = Costs(model, units)
-    kinds = ("none", "cheap", "whole", "whole/4", "none")
-    asked = [replace(PLAIN, recomputation=kind, gradients_wait=wait) for wait in (False, True) for kind in kinds]
-    for conditions in asked:
+    waiting = replace(PLAIN, gradients_wait=True)
+    for conditions in (replace(waiting, recomputation="whole/4"), waiting, PLAIN, replace(waiting, batch_size=8)):
         assert costs.units(conditions) == unit_costs(model, units, conditions)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import localprop
 from localprop import localize
 from localprop.errors import ConfigError
-from localprop.memory.cost import Costs, unit_costs
+from localprop.memory.cost import Costs
 from localprop.memory.measure import allocated_changes, measured
 from localprop.memory.part import Conditions
 from localprop.memory.slices import run
@@ -76,11 +76,22 @@ def test_so_are_those_of_end_to_end_training_with_blocks_that_are_split():
 
 
 def test_gradients_of_half_precision_are_added_in_float32():
-    exact, plain, sliced = (
-        learn(split("swin", 2, "greedy", quiet("swin"), recompute_units=own), amp)
-        for own, amp in ((None, False), (None, True), ({"layers": "whole/16"}, True))
-    )
-    assert distance(sliced, exact) < 1.1 * distance(plain, exact)
+    model = sequence(Wide(), 64)
+    unit, found = localprop.chain(model, SIZE)[1], []
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(unit, model, x, {}, "whole/32")
+    output.float().square().sum().backward()
+    found.append([parameter.grad for parameter in model[1].parameters()])
+    model.zero_grad()
+    for part in x.chunk(32):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = unit(model, part, {})
+        output.float().square().sum().backward()
+    found.append([parameter.grad for parameter in model[1].parameters()])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == torch.float32
+        assert float((a - b).norm() / b.norm()) < 1e-5  # in bfloat16 it would be a hundred times as much
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -105,10 +116,9 @@ def test_a_slice_draws_the_same_numbers_again(amp):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize(("name", "method", "own"), CASES[1:])
-def test_the_predicted_peak_is_that_of_a_real_step(name, method, own, parts, amp):
+@pytest.mark.parametrize(("case", "parts", "amp"), [(1, 1, False), (2, 1, True), (2, 2, False), (3, 2, True)])
+def test_the_predicted_peak_is_that_of_a_real_step(case, parts, amp):
+    name, method, own = CASES[case]
     net = split(name, 2, method, recompute_units=own).train()
     config = OptimConfig(amp=amp, micro_batches=parts, sched="none")
     predicted = simulate_step(net, config, IMAGES, SIZE).peak
@@ -129,29 +139,28 @@ def test_the_predicted_peak_is_that_of_a_real_step(name, method, own, parts, amp
     assert -0.01 * measurement.peak - more <= measurement.peak - predicted <= 0.01 * measurement.peak + unknown
 
 
-class Floor(nn.Module):
-    """One wide MLP, as that of a first stage."""
+class Wide(nn.Module):
+    """An MLP with a wide layer inside."""
 
     def __init__(self):
         super().__init__()
-        self.stem, self.head = nn.Sequential(nn.Flatten(), nn.Linear(3072, 64)), nn.Linear(64, CLASSES)
-        self.mlp = nn.Sequential(nn.Linear(64, 4096), nn.GELU(), nn.Linear(4096, 64))
+        self.up, self.down = nn.Linear(64, 4096), nn.Linear(4096, 64)
 
-    def forward(self, images):
-        return self.head(self.mlp(self.stem(images)))
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.up(x)))
 
 
 def test_a_slice_has_its_share_of_the_memory_of_a_unit():
-    model, peaks = Floor(), {}
-    units = localprop.chain(nn.Sequential(model.stem, model.mlp, model.head), SIZE)
-    for kind in ("none", "whole", "whole/2", "whole/8"):
-        cost = unit_costs(nn.Sequential(model.stem, model.mlp, model.head), units, Conditions(4096, recomputation=kind))
-        peaks[kind] = max(own.backward - own.gradients for own in cost)
-    hidden = 4096 * 4096 * 4
-    assert peaks["whole"] > 2.8 * hidden
-    assert peaks["whole/2"] < 0.55 * peaks["whole"]
-    # Beside it the gradients of the output, of the input and of weights, which wait while those of a slice are made.
-    assert peaks["whole/8"] < 0.125 * peaks["whole"] + 2 * 4096 * 64 * 4 + 5 * (4096 * 64 * 4)
+    model, peaks = sequence(Wide(), 64), {}
+    units = localprop.chain(model, SIZE)
+    for kind in ("whole", "whole/2", "whole/8"):
+        cost = Costs(model, units).unit(1, Conditions(4096, recomputation=kind))
+        peaks[kind] = cost.backward - cost.gradients
+    hidden, features, weight = 4096 * 4096 * 4, 4096 * 64 * 4, 4096 * 64 * 4
+    assert peaks["whole"] > 2.9 * hidden  # what GELU reads, what it gives, and the gradient of that
+    for count in (2, 8):
+        # Beside it the gradients of the output, of the input and of weights.
+        assert 0 < peaks[f"whole/{count}"] - peaks["whole"] / count < 2 * features + 3 * weight
 
 
 def test_the_peak_of_a_real_step_falls_with_the_number_of_slices():
@@ -170,6 +179,7 @@ def test_the_last_unit_of_a_module_runs_in_slices_too_but_not_one_that_a_head_re
     alone, ahead = (split("vit", 3, "greedy", recompute_units=again, reach=reach) for reach in (0, 1))
     assert alone.local_modules[1].recomputation == ("whole/2", "whole/2")
     assert ahead.local_modules[1].recomputation == ("cheap", "whole/2")
+    assert [ahead.recipe.recomputation("blocks.1", False, shared) for shared in (False, True)] == ["whole/2", "cheap"]
     assert split("vit", 3, "greedy", recompute_units={"blocks": "whole"}).local_modules[1].recomputation[-1] == "cheap"
     assert learn(ahead)
 
@@ -249,8 +259,8 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
-def sequence(middle):
-    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(3072, 24)), middle, nn.Linear(24, CLASSES))
+def sequence(middle, width=24):
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(3072, width)), middle, nn.Linear(width, CLASSES))
 
 
 REFUSED = [
