@@ -6,7 +6,7 @@ import random
 import pytest
 
 from localprop import localize
-from localprop.division.partition import balanced, module_ends, most_modules, stage_ends
+from localprop.division.partition import balanced, balanced_exact, module_ends, most_modules, stage_ends
 from localprop.errors import ChainError, ConfigError
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
@@ -199,3 +199,33 @@ def test_partition_by_compute_makes_the_slowest_module_fastest(name, reach):
     )
     assert times[chosen] <= 1.02 * min(times.values())
     assert times[other] > 1.1 * min(times.values())  # memory is another matter
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cuts_for_exact_training_are_the_best_of_all(seed):
+    generator, size = random.Random(seed), 7
+    needs, outputs = ([generator.randint(1, most) for _ in range(size)] for most in (50, 30))
+
+    def peak(ends):
+        spans = list(itertools.pairwise([0, *ends]))
+        waiting = [sum(outputs[stop - 1] for _, stop in spans[:k]) for k in range(len(spans))]
+        return max(beside + sum(needs[i:j]) for beside, (i, j) in zip(waiting, spans, strict=True))
+
+    for count in (1, 2, 3, 5, size):
+        ends = balanced_exact(size, count, lambda _, i, j: sum(needs[i:j]), lambda j: outputs[j - 1])
+        partitions = list(every_partition(size, count))
+        lowest = [own for own in partitions if peak(own) == min(map(peak, partitions))]
+        assert ends in lowest
+        # All runs but the last run twice.
+        assert count == 1 or ends[-2] == min(own[-2] for own in lowest)
+
+
+@pytest.mark.parametrize(("name", "modules"), [("vit", 2), ("vit", 3), ("resnet", 3)])
+def test_exact_training_is_cut_where_its_peak_is_lowest(name, modules):
+    def peak(**options):
+        return simulate_step(cut(name, method="end-to-end", **options), OptimConfig(opt="sgd"), 32, SIZE).peak
+
+    units = units_of(name)
+    blocks = [unit.name for unit in units if unit.depth]
+    peaks = [peak(cuts=list(cuts)) for cuts in itertools.combinations(blocks[:-1], modules - 1)]
+    assert min(peaks) <= peak(modules=modules) <= 1.01 * min(peaks)

@@ -131,10 +131,16 @@ def test_a_plan_for_cuda_takes_its_speed_and_its_buffers():
         assert 0 <= b.step.peak - buffers - a.step.peak < 100_000  # whole blocks of memory
 
 
-def test_end_to_end_has_baselines_only():
-    assert names(plan(build("mlp"), 4, method="end-to-end", input_size=SIZE).rows) == [
-        "end-to-end",
-        "end-to-end + ckpt",
+def test_end_to_end_in_modules_is_exact_training():
+    result = plan(build("mlp"), 4, method="end-to-end", input_size=SIZE, modules=(1, 2, "max"), nproc=2)
+    assert names(result.rows) == ["end-to-end", "end-to-end + ckpt", "exact K=2", "exact K=4, max"]
+    whole, _, two, most = (row.step for row in result.rows)
+    assert most.peak <= two.peak < whole.peak
+    assert whole.seconds < two.seconds < 1.5 * whole.seconds
+    assert result.pipeline is not None
+    assert {row.not_parallel for row in result.rows[2:]} == {"its modules wait for each other, and share one process"}
+    assert names([plan(build("mlp"), 4, method="end-to-end", input_size=SIZE, budget=two.peak).choice]) != [
+        "end-to-end"
     ]
 
 

@@ -31,9 +31,9 @@ BATCH = 16
 EVERYTHING = {"amp": True, "model_ema": True, "clip_grad": 1.0}
 
 
-def network(name, method, modules=3, **options):
-    if method != "end-to-end":
-        return split(name, modules, method, **options)
+def network(name, method, modules=None, **options):
+    if method != "end-to-end" or modules:
+        return split(name, modules or 3, method, **options)
     torch.manual_seed(1)
     with traced_once(name):
         return localize(build(name), method=method, input_size=SIZE, **options)
@@ -64,7 +64,8 @@ def check(net, **settings):
     assert step.parts.keys() == set(PARTS)
     assert sum(step.parts.values()) == step.peak == max(used for _, used in step.timeline)
     assert all(size >= 0 for size in step.parts.values())
-    assert len(step.module_ends) == config.micro_batches * len(net.local_modules)
+    turns = len(net.local_modules) + (len(net.local_modules) - 1 if net.exact else 0)
+    assert len(step.module_ends) == len(step.module_turns) == config.micro_batches * turns
     assert len(step.module_seconds) == len(net.local_modules) > step.module
     assert step.module_ends == sorted(step.module_ends)
     assert step.module_ends[-1] == step.seconds > 0
@@ -108,6 +109,37 @@ def test_the_predicted_peak_follows_every_setting(name, settings, options):
     if settings.get("opt") == "adamw8bit":
         pytest.importorskip("torchao.optim", reason="no torchao for this torch", exc_type=ImportError)
     check(network(name, "feature-reconstruction", **options), **settings)
+
+
+EXACT = [
+    ("swin", {}, {}),
+    ("swin", {"recompute": True, "kinetic": 0.1}, EVERYTHING),
+    ("vit", {"modules": 2}, {"amp": True}),
+    ("vit", {"grad_checkpointing": True}, {"micro_batches": 4}),
+    ("resnet", {"grad_checkpointing": True}, EVERYTHING),
+    ("resnet", {}, {"micro_batches": 2}),
+    ("cnn", {"kinetic": 0.1}, {}),
+    ("mlp", {}, {"opt": "sgd", "lr": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "settings"), EXACT)
+def test_the_predicted_peak_of_exact_training_is_that_of_a_real_step(name, options, settings):
+    check(network(name, "end-to-end", **{"modules": 3, **options}), **settings)
+
+
+@pytest.mark.parametrize("name", ["swin", "vit"])
+def test_exact_training_runs_all_modules_but_the_last_twice_and_takes_less(name):
+    net = network(name, "end-to-end", 3)
+    whole, exact = (simulate_step(own, OptimConfig(), BATCH, SIZE) for own in (network(name, "end-to-end"), net))
+    with FakeTensorMode(allow_non_fake_inputs=True), Tracker() as tracker:
+        features = torch.empty(BATCH, *SIZE)
+        for module in net.local_modules[:-1]:
+            features = module(features, {})
+    assert exact.flops == pytest.approx(whole.flops + tracker.flops, rel=1e-9)
+    assert whole.seconds < exact.seconds < 1.4 * whole.seconds
+    assert exact.peak < 0.9 * whole.peak
+    assert exact.module_turns == [0, 1, 2, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["swin", "vit", "resnet"])

@@ -1,6 +1,7 @@
 """Optimizer states that rest on the host: what is where when, and that training does not notice."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import timm
@@ -131,7 +132,7 @@ def test_training_on_cuda_does_not_notice(opt, amp_dtype, tmp_path, monkeypatch)
     if opt == "adamw8bit":
         pytest.importorskip("torchao.optim", reason="no torchao for this torch", exc_type=ImportError)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # as in a run, or no two trainings are equal
-    monkeypatch.setattr(state_module, "Offload", lambda optimizers, device: Offload(optimizers, device, least=0))
+    monkeypatch.setattr(state_module, "Offload", partial(Offload, least=0))
     amp = {"amp": amp_dtype is not None, "amp_dtype": amp_dtype or "bfloat16"}
     results = []
     for offload in (False, True):

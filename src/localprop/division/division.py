@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from localprop.division.partition import balanced, module_ends, most_modules, stage_ends
+from localprop.division.partition import balanced, balanced_exact, module_ends, most_modules, stage_ends
 from localprop.division.places import Places
 from localprop.errors import ChainError, ConfigError, listing, suggestion
 from localprop.network.kinetic import kinetic_weight
@@ -64,6 +64,9 @@ class Division(Places):
             start, stop = starts[i], starts[j]
             return self.cost(index, start, stop, aim) if depths[stop] - depths[start] >= min_depth else float("inf")
 
+        if self.recipe.end_to_end and aim == "memory":
+            outputs = [unit.output for unit in self.costs.units(self.step)]
+            return [starts[j] for j in balanced_exact(len(ends), count, allowed, lambda j: outputs[starts[j] - 1])]
         return [starts[j] for j in balanced(len(ends), count, allowed)]
 
     def build(self, ends: list[int]) -> LocalNetwork:

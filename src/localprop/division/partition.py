@@ -47,6 +47,48 @@ def _partition(
     return best[modules, size]
 
 
+def balanced_exact(
+    size: int, modules: int, cost: Callable[[int, int, int], float], crossing: Callable[[int], float]
+) -> list[int]:
+    """Cuts a chain of `size` units into runs for exact training, so that its peak is as low as can be.
+
+    What crosses the cuts up to a run waits while that run is at work. Among the partitions that reach the lowest peak,
+    one with the longest last run is taken: all others run twice.
+
+    Args:
+        size: see `balanced`, and so the next two.
+        modules: see there.
+        cost: the peak of a run alone.
+        crossing: what crosses a cut after so many units.
+
+    Returns:
+        The end of each run; the last is `size`.
+    """
+    cost = cache(cost)
+
+    @cache
+    def lowest(start: int, count: int) -> float:
+        """The lowest peak of units [start, size) in `count` runs, beside what crosses the cuts up to `start`."""
+        if count == 1:
+            return cost(modules - 1, start, size)
+        stops = range(start + 1, size - count + 2)
+        return min(max(cost(modules - count, start, i), crossing(i) + lowest(i, count - 1)) for i in stops)
+
+    limit = lowest(0, modules)
+    # By the end of the run before: the least that may cross the cuts up to there, and the ends.
+    waiting: dict[int, tuple[float, list[int]]] = {0: (0, [])}
+    for index in range(modules - 1):
+        found: dict[int, tuple[float, list[int]]] = {}
+        for start, (beside, ends) in waiting.items():
+            for stop in range(start + 1, size - modules + index + 2):
+                own = beside + crossing(stop)
+                if beside + cost(index, start, stop) <= limit and (stop not in found or own < found[stop][0]):
+                    found[stop] = own, [*ends, stop]
+        waiting = found
+    start = min(i for i, (beside, _) in waiting.items() if beside + cost(modules - 1, i, size) <= limit)
+    return [*waiting[start][1], size]
+
+
 def stage_ends(chain: Chain) -> list[int]:
     """The ends of the stages: runs of units whose outputs have one shape.
 

@@ -95,10 +95,12 @@ class Places:
         key = index, start, stop, aim
         if key not in self._known:
             shared = self.shared(index, start, stop)
-            # The first unit of a module needs no gradient of its input, but for the head of the module before.
+            # The first unit of a module needs no gradient of its input, but for the head of the module before, or in
+            # exact training for that module.
             first = replace(self.step, input_gradient=False)
+            free = -1 if shared else 0 if self.recipe.end_to_end else start
             own = [
-                self._unit(i, i == stop - 1, i < start + shared, self.step if i > start or shared else first)
+                self._unit(i, i == stop - 1, i < start + shared, first if i == free else self.step)
                 for i in range(start, stop)
             ]
             if aim == "memory":
@@ -122,6 +124,9 @@ class Places:
 
         If its head reads ahead, the next module is taken to have as many blocks as it reads.
         """
+        if self.recipe.end_to_end and stop < len(self.units):
+            # In exact training the gradient of its output is there before it runs again.
+            return End(top=self._output(stop), waiting=0, given=self._output(stop))
         index = self.likewise(index)
         end = stop + self._read(index, start, stop)
         if end == stop:

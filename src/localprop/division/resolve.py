@@ -37,6 +37,10 @@ def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
         raise ConfigError(
             f"reach is {recipe.reach}, but one module has no other behind it; leave out reach, or choose more modules"
         )
+    if recipe.end_to_end and recipe.reach:
+        raise ConfigError(
+            f"reach is {recipe.reach}, but method end-to-end has no heads that could read ahead; leave it out"
+        )
     cheap = recipe.recompute
     if cheap is None:
         cheap = count > 1 and not recipe.end_to_end and device != "cuda"

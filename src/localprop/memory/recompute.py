@@ -128,6 +128,17 @@ def keeping() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """Inside, forwards compute what they do with gradients, and autograd keeps nothing: there is no backward."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _no_backward):
+        yield
+
+
+def _no_backward(packed: object) -> Tensor:
+    raise RuntimeError("nothing was kept for a backward")
+
+
 def _weight_rests() -> bool:
     """Whether a product of an input with a weight is at work, in a backward that computes no gradient of the weight.
 

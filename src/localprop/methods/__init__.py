@@ -11,23 +11,17 @@ __all__ = ["METHODS", "build_loss", "check_method"]
 
 
 def check_method(name: str, modules: int | None, options: dict[str, Any]) -> int:
-    """Checks a method's name and options, and gives the number of modules (default 4).
+    """Checks a method's name and options, and gives the number of modules (default 4, or what the method says).
 
     Raises:
-        ConfigError: no such method or option, or a number of modules that the method does not allow.
+        ConfigError: no such method or option, or an impossible number of modules.
     """
-    check_options("method", name, METHODS.lookup(name), options)
+    method = METHODS.lookup(name)
+    check_options("method", name, method, options)
     if modules is not None and modules < 1:
         raise ConfigError(f"modules is {modules}; it must be at least 1")
-    only = only_modules(name)
-    if only and modules not in (None, only):
-        raise ConfigError(f"method {name} has {only} module, not {modules}; leave out modules, or choose a method")
-    return modules or only or 4
-
-
-def only_modules(name: str) -> int | None:
-    """The only number of modules that a method allows; None where it allows any, or is unknown."""
-    return getattr(METHODS.get(name), "only_modules", None)
+    usual: int = getattr(method, "usual_modules", 4)
+    return modules or usual
 
 
 def varying(options: dict[str, Any]) -> bool:

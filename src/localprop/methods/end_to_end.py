@@ -1,9 +1,9 @@
-"""End-to-end backpropagation, the baseline: one module, the whole backbone, trained by the task's loss."""
+"""End-to-end backpropagation by the task's loss: the baseline with one module, exact training with several."""
 
-from localprop.network.loss import TaskLoss
+from localprop.network.loss import NoLoss
 
 
-class EndToEnd(TaskLoss):
-    """The task's loss of the backbone's prediction. Allows one module only."""
+class EndToEnd(NoLoss):
+    """A module before the last has no loss of its own; see `localprop.network.exact`."""
 
-    only_modules = 1
+    usual_modules = 1

@@ -12,22 +12,27 @@ from localprop.errors import ConfigError, first_line
 from localprop.network.carry import Carry
 from localprop.network.graphs import CapturedPass, GraphPool
 from localprop.network.output import LocalOutput
-from localprop.network.turns import Phase
+from localprop.network.phase import Phase
 
 
 class Network(Protocol):
-    """What is needed of a `LocalNetwork`."""
+    """What is needed of a `LocalNetwork`; see there."""
 
     local_modules: Any
 
-    def turn(self, k: int) -> tuple[Phase, ...]:
-        """See `LocalNetwork.turn`."""
+    @property
+    def phases(self) -> tuple[Phase, ...]: ...
 
-    def seed_phase(self, phase: Phase, seed: int) -> None:
-        """See `LocalNetwork.seed_phase`."""
+    @property
+    def loss_count(self) -> int: ...
 
-    def run_phase(self, phase: Phase, carry: Carry, scaler: torch.amp.GradScaler | None) -> Tensor | None:
-        """See `LocalNetwork.run_phase`."""
+    def seed_of_batch(self, seed: int | None) -> int | None: ...
+
+    def seed_phase(self, phase: Phase, seed: int) -> None: ...
+
+    def run_phase(self, phase: Phase, carry: Carry, scaler: torch.amp.GradScaler | None) -> Tensor | None: ...
+
+    def note_prediction(self, predictions: list[Tensor | None], phase: Phase, prediction: Tensor | None) -> None: ...
 
 
 class CapturedBackward:
@@ -45,8 +50,8 @@ class CapturedBackward:
     ) -> None:
         self._net, self._pool = net, pool
         self._after_module, self._scaler = after_module, scaler
-        self._predictions: list[Tensor | None] = [None] * len(net.local_modules)
-        self._phases = [phase for k in range(len(net.local_modules)) for phase in net.turn(k)]
+        self._predictions: list[Tensor | None] = [None] * net.loss_count
+        self._phases = net.phases
         works = [partial(self._train, phase) for phase in self._phases]
         self._pass = CapturedPass(pool, works, lambda number, seed: net.seed_phase(self._phases[number], seed))
         self._calls = 0
@@ -68,6 +73,7 @@ class CapturedBackward:
         """
         carry = Carry(inputs, targets, inputs)
         del inputs, targets
+        seed = self._net.seed_of_batch(seed)
         self._calls += 1
         if self._calls == 1:
             with self._pool.warm_up(), warnings.catch_warnings():
@@ -106,10 +112,6 @@ class CapturedBackward:
             )
 
     def _train(self, phase: Phase, carry: Carry) -> None:
-        k, prediction = phase.module, self._net.run_phase(phase, carry, self._scaler)
-        # K predictions of a vector each are small; K of a vocabulary at every position are not.
-        if prediction is not None and (prediction.dim() == 2 or k + 1 == len(self._predictions)):
-            self._predictions[k] = prediction
-        del prediction
+        self._net.note_prediction(self._predictions, phase, self._net.run_phase(phase, carry, self._scaler))
         if self._after_module and phase.done:
-            self._after_module(k, carry.losses[-1])
+            self._after_module(phase.module, carry.losses[-1])

@@ -43,8 +43,11 @@ class Carry:
             it, and the next module goes on from it. Like all that follows, it stays in the process.
         energies: what else of the next module's loss has a graph by then.
         pending: a module whose backward is to come.
-        gradient: that of the head's loss by the features.
+        gradient: that of the head's loss by the features; in exact training that of the loss by the output of the
+            module that is next.
         scale: the loss scale of `gradient`; None without.
+        boundaries: in exact training what each module so far has taken, from which it runs again; None where it does
+            not. A boundary with anything to train before it requires a gradient, and so do the features.
     """
 
     features: Tensor
@@ -60,6 +63,7 @@ class Carry:
     pending: Pending | None = None
     gradient: Tensor | None = None
     scale: Tensor | None = None
+    boundaries: list[Tensor | None] = field(default_factory=list)
 
     @classmethod
     def of(cls, batch: "Batch | Carry") -> "Carry":

@@ -212,6 +212,26 @@ class HeadLoss(LocalLoss):
         return iter(()) if self.head is None else self.head.parameters()
 
 
+class NoLoss(LocalLoss):
+    """Of a module before the last in exact training: its gradient comes from the module behind it.
+
+    Args:
+        spec: the module it is built for.
+    """
+
+    uses_inputs = False
+
+    def __init__(self, spec: ModuleSpec) -> None:
+        super().__init__()
+
+    def forward(self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor) -> tuple[Tensor, None]:
+        """A loss of 0, which depends on nothing."""
+        return output.new_zeros(()), None
+
+    def predict(self, output: Tensor) -> None:
+        """Nothing."""
+
+
 class TaskLoss(LocalLoss):
     """The last module's loss under every method: the task's loss of the backbone's own prediction."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from localprop.features import Layout
-from localprop.memory.recompute import keeping, recomputing
+from localprop.memory.recompute import keeping, keeping_nothing, recomputing
 from localprop.memory.slices import run
 from localprop.network.kinetic import kinetic_energy
 from localprop.network.loss import HeadLoss, LocalLoss
@@ -153,6 +153,36 @@ class LocalModule(nn.Module):
                 features = output
                 del output  # or it would live on beside what the next unit makes of it
         return features
+
+    def boundary(self, features: Tensor, context: dict[str, Any]) -> Tensor:
+        """Its output, of which autograd keeps nothing; whether a gradient comes there says `requires_grad`.
+
+        Not under `torch.no_grad`, where some models take other kernels, and so round differently.
+
+        Args:
+            features: see `forward`.
+            context: likewise.
+        """
+        with keeping_nothing():
+            if self._compiled_call_impl is not None:  # other code would round differently
+                output: Tensor = self(features, context, 0, None, [])
+                return output.detach().requires_grad_(output.requires_grad)
+            for unit in self._units:
+                output = unit(self._backbone[0], features, context)
+                features = output.detach().requires_grad_(output.requires_grad)
+                del output
+        return features
+
+    @property
+    def trains(self) -> bool:
+        """Whether any parameter of its share of the backbone is to be trained."""
+        return any(parameter.requires_grad for parameter in self._each(nn.Module.parameters))
+
+    def buffer_places(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """The backbone's buffers that the units use, each with the module that has it and its name there."""
+        used = self._used(nn.Module.buffers)
+        held = ((own, name, buffer) for own in self._backbone[0].modules() for name, buffer in own._buffers.items())
+        return [(own, name, buffer) for own, name, buffer in held if buffer is not None and id(buffer) in used]
 
     def trained(self) -> list[Tensor]:
         """The parameters of its units and of its local loss that are to be trained."""

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from localprop.errors import ChainError, ConfigError, warn_renamed
 from localprop.network.capture import CapturedBackward
 from localprop.network.carry import Carry
+from localprop.network.exact import is_exact
 from localprop.network.graphs import CudaGraphPool
+from localprop.network.loss import NoLoss
 from localprop.network.module import LocalModule
 from localprop.network.output import LocalOutput
-from localprop.network.turns import Phase, Scaling, run_phase, turn
+from localprop.network.phase import Phase, Scaling
+from localprop.network.turns import run_phase, turn, turns
 from localprop.seeding import derive_seed
 from localprop.settings.recipe import Recipe
 from localprop.tasks.base import Task
@@ -55,6 +58,16 @@ class LocalNetwork(nn.Module):
         return self._task[0]
 
     @property
+    def exact(self) -> bool:
+        """Whether its modules are trained exactly: with the gradients of end-to-end training."""
+        return is_exact(self.local_modules)
+
+    @property
+    def loss_count(self) -> int:
+        """How many losses and predictions it has: one for each module; in exact training those of the network."""
+        return 1 if self.exact else len(self.local_modules)
+
+    @property
     def prediction_shape(self) -> tuple[int, ...]:
         """Shape of the output, batch axis left out."""
         return self.local_modules[-1].output_shape
@@ -69,7 +82,10 @@ class LocalNetwork(nn.Module):
         return features
 
     def module_predictions(self, inputs: Tensor) -> list[Tensor | None]:
-        """The prediction of every module's head (None where there is none); the last is the network's."""
+        """The prediction of every module's head (None where there is none); the last is the network's.
+
+        In exact training there is no other.
+        """
         self._require_size(inputs)
         context: dict[str, Any] = {}
         features, predictions = inputs, []
@@ -95,8 +111,9 @@ class LocalNetwork(nn.Module):
     ) -> LocalOutput:
         """Forward and local backward, module by module; gradients are added to `.grad`.
 
-        A module's graph is gone before the next module starts. Under `torch.autocast` the forward and the losses
-        run in mixed precision, the backward outside of it, as PyTorch advises.
+        A module's graph is gone before the next module starts. In exact training all modules run, and then the last one
+        is the first to have its gradients; see `localprop.network.exact`. Under `torch.autocast` the forward and the
+        losses run in mixed precision, the backward outside of it, as PyTorch advises.
 
         Args:
             inputs: (B, ...), such as images (B, channels, height, width). Freed after the last module that looks at
@@ -104,22 +121,40 @@ class LocalNetwork(nn.Module):
             targets: as the task has them; of classification (B,) integers, or (B, C) probabilities.
             scaler: scales each local loss before its backward (float16).
             seed: where given, module k draws its random numbers (dropout, stochastic depth) from a stream of its
-                own, made from the seed and k. It sets PyTorch's global generators.
+                own, made from the seed and k. It sets PyTorch's global generators. Exact training, which needs the same
+                numbers twice, draws a seed where none is given.
             after_module: called with k and the local loss (detached) as soon as module k's gradients are there:
-                the place to step module k's optimizer and free its gradients, so that only one module's are alive.
+                the place to step module k's optimizer and free its gradients, so that only one module's are alive. In
+                exact training k goes from the last module to the first, and the loss is the network's.
             parts: how many such batches make one step; gradients are divided by that. Step after the last of them.
         """
-        carry, predictions = Carry(inputs, targets, inputs), list[Tensor | None]()
+        carry = Carry(inputs, targets, inputs)
+        predictions: list[Tensor | None] = [None] * self.loss_count
         del inputs
-        for k, module in enumerate(self.local_modules):
-            prediction = self.train_module(k, carry, scaler, seed, parts)
-            # K predictions of a vector each are small; K of a vocabulary at every position are not.
-            kept = prediction is not None and (prediction.dim() == 2 or module is self.local_modules[-1])
-            predictions.append(prediction if kept else None)
-            del prediction
-            if after_module:
-                after_module(k, carry.losses[-1])
+        seed = self.seed_of_batch(seed)
+        for phase in self.phases:
+            if seed is not None:
+                self.seed_phase(phase, seed)
+            self.note_prediction(predictions, phase, self.run_phase(phase, carry, scaler, parts))
+            if after_module and phase.done:
+                after_module(phase.module, carry.losses[-1])
         return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), predictions)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of a batch, in order."""
+        return turns(self.local_modules, range(len(self.local_modules)))
+
+    def seed_of_batch(self, seed: int | None) -> int | None:
+        """The seed of a batch, from what is given for it; see `backward`."""
+        return int(torch.randint(2**62, ())) if seed is None and self.exact else seed
+
+    def note_prediction(self, predictions: list[Tensor | None], phase: Phase, prediction: Tensor | None) -> None:
+        """Puts what a phase has predicted into the list of all predictions, if it may stay."""
+        k, count = phase.module, len(self.local_modules)
+        # K predictions of a vector each are small; K of a vocabulary at every position are not.
+        if prediction is not None and (prediction.dim() == 2 or k + 1 == count):
+            predictions[k - count + self.loss_count] = prediction
 
     def train_module(
         self,
@@ -144,8 +179,10 @@ class LocalNetwork(nn.Module):
             The prediction of the module's head, detached; None where it has none.
 
         Raises:
-            ConfigError: batch norm is to train on a single value per channel.
+            ConfigError: batch norm is to train on a single value per channel, or the training is exact.
         """
+        if self.exact:
+            raise ConfigError("in exact training a module's gradient comes from the next one; call backward")
         prediction = None
         for phase in self.turn(k):
             if seed is not None:
@@ -164,7 +201,7 @@ class LocalNetwork(nn.Module):
 
         Arguments, result and errors are else those of `train_module`.
         """
-        if phase.module == 0 and phase.kind in ("whole", "forward"):
+        if phase.module == 0 and phase.kind in ("whole", "forward", "first"):
             self._require_size(carry.features)
         return run_phase(self.local_modules, phase, carry, Scaling(scaler, parts))
 
@@ -182,14 +219,15 @@ class LocalNetwork(nn.Module):
 
         Returns:
             Its output, and the predictions of the heads that have what they read by then: that of the module before, if
-            it reads ahead, and the module's own, if it does not. Where a module has no head, its prediction is None.
+            it reads ahead, and the module's own, if it does not. Where a module has no head, its prediction is None. In
+            exact training there is none but that of the last.
         """
         module, predictions = self.local_modules[k], list[Tensor | None]()
         if module.shared:
             features = module(features, context, 0, module.shared)
             predictions.append(self.local_modules[k - 1].local_loss.predict(features))
         features = module(features, context, module.shared)
-        if not module.gives_head:
+        if not (module.gives_head or isinstance(module.local_loss, NoLoss)):
             predictions.append(module.local_loss.predict(features))
         return features, predictions
 

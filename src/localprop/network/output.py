@@ -12,9 +12,9 @@ class LocalOutput:
     """What one `LocalNetwork.backward` computed.
 
     Attributes:
-        losses: (K,) local losses, detached.
+        losses: (K,) local losses, detached; in exact training (1,) that of the network.
         predictions: what each module's head predicts, detached, if that is a vector per example; None where it has no
-            head. The last is the network's own prediction, of any shape.
+            head. The last is the network's own prediction, of any shape; in exact training there is no other.
     """
 
     losses: Tensor

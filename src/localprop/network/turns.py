@@ -1,13 +1,14 @@
 """A module's turn with a batch: forward, the head that may read ahead, and the one place where gradients are cut.
 
+Exact training, in which none are cut, has turns of its own (`localprop.network.exact`).
+
 A head that reads ahead (`Recipe.reach`) reads what the next module's first units make of the module's output. These
 units run once: the next module goes on from their result. The gradient of the head's loss passes through them to the
 module's output, and not into their weights, which the next module's own losses train.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,53 +16,10 @@ from torch import Tensor
 from localprop.errors import batch_norm_told
 from localprop.memory.recompute import recomputing
 from localprop.network.carry import Carry, Pending
+from localprop.network.exact import exact_turns, is_exact, run_exact
 from localprop.network.loss import HeadLoss
 from localprop.network.module import LocalModule
-from localprop.seeding import Purpose
-
-
-class Phase(NamedTuple):
-    """A part of a module's turn. It has a stream of random numbers of its own, and is one CUDA graph.
-
-    Attributes:
-        module: whose turn it is.
-        kind: "whole", of a module whose head reads its own output; else "forward" with all that reads the output,
-            then "ahead", of the next module's first units and the head, and then "backward".
-    """
-
-    module: int
-    kind: Literal["whole", "forward", "ahead", "backward"]
-
-    @property
-    def purpose(self) -> Purpose:
-        """For what its random numbers are drawn."""
-        return "module" if self.kind == "whole" or self.kind == "forward" else self.kind
-
-    @property
-    def done(self) -> bool:
-        """Whether the module's gradients are there after it."""
-        return self.kind in ("whole", "backward")
-
-
-class Scaling(NamedTuple):
-    """What a loss is multiplied by before its backward.
-
-    Attributes:
-        scaler: scales it (float16); that of the module whose optimizer steps what the loss trains.
-        parts: how many batches make one step.
-    """
-
-    scaler: torch.amp.GradScaler | None = None
-    parts: int = 1
-
-    def __call__(self, loss: Tensor) -> Tensor:
-        """The scaled loss."""
-        share = loss / self.parts if self.parts > 1 else loss
-        return self.scaler.scale(share) if self.scaler else share
-
-    def scale(self, like: Tensor) -> Tensor | None:
-        """The loss scale (a scalar on the device of `like`); None without."""
-        return self.scaler.scale(torch.ones((), device=like.device)) if self.scaler else None
+from localprop.network.phase import Handed, Phase, Scaling, at_own_scale, backward, counted, lower_scale
 
 
 def turn(modules: Sequence[LocalModule], k: int) -> tuple[Phase, ...]:
@@ -75,8 +33,11 @@ def turns(modules: Sequence[LocalModule], own: range) -> tuple[Phase, ...]:
     """The phases of a batch in a process that trains the modules `own`, in order.
 
     A head that reads ahead is trained where the module is whose units it reads. So the phase "ahead" of the module
-    before these comes first, and that of the last of them is left to the next process.
+    before these comes first, and that of the last of them is left to the next process. Exact training is in one
+    process.
     """
+    if is_exact(modules):
+        return exact_turns(len(modules))
     before = [Phase(own.start - 1, "ahead")] if modules[own.start].shared else []
     phases = [*before, *(phase for k in own for phase in turn(modules, k))]
     return tuple(phase for phase in phases if phase != (own.stop - 1, "ahead"))
@@ -108,6 +69,8 @@ def run_phase(modules: Sequence[LocalModule], phase: Phase, carry: Carry, scalin
             return None
         if not any(later.local_loss.uses_inputs for later in modules[k:]):
             carry.inputs = None
+        if kind in ("first", "last", "again"):
+            return run_exact(module, phase, carry, scaling)
         if kind == "forward":
             _run(module, carry, scaling)
             return None
@@ -119,10 +82,10 @@ def _run_whole(module: LocalModule, carry: Carry, scaling: Scaling) -> Tensor | 
     with _remembering(module):
         output = module(carry.take(), carry.context, module.shared, None, energies)
         loss, prediction = module.local_loss(output, carry.features, carry.inputs, carry.targets)
-        loss = _counted(sum(energies, loss), carry)
+        loss = counted(sum(energies, loss), carry)
     if loss.requires_grad:
         # Where it goes on from what the head before has read, its graph reaches into the output of the module before.
-        _backward([scaling(loss)], inputs=module.trained() if module.shared else None)
+        backward([scaling(loss)], inputs=module.trained() if module.shared else None)
     carry.losses.append(loss.detach())
     _isolate(carry, output)
     return None if prediction is None else prediction.detach()
@@ -139,11 +102,11 @@ def _run(module: LocalModule, carry: Carry, scaling: Scaling) -> None:
         rest = loss.rest(leaf, carry.features, carry.inputs, carry.targets)
     total = output.new_zeros((), dtype=torch.float32)
     if rest is not None:
-        rest = _counted(rest, carry)
+        rest = counted(rest, carry)
         if rest.requires_grad:
-            _backward([scaling(rest)])
+            backward([scaling(rest)])
         total = rest.detach()
-    energy = _counted(sum(energies[1:], energies[0]), carry) if energies else None
+    energy = counted(sum(energies[1:], energies[0]), carry) if energies else None
     carry.losses.append(total if energy is None else total + energy.detach())
     carry.pending = Pending(output, leaf.grad, energy)
     _isolate(carry, output)
@@ -164,20 +127,18 @@ def _read_ahead(module: LocalModule, following: LocalModule, carry: Carry, scali
     with torch.set_grad_enabled(trains), recomputing(following.recompute):
         judged, prediction = loss.judge(read, carry.targets)
     if judged is not None:
-        judged = _counted(judged, carry)
+        judged = counted(judged, carry)
         if trains and judged.requires_grad:
             own = [p for p in loss.head_parameters() if p.requires_grad]
-            _backward([scaling(judged)], inputs=[read, *own])
+            backward([scaling(judged)], inputs=[read, *own])
             gradient, read.grad = read.grad, None
             if gradient is not None:
-                handed = _Handed.apply(seen, [gradient])
+                handed = Handed.apply(seen, [gradient])
                 del gradient
-                _backward([handed], inputs=[leaf], retain=not following.frozen)
+                backward([handed], inputs=[leaf], retain=not following.frozen)
             carry.gradient, leaf.grad = leaf.grad, None
             carry.scale = scaling.scale(leaf)
-            if scaling.scaler and carry.gradient is not None and own and own[0].grad is not None:
-                # What overflows on its way through the shared units has to lower this scale too: it becomes NaN here.
-                own[0].grad += carry.gradient.abs().amax() * 0
+            lower_scale(own, carry.gradient, scaling)  # what overflows on its way through the shared units
         carry.losses[-1] = carry.losses[-1] + judged.detach()
     carry.ahead = seen
     return None if prediction is None else prediction.detach()
@@ -187,68 +148,26 @@ def _pass_back(module: LocalModule, carry: Carry, scaling: Scaling) -> None:
     """The backward of a module whose output's gradient has come from all that reads it."""
     pending, carry.pending = carry.pending, None
     assert pending is not None
-    gradient, carry.gradient = carry.gradient, None
-    if gradient is not None and carry.scale is not None:
-        own = scaling.scale(gradient)
-        if own is not None:
-            gradient *= own / carry.scale
+    gradient = at_own_scale(carry, scaling)
     if pending.gradient is not None:
         gradient = pending.gradient if gradient is None else pending.gradient.add_(gradient)
         pending.gradient = None
     roots = []
     if gradient is not None and pending.output.requires_grad:
-        roots.append(_Handed.apply(pending.output, [gradient]))
+        roots.append(Handed.apply(pending.output, [gradient]))
     if pending.energy is not None and pending.energy.requires_grad:
         roots.append(scaling(pending.energy))
     del gradient, pending
     if roots:
-        _backward(roots, inputs=module.trained() if module.shared else None)
+        backward(roots, inputs=module.trained() if module.shared else None)
 
 
 def _isolate(carry: Carry, output: Tensor) -> None:
-    # Gradient isolation. Everywhere: no other line cuts gradients. A head that reads ahead sends one gradient back
-    # over it, to the module's output, which trains that module alone.
+    # Gradient isolation. Everywhere: no other line cuts the gradients of local losses. A head that reads ahead sends
+    # one gradient back over it, to the module's output, which trains that module alone.
     carry.features = output.detach()
 
 
 def _remembering(module: LocalModule) -> AbstractContextManager[None]:
     """What autograd keeps of a module: nothing if it is frozen."""
     return torch.no_grad() if module.frozen else recomputing(module.recompute)
-
-
-def _counted(loss: Tensor, carry: Carry) -> Tensor:
-    """The loss with the weight that this batch has in its step."""
-    return loss if carry.share is None else loss * carry.share
-
-
-class _Handed(torch.autograd.Function):
-    """Where the backward of a tensor begins whose gradient is known: that is freed as soon as it is used.
-
-    A gradient that is an argument of a backward pass lives until that is over.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, gradient: list[Tensor]) -> Tensor:
-        ctx.gradient = gradient
-        return output.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.gradient.pop(), None
-
-
-def _backward(roots: Sequence[Tensor], inputs: Iterable[Tensor] | None = None, retain: bool = False) -> None:
-    """Backward outside of autocast; into `inputs` alone where they are given."""
-    leaves = None if inputs is None else list(inputs)
-    if leaves == []:
-        return
-    device = roots[0].device.type
-    if not torch.is_autocast_enabled(device):
-        torch.autograd.backward(roots, None, retain, inputs=leaves)
-        return
-    torch.clear_autocast_cache()
-    with torch.autocast(device, enabled=False):
-        torch.autograd.backward(roots, None, retain, inputs=leaves)
-    # Weights change right after this backward: casts of them that autocast has kept would be stale. Of units that run
-    # again in backward there are some.
-    torch.clear_autocast_cache()

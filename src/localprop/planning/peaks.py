@@ -113,13 +113,12 @@ def explain_peak(
         sizes = [allocation.size for allocation, other in others if other == use]
         hidden, bytes_hidden = on_host if use == "optimizer" else (0, 0)
         rest.append(Rest(use, len(sizes) - hidden, sum(sizes) - bytes_hidden))
-    count = len(record.modules)
     newest = max((allocation for allocation, _ in alive), key=lambda allocation: allocation.start)
     return Peak(
         setting=name,
         size=record.in_use[record.moment],
-        module=record.modules[record.turn % count],
-        modules=count,
+        module=record.module,
+        modules=len(record.modules),
         micro_batch=_micro_batch(record),
         micro_batches=record.micro_batches,
         phase=_phase(record, newest),
@@ -148,7 +147,7 @@ def _micro_batch(record: Record) -> int | None:
     """Which micro-batch is at work at the peak: the last, or the first of those that a middle one stands for."""
     if record.micro_batches == 1:
         return None
-    if record.turn >= len(record.modules):
+    if record.turn >= len(record.order):
         return record.micro_batches
     return min(record.micro_batches - 1, 2)
 

@@ -29,7 +29,9 @@ def draw_plan(path: Path, plan: Plan, row: PlanRow, title: str) -> None:
     colors = [colormaps["viridis"](x) for x in np.linspace(0.05, 0.9, count)]
     _draw_step(below, row, scale, colors)
     above.set_title("end-to-end: the sum of all activations", loc="left", fontsize=9.5)
-    what = f"{count} local modules: the largest, not the sum" if count > 1 else drawn(row.setting.name)
+    what = f"{count} local modules: the largest, not the sum"
+    if count == 1 or row.setting.recipe.end_to_end:
+        what = drawn(row.setting.name)
     below.set_title(what, loc="left", fontsize=9.5)
     below.set_xlabel("expected time in a training step (end-to-end = 1)", fontsize=9, color="0.35")
     highest = max(plan.baseline.step.peak, row.step.peak) / 2**30
@@ -47,8 +49,7 @@ def _draw_step(axes: Axes, row: PlanRow, scale: float, colors: Sequence) -> None
     seconds, used = np.array(row.step.timeline).T
     axes.fill_between(seconds / scale, used / 2**30, step="post", color="0.85", linewidth=0)
     start = 0.0
-    for turn, end in enumerate(row.step.module_ends):  # of each module, in each micro-batch
-        k = turn % len(colors)
+    for k, end in zip(row.step.module_turns, row.step.module_ends, strict=True):
         color = colors[k]
         inside = (seconds >= start) & (seconds <= end)
         axes.fill_between(seconds[inside] / scale, used[inside] / 2**30, step="post", color=color, linewidth=0)

@@ -11,7 +11,6 @@ from localprop.division.divide import divide
 from localprop.division.partition import most_modules
 from localprop.errors import ChainError, ConfigError, ParallelError, PlanError
 from localprop.memory.cost import Costs
-from localprop.methods import only_modules
 from localprop.network.network import LocalNetwork
 from localprop.planning.peaks import Peak, explain_peak
 from localprop.planning.processes import Processes, pipeline, share_out
@@ -59,14 +58,9 @@ class Planner:
     must_fit: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def is_local(self) -> bool:
-        """Whether the method takes more than one module."""
-        return only_modules(self.recipe.method) != 1
-
     def rows(self, modules: Sequence[int | Literal["max"]]) -> list[PlanRow]:
         """End-to-end training, then the recipe with each number of modules."""
-        return self.baselines() + (self.divided(modules) if self.is_local else [])
+        return self.baselines() + self.divided(modules)
 
     def baselines(self) -> list[PlanRow]:
         """End-to-end training, plain and with activation checkpointing."""
@@ -131,16 +125,16 @@ class Planner:
             micro_batches: into which the batch is divided; default: as planned for.
         """
         self.on_setting(setting)
-        local = setting.modules > 1
+        divided = setting.modules > 1
         try:
             net, given = self.network(setting, micro_batches)
         except ChainError as error:
-            if not local or self.must_fit:
+            if not divided or self.must_fit:
                 raise
             self.left_out[setting.name] = str(error)
             return None
         step, parallel, not_parallel = simulate_step(net, *given), None, None
-        if local and self.nproc:
+        if divided and self.nproc:
             try:
                 parallel = share_out(net, step, *given, self.nproc, self.link)
             except (ParallelError, ConfigError) as error:
@@ -194,7 +188,7 @@ class Planner:
             ParallelError: no row's modules can be shared out.
         """
         assert self.nproc
-        if self.is_local and not any(row.parallel for row in rows):
+        if not (self.recipe.end_to_end or any(row.parallel for row in rows)):
             most = max(row.setting.modules for row in rows)
             raise ParallelError(
                 f"{self.nproc} processes cannot share the {most} modules that there are at most; fewer --nproc"
@@ -216,7 +210,7 @@ class Planner:
             PlanError: nothing fits, even with one image at a time.
         """
         usual = rows[0].step.seconds
-        if self.is_local and (len(among) == 1 or self.recipe.cuts is not None):
+        if (len(among) == 1 and among[0] != 1) or self.recipe.cuts is not None:
             rows = [row for row in rows if row.setting.modules > 1]
         fitting = [row for row in rows if row.step.peak <= budget]
         if fitting:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from localprop.division.divide import localize
 from localprop.division.partition import balanced
+from localprop.errors import ParallelError
 from localprop.memory.cost import Costs
 from localprop.memory.measure import total_bytes
 from localprop.memory.part import Conditions
@@ -75,10 +76,13 @@ def share_out(
         link: between two of them.
 
     Raises:
-        ParallelError: there are more processes than modules and not a multiple of them.
+        ParallelError: there are more processes than modules and not a multiple of them, or the modules are trained
+            exactly.
         ConfigError: replicas cannot share the batch out.
         PlanError: memory cannot be predicted.
     """
+    if net.exact:
+        raise ParallelError("its modules wait for each other, and share one process")
     layout = arrange("modules", len(step.module_seconds), processes, step.module_seconds)
     parts = optim.micro_batches
     require_equal_parts(batch_size, parts, layout.replicas)

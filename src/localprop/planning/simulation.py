@@ -1,6 +1,6 @@
 """One training step on fake tensors: what it allocates and computes, without data, memory or a GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,7 +12,7 @@ from localprop.memory.measure import plain_tensors, total_bytes
 from localprop.memory.tracker import Tracker
 from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
-from localprop.network.turns import Phase
+from localprop.network.phase import Phase
 from localprop.parallel.averaging import average
 from localprop.planning.fake_training import Neighbours, fake_training
 from localprop.planning.steps import Mark, OnHost, PredictedStep, Record, predicted_step
@@ -74,11 +74,13 @@ def record_step(
                 carry = _loaded(tracker, arrive)
                 batch.clear()
             state.train_step(carry, seed=0)
-        on_host = _on_host(state, parts) if config.offload_optimizer else []
+        marked = [phase for phase in state.phases if _is_marked(phase)]
+        on_host = _on_host(state, parts, marked) if config.offload_optimizer else []
     tracker.stop()
     beside = state.exchange
     assert isinstance(beside, Neighbours)
-    return Record(tracker, marks, state.modules, parts, entry, on_host, beside.given, beside.handed)
+    order = [phase.module for phase in marked]
+    return Record(tracker, marks, order, state.modules, parts, entry, on_host, beside.given, beside.handed)
 
 
 def _loaded(tracker: Tracker, arrive: Callable[[], Carry]) -> Carry:
@@ -90,16 +92,24 @@ def _loaded(tracker: Tracker, arrive: Callable[[], Carry]) -> Carry:
     return carry
 
 
-def _on_host(state: TrainingState, parts: int) -> list[OnHost]:
-    """Which optimizer states are on the host while each module is trained, in each micro-batch that is simulated.
+def _is_marked(phase: Phase) -> bool:
+    return phase.done or phase.kind == "first"
+
+
+def _on_host(state: TrainingState, parts: int, marked: list[Phase]) -> list[OnHost]:
+    """Which optimizer states are on the host until each mark of the micro-batches that are simulated.
 
     The state of a module is on the device only while that module is trained on the last micro-batch.
     """
     states = [plain_tensors(list(optimizer.state.values())) for optimizer in state.optimizers]
     all_states = [tensor for own in states for tensor in own]
-    before = [OnHost(len(all_states), total_bytes(all_states))] * len(states) if parts > 1 else []
+    before = [OnHost(len(all_states), total_bytes(all_states))] * len(marked) if parts > 1 else []
     resting = [[tensor for other in states if other is not own for tensor in other] for own in states]
-    return [*before, *(OnHost(len(tensors), total_bytes(tensors)) for tensors in resting)]
+    done = [phase.module for phase in marked if phase.done]
+    # That of the first to be done is there from the beginning.
+    present = [done[0]] * (len(marked) - len(done)) + done
+    last = [resting[k - state.modules.start] for k in present]
+    return [*before, *(OnHost(len(tensors), total_bytes(tensors)) for tensors in last)]
 
 
 def _gradients(state: TrainingState) -> list[Tensor]:
@@ -120,7 +130,7 @@ def _whole_batch(state: TrainingState, carry: Carry, parts: int) -> list[Tensor]
 
 @contextmanager
 def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark]) -> Iterator[None]:
-    """Tells the tracker which tensors are gradients; notes in `marks` where each module is done."""
+    """Tells the tracker which tensors are gradients; notes in `marks` what `Record.marks` has."""
 
     def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -128,9 +138,9 @@ def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark]) -> Itera
 
     finish = state.finish_phase
 
-    def marking(phase: Phase, loss: Tensor, last: bool) -> None:
-        finish(phase, loss, last)
-        if phase.done:
+    def marking(phase: Phase, losses: Sequence[Tensor], last: bool) -> None:
+        finish(phase, losses, last)
+        if _is_marked(phase):
             marks.append(Mark(len(tracker.events), tracker.seconds, tracker.flops, tracker.clock.busy))
 
     state.finish_phase = marking  # type: ignore[method-assign]

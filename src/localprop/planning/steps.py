@@ -25,7 +25,9 @@ class PredictedStep:
         flops: floating point operations, a multiply and an add counted as two.
         seconds: expected time of an eager step; of meaning only beside another on the same machine.
         timeline: (seconds, bytes in use) after each allocation or free, in order.
-        module_ends: seconds at which each module is done, in each micro-batch.
+        module_ends: seconds at which each module is done, in each micro-batch. In exact training, in which a module
+            runs twice, its first forward has an end of its own.
+        module_turns: whose end each of `module_ends` is.
         module_seconds: expected time of each module.
         entry: bytes of a micro-batch as it came: images or features, labels, and what units hand along.
         ahead: seconds until all is done that the process before waits for: its head reads ahead.
@@ -40,6 +42,7 @@ class PredictedStep:
     seconds: float
     timeline: list[tuple[float, int]] = field(repr=False)
     module_ends: list[float] = field(repr=False)
+    module_turns: list[int] = field(repr=False)
     module_seconds: list[float] = field(repr=False)
     entry: int
     ahead: float = 0.0
@@ -69,7 +72,9 @@ class Record:
 
     Attributes:
         tracker: all events: those of the only micro-batch, or of a middle one and of the last.
-        marks: where each module was done, in each of these micro-batches.
+        marks: where each module was done, and in exact training where it had run for the first time, in each of these
+            micro-batches.
+        order: the modules that these marks of a micro-batch are of.
         modules: those that were trained.
         micro_batches: of the step.
         entry: bytes of a micro-batch as it came.
@@ -80,6 +85,7 @@ class Record:
 
     tracker: Tracker
     marks: list[Mark]
+    order: list[int]
     modules: range
     micro_batches: int
     entry: int
@@ -112,19 +118,30 @@ class Record:
         return self.turns[self.moment]
 
     @property
+    def module(self) -> int:
+        """The module at work at the peak."""
+        return self.order[self.turn % len(self.order)]
+
+    @property
     def on_host_at_peak(self) -> OnHost:
         """Optimizer states that are on the host at the peak."""
         return self.on_host[self.turn] if self.on_host else OnHost()
 
+    @property
+    def firsts(self) -> int:
+        """With how many first forwards of exact training a micro-batch begins."""
+        return len(self.order) - len(self.modules)
+
     @cached_property
     def backwards(self) -> list[int]:
-        """The events with which each backward began of the module that is trained at the peak, in order.
+        """The events with which each backward began of the module that is at work at the peak, in order.
 
-        There are three where its head reads ahead: of all else that reads its output, of the head, and of its units.
+        There are three where its head reads ahead: of all else that reads its output, of the head, and of its units. In
+        the first forwards of exact training they are those of the module that is the first to go backward.
         """
-        events = self.tracker.events
+        events, count = self.tracker.events, len(self.order)
         begin = self.marks[self.turn - 1].event if self.turn else 0
-        end = self.marks[self.turn].event
+        end = self.marks[max(self.turn, self.turn // count * count + self.firsts)].event
         return [i for i in range(begin, end) if events[i].backward and not (i > begin and events[i - 1].backward)]
 
     def backward_after(self, event: int) -> int | None:
@@ -146,7 +163,7 @@ class Record:
 
 def predicted_step(record: Record) -> PredictedStep:
     """The memory and time of a step, from what was seen of it."""
-    tracker, marks, count = record.tracker, record.marks, len(record.modules)
+    tracker, marks, count = record.tracker, record.marks, len(record.order)
     parts = dict.fromkeys(PARTS, 0)
     for allocation, use in record.at_peak():
         parts[use] += allocation.size
@@ -161,13 +178,17 @@ def predicted_step(record: Record) -> PredictedStep:
     return PredictedStep(
         peak=record.in_use[record.moment],
         parts=parts,
-        module=record.modules[record.turn % count],
+        module=record.module,
         flops=tracker.flops + again * middle.flops,
         seconds=tracker.seconds + again * middle.seconds,
         timeline=[(start + time, used) for start in starts[:-1] for time, used in timeline[: middle.event]]
         + [(starts[-1] + time, used) for time, used in timeline],
         module_ends=[start + end for start in starts[:-1] for end in done[:count]] + [starts[-1] + end for end in done],
-        module_seconds=[sum(spans[k::count]) + again * spans[k] for k in range(count)],
+        module_turns=record.order * (len(done) // count + again),
+        module_seconds=[
+            sum(sum(spans[i::count]) + again * spans[i] for i, other in enumerate(record.order) if other == k)
+            for k in record.modules
+        ],
         entry=record.entry,
         ahead=_in_all(
             [moment - begin for moment, begin in zip(record.given, [0.0, middle.seconds], strict=False)], again

@@ -35,11 +35,11 @@ def draw_curves(
         steps_per_epoch: where it is given, an epoch that was cut short is drawn as the part of an epoch that it is.
     """
     modules, headline = len(rows[0].train_losses), rows[0].measures[0]
-    counted = f"{modules} module{'s' if modules > 1 else ''}"
+    counted = f", {modules} modules" if modules > 1 else ""
     # A Figure of its own, not pyplot's: no global state, no window system.
     figure = Figure(figsize=(10, 4), dpi=140)
     figure.suptitle(
-        f"{drawn(title)}, {counted}: {headline.text(rows[-1].headline)}{headline.sign} {evaluated_on} {headline.name}",
+        f"{drawn(title)}{counted}: {headline.text(rows[-1].headline)}{headline.sign} {evaluated_on} {headline.name}",
         x=0.047, y=0.965, ha="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
     grid = {"left": 0.047, "right": 0.91, "bottom": 0.125, "top": 0.82, "wspace": 0.31}

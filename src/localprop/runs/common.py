@@ -83,7 +83,7 @@ def begin(
 def announce(console: Console, experiment: Experiment, net: LocalNetwork, folder: Path, place: str) -> None:
     """Shows what is about to be trained, and where: `place` are the devices and processes."""
     side, count = experiment.data.img_size, len(net.local_modules)
-    modules = counted(count, "module")
+    modules = counted(count, "module") + (" trained exactly" if net.exact else "")
     console.out(printable(f"{experiment.title} at {side}x{side}: {modules}, {place}"), highlight=False)
     console.out(printable(f"run folder: {folder}"), highlight=False)
 
@@ -91,7 +91,7 @@ def announce(console: Console, experiment: Experiment, net: LocalNetwork, folder
 def train(trainer: Trainer, experiment: Experiment, console: Console, notes: list[str]) -> None:
     """Trains, and shows progress, what came out, and what to do next; `notes` are lines to show first."""
     config, folder, net = experiment.config, trainer.folder, trainer.net
-    evaluated_on, count = experiment.data.evaluated_on, len(net.local_modules)
+    evaluated_on, count = experiment.data.evaluated_on, net.loss_count
     progress = Progress(
         console,
         config.optim.epochs,
@@ -111,7 +111,8 @@ def train(trainer: Trainer, experiment: Experiment, console: Console, notes: lis
         return
     if trainer.tested:
         note_tested(folder, trainer.tested)
-    names = [units_of(net, range(k, k + 1)) for k in range(count)]
+    modules = range(len(net.local_modules))
+    names = [units_of(net, modules)] if net.exact else [units_of(net, range(k, k + 1)) for k in modules]
     console.print(final_table(rows, names, evaluated_on, trainer.gauge.reserved))
     if line := tested_line(folder, experiment.data.task):
         console.out(line, highlight=False)

@@ -147,7 +147,7 @@ class OptimConfig:
     min_lr: float = 1e-6
     """Learning rate at the end of the schedule."""
     clip_grad: OptionalFloat = None
-    """Largest gradient norm of a local module."""
+    """Largest gradient norm of a module; each is clipped alone, with --method end-to-end too."""
     model_ema: bool = False
     """Keep a moving average of the backbone's weights, and evaluate and save that."""
     model_ema_decay: float = 0.9998
@@ -233,6 +233,11 @@ class TrainConfig:
             raise ConfigError(f"--warmup-epochs is {optim.warmup_epochs:g}, longer than --epochs {optim.epochs}")
         if run.nproc is not None and run.parallel is None:
             raise ConfigError(f"--nproc is {run.nproc}, but nothing is parallel; add --parallel modules")
+        if run.parallel == "modules" and self.local.end_to_end and (self.local.count or 1) > 1:
+            raise ConfigError(
+                "--parallel modules trains local modules, and those of --method end-to-end wait for each other; choose "
+                "--parallel data"
+            )
         if run.trace and run.parallel is None:
             raise ConfigError("--trace shows what several processes do; add --parallel modules --nproc 2")
 

@@ -11,6 +11,7 @@ from localprop.network.module import BEFORE
 from localprop.network.network import LocalNetwork
 
 _UNTOUCHED = "weights from this module on are as before this step, and nothing is saved"
+_UNTOUCHED_EXACT = "weights up to this module are as before this step, and nothing is saved"
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -67,15 +68,14 @@ class FiniteChecks:
         scale = " with a loss scale of 1" if scaled else ""
         return NonFiniteGradientError(
             f"the gradient of {name} in module {self._describe(k)} is not finite at step {step}{scale}, its loss is "
-            f"{loss:.4g}; {_UNTOUCHED}: lower --lr, or look for a division by zero in the backward pass"
+            f"{loss:.4g}; {self._untouched}: lower --lr, or look for a division by zero in the backward pass"
         )
 
     def loss_error(self, k: int, loss: float, step: int) -> NonFiniteLossError:
         """The error of a local loss that is not finite; arguments as of `error`."""
-        return NonFiniteLossError(
-            f"the loss of module {self._describe(k)} is {loss} at step {step}; {_UNTOUCHED}: lower --lr or set "
-            "--clip-grad"
-        )
+        of = "" if self._net.exact else f" of module {self._describe(k)}"
+        untouched = "nothing is saved" if self._net.exact else _UNTOUCHED
+        return NonFiniteLossError(f"the loss{of} is {loss} at step {step}; {untouched}: lower --lr or set --clip-grad")
 
     def require_part(self, k: int, part: Mapping[str, Any], step: int) -> None:
         """Checks the part of a checkpoint that has module k, after `step` steps.
@@ -117,6 +117,10 @@ class FiniteChecks:
                 if not self._infinite & {f"{owner}.{name}", f"local_modules.{k - 1}.auxiliary.{name[len(BEFORE) :]}"}:
                     return name if kind == "backbone" else f"{kind} {name}"
         return None
+
+    @property
+    def _untouched(self) -> str:
+        return _UNTOUCHED_EXACT if self._net.exact else _UNTOUCHED
 
     def _describe(self, k: int) -> str:
         units = self._net.local_modules[k].units

@@ -13,7 +13,8 @@ from localprop.memory.measure import plain_tensors
 from localprop.network.carry import Carry
 from localprop.network.graphs import GraphPool
 from localprop.network.network import LocalNetwork
-from localprop.network.turns import Phase, turns
+from localprop.network.phase import Phase
+from localprop.network.turns import turns
 from localprop.settings.config import OptimConfig
 from localprop.system.reading import Malformed
 from localprop.training.checkpoints.parts import load_part, part_name, part_of
@@ -67,7 +68,7 @@ class TrainingState:
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
         offloads = config.offload_optimizer and device.type == "cuda"
-        offload = Offload(self.optimizers, device) if offloads else None
+        offload = Offload(self.optimizers, device, backwards=net.exact) if offloads else None
         scaled = config.amp and config.amp_dtype == "float16"
         # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
         self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
@@ -105,7 +106,8 @@ class TrainingState:
             last: whether this is the last of the step's `OptimConfig.micro_batches`. Gradients of those before wait.
 
         Returns:
-            The local losses of the modules so far: (K,) where the last module is among those trained here.
+            The local losses of the modules so far: (K,) where the last module is among those trained here. In exact
+            training (1,) the network's.
 
         Raises:
             NonFiniteLossError: a local loss is NaN or infinite.
@@ -137,7 +139,7 @@ class TrainingState:
         if self._average:
             self._average.prepare(self.step + 1)
         if self.steps.offload:
-            self.steps.offload.fetch(0)
+            self.steps.offload.fetch(self.steps.offload.first)
 
     def run(self, carry: Carry, seed: int, last: bool) -> None:
         """Trains every module on a batch, one after the other; arguments as of `train_step`."""
@@ -145,7 +147,7 @@ class TrainingState:
             with self.span("compute", phase.module) if self.span else nullcontext():
                 self.net.seed_phase(phase, seed)
                 self.run_phase(phase, carry, last)
-                self.finish_phase(phase, carry.losses[-1], last)
+                self.finish_phase(phase, carry.losses, last)
             if phase.module < self.modules.start:
                 self._others.give_back(carry)
             elif phase.kind == "forward" and phase.module + 1 == self.modules.stop:
@@ -163,18 +165,26 @@ class TrainingState:
     def run_phase(self, phase: Phase, carry: Carry, last: bool) -> None:
         """What the device does in a phase of a module's turn; the module's step too, if that is masked."""
         i = phase.module - self.modules.start
-        self.net.run_phase(phase, carry, self.scalers[i + (phase.kind == "ahead")], self.config.micro_batches)
+        self.net.run_phase(phase, carry, self._scaler(phase), self.config.micro_batches)
         if self.mask and phase.done:
             self.steps.step_masked(i, carry.losses[-1], last, self.average)
 
-    def finish_phase(self, phase: Phase, loss: Tensor, last: bool) -> None:
-        """What the host does after that, without a mask: it checks the loss and the gradients, and steps."""
+    def _scaler(self, phase: Phase) -> torch.amp.GradScaler | None:
+        """What scales the losses of a phase: that of the module which they train."""
+        i = phase.module - self.modules.start + (phase.kind == "ahead")
+        # In exact training a gradient passes through modules that are not trained, to the nearest one that is.
+        while self.net.exact and i and not self.net.local_modules[i].trains:
+            i -= 1
+        return self.scalers[i]
+
+    def finish_phase(self, phase: Phase, losses: Sequence[Tensor], last: bool) -> None:
+        """What the host does after that, without a mask: it checks the latest loss and the gradients, and steps."""
         if phase.module < self.modules.start:
             # Its own process checks this too, but later: this one must not go on.
-            if not (self.mask or self.scalers[0] or loss.isfinite()):
-                raise self.steps.finite.loss_error(phase.module, loss.item(), self.step + 1)
+            if not (self.mask or self.scalers[0] or losses[-1].isfinite()):
+                raise self.steps.finite.loss_error(phase.module, losses[-1].item(), self.step + 1)
         elif phase.done and not self.mask:
-            self.steps.step_checked(phase.module - self.modules.start, loss, self.step + 1, last, self.average)
+            self.steps.step_checked(phase.module - self.modules.start, losses[-1], self.step + 1, last, self.average)
 
     def update_average(self) -> None:
         """Takes the weights of this step into the moving average, if there is one."""

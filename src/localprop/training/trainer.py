@@ -75,7 +75,7 @@ class Trainer:
         self.stage = stage or Stage(state.modules)
         self.gauge = Gauge(state, self.stage, device, config.optim.micro_batches, data)
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
-        count, steps = len(self.net.local_modules), self.steps_per_epoch * config.optim.epochs
+        count, steps = self.net.loss_count, self.steps_per_epoch * config.optim.epochs
         self.last_step = min(steps, config.run.steps or steps)
         self.position = Position(loss_sums=[0.0] * count, layout=self.stage.name)
         measures = self.net.task.measures
@@ -126,7 +126,7 @@ class Trainer:
 
     def _accept(self, checkpoint: Checkpoint) -> str | None:
         """Takes a checkpoint over; says what is wrong with it where it cannot be."""
-        count, epochs = len(self.net.local_modules), self.config.optim.epochs
+        count, epochs = self.net.loss_count, self.config.optim.epochs
         curve = LossCurve(self.steps_per_epoch * epochs, count)  # without what a bad checkpoint has left
         try:
             self.position = read_position(checkpoint.meta, checkpoint.step, count, epochs, self.steps_per_epoch)
@@ -209,7 +209,8 @@ class Trainer:
         """One training step on micro-batches, as they come.
 
         Returns:
-            (K,) mean losses, of the modules that are known here, and the last micro-batch's `Carry.stop`.
+            (K,) mean losses, of the modules that are known here, and the last micro-batch's `Carry.stop`. In exact
+            training (1,) that of the network.
         """
         losses = []
         for number, carry in enumerate(micro_batches):

@@ -12,7 +12,7 @@ from localprop.errors import ConfigError, first_line
 from localprop.network.carry import Carry
 from localprop.network.graphs import CapturedPass, CudaGraphPool, GraphPool, Work, borrowed, copy_of_context
 from localprop.network.network import LocalNetwork
-from localprop.network.turns import Phase
+from localprop.network.phase import Phase
 from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.stepping.exchange import Exchange
 from localprop.training.stepping.mask import Mask
@@ -42,7 +42,7 @@ class Training(Protocol):
 
     def run_phase(self, phase: Phase, carry: Carry, last: bool) -> None: ...
 
-    def finish_phase(self, phase: Phase, loss: Tensor, last: bool) -> None: ...
+    def finish_phase(self, phase: Phase, losses: Sequence[Tensor], last: bool) -> None: ...
 
     def update_average(self) -> None: ...
 
@@ -162,7 +162,7 @@ class CapturedSteps:
             with self._pool.find_syncs() as found:
                 self._state.run_phase(phase, carry, last)
             places += found
-            self._state.finish_phase(phase, carry.losses[-1], last)
+            self._state.finish_phase(phase, carry.losses, last)
         if last:
             self._state.update_average()
         if places and not self._refused:
@@ -186,7 +186,8 @@ class CapturedSteps:
 
         def after_replay(number: int, output: Carry) -> None:
             if number < len(phases) and phases[number].done and not state.mask:
-                self._step_by_host(phases[number], output.losses[phases[number].module - state.modules.start], last)
+                done = 0 if state.net.exact else phases[number].module - state.modules.start
+                self._step_by_host(phases[number], output.losses[: done + 1], last)
 
         captured = CapturedPass(self._pool, works, seed_phase, after_capture, after_replay)
         try:
@@ -230,12 +231,12 @@ class CapturedSteps:
             self._gradients[i] = [borrowed(p.grad) for p in steps.trained[i] if p.grad is not None]
         self._remove_gradients(i)
 
-    def _step_by_host(self, phase: Phase, loss: Tensor, last: bool) -> None:
+    def _step_by_host(self, phase: Phase, losses: Sequence[Tensor], last: bool) -> None:
         i = phase.module - self._state.modules.start
         if last:
             self._set_gradients(self._gradients, i)
         try:
-            self._state.finish_phase(phase, loss, last)
+            self._state.finish_phase(phase, losses, last)
         finally:
             self._remove_gradients(i)
 

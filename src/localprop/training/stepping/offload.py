@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,10 +22,19 @@ class Offload:
         optimizers: one per module, stepped in this order.
         device: where the parameters are: CUDA; anything else copies without a stream, for tests.
         least: bytes of the smallest tensor that is moved.
+        backwards: whether they are stepped in the opposite order.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device, least: int = _LEAST) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        device: torch.device,
+        least: int = _LEAST,
+        backwards: bool = False,
+    ) -> None:
         self.optimizers, self.device, self.least = optimizers, device, least
+        order = list(range(len(optimizers)))[:: -1 if backwards else 1]
+        self.first, self._next = order[0], dict(pairwise(order))
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._away: list[list[tuple[Any, Any]]] = [[] for _ in optimizers]
         for k in range(len(optimizers)):
@@ -46,8 +56,8 @@ class Offload:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
         yield
         self.release(k)
-        if k + 1 < len(self.optimizers):
-            self.fetch(k + 1)
+        if k in self._next:
+            self.fetch(self._next[k])
 
     def release(self, k: int) -> None:
         """Sends module k's state out, all of which is on the device."""

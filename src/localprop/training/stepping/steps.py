@@ -146,14 +146,15 @@ class OptimizerSteps:
         if i is None or self.mask is None:
             return None
         k, scaled = self._modules[i], self._scalers[i] is not None
-        # The loss of an earlier process's module comes first: its output is not finite either.
-        first = next((j for j, loss in enumerate(losses[: k + 1]) if not abs(loss) < float("inf")), None)
+        # The loss of an earlier process's module comes first: its output is not finite either. Exact training has one.
+        own = range(k, k + 1) if self._net.exact else range(k + 1)
+        first = next((j for j, loss in zip(own, losses, strict=False) if not abs(loss) < float("inf")), None)
         bad = self.mask.not_finite(i)
         if first is not None and (first < k or not (scaled and bad is not None)):
-            return self.finite.loss_error(first, losses[first], step)
+            return self.finite.loss_error(first, losses[first - own.start], step)
         parameter = None if bad is None else self.parameters[i][bad]
         names = (name for name, own in self._net.local_modules[k].named_parameters() if own is parameter)
-        return self.finite.gradient_error(k, next(names, "a parameter"), losses[k], step, scaled)
+        return self.finite.gradient_error(k, next(names, "a parameter"), losses[k - own.start], step, scaled)
 
     def _gradients(self, i: int) -> list[Tensor]:
         self.trained[i] = [parameter for parameter in self.parameters[i] if parameter.grad is not None]

@@ -1,0 +1,151 @@
+"""Exact training: the gradients of end-to-end training, in little more memory than that of the largest module.
+
+The modules run one after the other, and all that stays is what crosses the boundaries between them. Then, from the last
+module up, each one runs again, with its graph and with the same random numbers, and goes backward from the gradient of
+its output. Its optimizer steps, and its memory is free, before the next one begins.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from localprop.memory.recompute import recomputing
+from localprop.network.carry import Carry
+from localprop.network.loss import NoLoss
+from localprop.network.module import LocalModule
+from localprop.network.phase import Handed, Phase, Scaling, at_own_scale, backward, counted, lower_scale
+
+
+def is_exact(modules: Sequence[LocalModule]) -> bool:
+    """Whether the modules of a network are trained exactly: by the loss of the last alone."""
+    return isinstance(modules[0].local_loss, NoLoss)
+
+
+def exact_turns(count: int) -> tuple[Phase, ...]:
+    """The phases of a batch: modules are done from the last to the first."""
+    before = range(count - 1)
+    first = (Phase(k, "first") for k in before)
+    return *first, Phase(count - 1, "last"), *(Phase(k, "again") for k in reversed(before))
+
+
+def run_exact(module: LocalModule, phase: Phase, carry: Carry, scaling: Scaling) -> Tensor | None:
+    """Runs a phase of exact training; see `localprop.network.turns.run_phase`."""
+    if phase.kind == "last":
+        return _run_last(module, carry, scaling)
+    if phase.kind == "first":
+        _run_first(module, carry)
+    else:
+        _run_again(module, carry, scaling, first=phase.module == 0)
+    return None
+
+
+def _run_first(module: LocalModule, carry: Carry) -> None:
+    """Runs a module for its output alone."""
+    source = carry.features
+    if source.requires_grad or module.trains:
+        with _as_it_was(module):
+            carry.features = module.boundary(source, carry.context)
+        carry.boundaries.append(source)
+    else:  # it only runs: no gradient comes as far
+        energies: list[Tensor] = []
+        with torch.no_grad():
+            carry.features = module(source, carry.context, 0, None, energies)
+        carry.energies += energies
+        carry.boundaries.append(None)
+    # Casts of weights would stay, and the weights may change before the module runs again.
+    torch.clear_autocast_cache()
+
+
+def _run_last(module: LocalModule, carry: Carry, scaling: Scaling) -> Tensor | None:
+    energies, carry.energies = carry.energies, []
+    gradient: list[Tensor] = []
+    source = carry.features
+    with recomputing(module.recompute):
+        output = module(_Begun.of(source, gradient), carry.context, 0, None, energies)
+        loss, prediction = module.local_loss(output, source, carry.inputs, carry.targets)
+        loss = counted(sum(energies, loss), carry)
+    carry.features = output.detach()
+    del source, output
+    if loss.requires_grad:
+        backward([scaling(loss)])
+    carry.losses.append(loss.detach().clone())  # to which modules add their energies
+    _pass_on(gradient, module, carry, scaling)
+    return None if prediction is None else prediction.detach()
+
+
+def _run_again(module: LocalModule, carry: Carry, scaling: Scaling, first: bool) -> None:
+    """Runs a module again, and backward from the gradient of its output; no module is before the first."""
+    source = carry.boundaries.pop()
+    if source is None:
+        return
+    energies: list[Tensor] = []
+    gradient: list[Tensor] = []
+    with recomputing(module.recompute):
+        begun = source if first else _Begun.of(source, gradient)
+        output = module(begun, dict(carry.context), 0, None, energies)  # what units hand along is there already
+    del source, begun
+    roots = []
+    given = at_own_scale(carry, scaling)
+    if given is not None and output.requires_grad:
+        roots.append(Handed.apply(output, [given]))
+    if energies:
+        energy = counted(sum(energies[1:], energies[0]), carry)
+        carry.losses[-1] += energy.detach()
+        roots += [scaling(energy)] if energy.requires_grad else []
+        del energy
+    del output, given
+    energies.clear()
+    if roots:
+        backward(roots)
+    _pass_on(gradient, module, carry, scaling)
+
+
+def _pass_on(gradient: list[Tensor], module: LocalModule, carry: Carry, scaling: Scaling) -> None:
+    """Leaves the gradient of a module's input to the module before."""
+    carry.gradient = gradient.pop() if gradient else None
+    if carry.gradient is not None:
+        carry.scale = scaling.scale(carry.gradient)
+        lower_scale(module.trained() if scaling.scaler else (), carry.gradient, scaling)
+
+
+@contextmanager
+def _as_it_was(module: LocalModule) -> Iterator[None]:
+    """Restores the buffers that a forward changes, such as batch norm's statistics: the next forward changes them."""
+    places = module.buffer_places()
+    before = [buffer for _, _, buffer in places]
+    copies = [buffer.clone() for buffer in before]
+    yield
+    # All: a batch norm does not count as a change in place.
+    if before:
+        with torch.no_grad():
+            torch._foreach_copy_(before, copies)
+    for owner, name, buffer in places:
+        owner._buffers[name] = buffer
+
+
+class _Begun(torch.autograd.Function):
+    """Where the graph of a module begins: takes the gradient that comes there, as it comes.
+
+    A leaf would live as long as the graph, and would take its gradient in strides of its own.
+    """
+
+    @classmethod
+    def of(cls, source: Tensor, gradient: list[Tensor]) -> Tensor:
+        """What a module takes, from a boundary: its gradient is put into the list."""
+        if not source.requires_grad:
+            return source
+        anchor = source.new_zeros((), requires_grad=True)
+        return cls.apply(anchor, source.detach(), gradient)
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, source: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return source.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.gradient.append(gradient)
+        return None, None, None
