@@ -176,6 +176,40 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(lively, tmp
     assert_same_results(tmp_path, lively)
 
 
+def test_exact_training_is_resumed_and_evaluated_like_any_other(tmp_path, capsys):
+    exact, cut_short = (*LIVELY, "--method", "end-to-end"), tmp_path / "short"
+    assert train(tmp_path, *exact) == 0
+    assert "3 modules trained exactly" in capsys.readouterr().out
+    assert train(cut_short, *exact, "--steps", "3") == 0
+    assert main(["train", "--resume", str(cut_short / "run")]) == 0
+    assert_same(final_weights(cut_short), final_weights(tmp_path))
+    assert_same_results(cut_short, tmp_path)
+    folder = tmp_path / "run"
+    row = read_results(folder / "results.csv")[-1]
+    assert len(row.train_losses) == len(row.heads) == 1
+    assert row.predicted_memory == pytest.approx(row.peak_memory, rel=0.02)
+    newest = max((folder / "checkpoints").iterdir())
+    assert {path.name for path in newest.glob("module-*")} == {f"module-{k}.safetensors" for k in range(3)}
+    capsys.readouterr()
+    assert main(["eval", str(folder), "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(row.headline, abs=1e-3)
+    assert main(["export", str(folder)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--parallel", "modules", "--nproc", "2"], "choose --parallel data"),
+        (["--reach", "1"], "method end-to-end has no heads"),
+    ],
+)
+def test_what_exact_training_does_not_have_is_refused_in_a_line(tmp_path, capsys, flags, words):
+    assert train(tmp_path, "--method", "end-to-end", *flags) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
 def test_resume_without_a_folder_takes_the_newest_run(plain, capsys):
     assert main(["train", "--resume", "--output", str(plain)]) == 0
     assert "resumed from" in capsys.readouterr().out

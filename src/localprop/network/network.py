@@ -14,6 +14,7 @@ from localprop.network.graphs import CudaGraphPool
 from localprop.network.loss import NoLoss
 from localprop.network.module import LocalModule
 from localprop.network.output import LocalOutput
+from localprop.network.owners import give_up, shares_of
 from localprop.network.phase import Phase, Scaling
 from localprop.network.turns import run_phase, turn, turns
 from localprop.seeding import derive_seed
@@ -268,16 +269,7 @@ class LocalNetwork(nn.Module):
 
         A buffer that several modules use (a table) goes to the first of them, and so does all that none uses.
         """
-        tensors = self.backbone.state_dict(keep_vars=True)
-        owners: dict[int, int] = {}
-        for k, module in enumerate(self.local_modules):
-            own = [*module.named_parameters(), *((name, tensors.get(name)) for name in module.buffers_used)]
-            for _, tensor in own:
-                owners.setdefault(id(tensor), k)
-        shares: list[list[str]] = [[] for _ in self.local_modules]
-        for name, tensor in tensors.items():
-            shares[owners.get(id(tensor), 0)].append(name)
-        return shares
+        return shares_of(self.backbone, self.local_modules)
 
     def keep(self, modules: range, *copies: nn.Module) -> None:
         """Gives up the parameters of all other modules, which are trained elsewhere: they become meta tensors.
@@ -290,11 +282,11 @@ class LocalNetwork(nn.Module):
         """
         given_up = [name for k, share in enumerate(self.shares()) if k not in modules for name in share]
         for model in (self.backbone, *copies):
-            _give_up(model, given_up)
+            give_up(model, given_up)
         kept = {id(parameter) for k in modules for parameter in self.local_modules[k].parameters()}
         for module in self.local_modules:
             loss = module.local_loss
-            _give_up(loss, [name for name, parameter in loss.named_parameters() if id(parameter) not in kept])
+            give_up(loss, [name for name, parameter in loss.named_parameters() if id(parameter) not in kept])
 
 
 def _name_criteria(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -304,15 +296,3 @@ def _name_criteria(net: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
         new = name.replace(".auxiliary.criterion.", ".auxiliary.task.criterion.", 1)
         if new in known:
             state.setdefault(new, state.pop(name))
-
-
-def _give_up(model: nn.Module, names: list[str]) -> None:
-    replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for name in names:
-        place, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(place)
-        parameter = getattr(owner, leaf)
-        if isinstance(parameter, nn.Parameter):
-            empty = torch.empty_like(parameter, device="meta")
-            # Tied weights stay tied.
-            setattr(owner, leaf, replaced.setdefault(parameter, nn.Parameter(empty, parameter.requires_grad)))
