@@ -26,6 +26,7 @@ CASES = [
     ("vit", {"grad_checkpointing": True}),
     ("vit", {"kinetic": 0.3, "modules": 2}),
     ("vit", {"recompute": True, "grad_checkpointing": True, "kinetic": 0.1}),
+    ("vit", {"recompute_units": {"blocks.1": "whole/2", "blocks.3": "whole/4"}}),
     ("resnet", {}),
     ("resnet", {"grad_checkpointing": True}),
     ("cnn", {"kinetic": 0.1}),

@@ -167,8 +167,10 @@ class LocalModule(nn.Module):
             if self._compiled_call_impl is not None:  # other code would round differently
                 output: Tensor = self(features, context, 0, None, [])
                 return output.detach().requires_grad_(output.requires_grad)
-            for unit in self._units:
-                output = unit(self._backbone[0], features, context)
+            for unit, recomputation in zip(self._units, self.recomputation, strict=True):
+                # What would run again does not, for there is no backward; but slices draw numbers of their own.
+                same = recomputation if runs_again(recomputation) > 1 else "none"
+                output = run(unit, self._backbone[0], features, context, same)
                 features = output.detach().requires_grad_(output.requires_grad)
                 del output
         return features
