@@ -65,7 +65,7 @@ class LocalNetwork(nn.Module):
 
     @property
     def loss_count(self) -> int:
-        """How many losses and predictions it has: one for each module; in exact training those of the network."""
+        """How many losses and predictions it has: one for each module; in exact training the network's alone."""
         return 1 if self.exact else len(self.local_modules)
 
     @property
@@ -83,10 +83,7 @@ class LocalNetwork(nn.Module):
         return features
 
     def module_predictions(self, inputs: Tensor) -> list[Tensor | None]:
-        """The prediction of every module's head (None where there is none); the last is the network's.
-
-        In exact training there is no other.
-        """
+        """The prediction of every module's head (None without one), the network's last; if exact, that alone."""
         self._require_size(inputs)
         context: dict[str, Any] = {}
         features, predictions = inputs, []
@@ -152,10 +149,10 @@ class LocalNetwork(nn.Module):
 
     def note_prediction(self, predictions: list[Tensor | None], phase: Phase, prediction: Tensor | None) -> None:
         """Puts what a phase has predicted into the list of all predictions, if it may stay."""
-        k, count = phase.module, len(self.local_modules)
+        place = phase.module - len(self.local_modules)  # counted from the end
         # K predictions of a vector each are small; K of a vocabulary at every position are not.
-        if prediction is not None and (prediction.dim() == 2 or k + 1 == count):
-            predictions[k - count + self.loss_count] = prediction
+        if prediction is not None and (prediction.dim() == 2 or place == -1):
+            predictions[place] = prediction
 
     def train_module(
         self,
@@ -220,8 +217,7 @@ class LocalNetwork(nn.Module):
 
         Returns:
             Its output, and the predictions of the heads that have what they read by then: that of the module before, if
-            it reads ahead, and the module's own, if it does not. Where a module has no head, its prediction is None. In
-            exact training there is none but that of the last.
+            it reads ahead, and the module's own, if it does not; None for a module that has no head.
         """
         module, predictions = self.local_modules[k], list[Tensor | None]()
         if module.shared:

@@ -106,8 +106,7 @@ class TrainingState:
             last: whether this is the last of the step's `OptimConfig.micro_batches`. Gradients of those before wait.
 
         Returns:
-            The local losses of the modules so far: (K,) where the last module is among those trained here. In exact
-            training (1,) the network's.
+            The losses of the modules so far: (K,) where the last is among those trained here, in exact training (1,).
 
         Raises:
             NonFiniteLossError: a local loss is NaN or infinite.
@@ -170,9 +169,8 @@ class TrainingState:
             self.steps.step_masked(i, carry.losses[-1], last, self.average)
 
     def _scaler(self, phase: Phase) -> torch.amp.GradScaler | None:
-        """What scales the losses of a phase: that of the module which they train."""
+        """Of the module that the losses of a phase train; in exact training of the nearest one that is trained."""
         i = phase.module - self.modules.start + (phase.kind == "ahead")
-        # In exact training a gradient passes through modules that are not trained, to the nearest one that is.
         while self.net.exact and i and not self.net.local_modules[i].trains:
             i -= 1
         return self.scalers[i]
@@ -253,9 +251,8 @@ class TrainingState:
         with self._plain_rates():
             optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         for k, optimizer, scaler in zip(self.modules, optimizers, self.scalers, strict=True):
-            part = part_of(self.net, k, shares[k], optimizer, scaler, self.ema)
+            parts[part_name(k)] = part = part_of(self.net, k, shares[k], optimizer, scaler, self.ema)
             self.steps.finite.require_part(k, part, self.step)
-            parts[part_name(k)] = part
         return parts
 
     def flaw(self, parts: dict[str, Any]) -> str | None:
