@@ -1,156 +1,147 @@
-"""Compares local learning with its alternatives in one run: memory and time per step of each.
+"""Compares local learning with its alternatives: memory and time of a training step of each, for four models.
 
-python benchmarks/alternatives.py     Swin-Tiny, 224 px, batch 16, fp32, one thread: about 8 minutes
+python benchmarks/alternatives.py predict             predicted for CUDA, bf16, at training batches: about 30 minutes
+python benchmarks/alternatives.py measure             measured on one thread of a CPU, fp32, batch 8: about 20 minutes
+--models NAME ... takes some of the models only; results of others in the file stay.
 
-Memory is the allocator's (see measuring.py). Time is the median CPU time of interleaved steps, relative to end-to-end
-training in the same round; on CUDA it is wall-clock time. 8-bit AdamW needs torchao. Writes
-benchmarks/results/alternatives.json, on CUDA alternatives_cuda.json.
+Predicted: the very step that is measured runs on fake tensors. Measured: memory is the allocator's (see measuring.py),
+time is the median of the CPU time of interleaved steps, relative to end-to-end training in the same round. 8-bit AdamW
+needs torchao. Writes benchmarks/results/alternatives_predicted.json and alternatives_measured.json, from which
+`python benchmarks/publish_alternatives.py` makes the tables of docs/memory.md.
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Callable
+from typing import Any
 
-import timm
 import torch
-from common import write_result
-from measuring import batch_of, local_step, peak_of, prime
+from common import RESULTS, write_result
+from measuring import SIZE, peak_of, plain
+from rivals import CONVNEXT, SWIN, VIT_B, VIT_S, Rival, rivals, step_of
 from torch import nn
-from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import localprop
+from localprop.memory.kernels import kernels_of
+from localprop.memory.speed import MACHINES
+from localprop.memory.tracker import Tracker
+from localprop.planning.simulation import simulate_step
+from localprop.settings.config import OptimConfig
+from localprop.tracing.constants import KeepConstants
+from localprop.tracing.copies import fake_copy
 
-MODEL = "swin_tiny_patch4_window7_224"
-MICRO = 4
-Step = tuple[Callable[[], None], list[torch.Tensor]]
-
-
-class LoRA(nn.Module):
-    """A frozen linear map plus a trained one of low rank (Hu et al., ICLR 2022)."""
-
-    def __init__(self, linear: nn.Linear, rank: int = 8) -> None:
-        super().__init__()
-        self.linear = linear
-        self.down = nn.Linear(linear.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, linear.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + self.up(self.down(x))
+BATCHES = {SWIN: 128, VIT_S: 128, VIT_B: 64, CONVNEXT: 128}
+MEASURED = 8
 
 
-def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(MODEL, num_classes=10)
+def predicted(net: nn.Module, rival: Rival, batch_size: int, device: str, amp: bool) -> dict[str, float]:
+    """Peak (bytes), floating point operations and expected seconds of a step, which runs on fake tensors."""
+    if "opt" in rival.options:  # whose moments are made of several tensors
+        whole = localprop.localize(net, 1, "end-to-end")
+        found = simulate_step(whole, OptimConfig(opt="adamw8bit", amp=amp), batch_size, SIZE, device)
+        return {"peak": found.peak, "flops": found.flops, "seconds": found.seconds}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake, tracker = fake_copy(net, mode), Tracker(MACHINES[device])
+    with mode, torch.random.fork_rng(devices=[]):
+        with Tracker():  # answers where an optimizer asks for a number
+            step, kept = step_of(fake, batch_size, "cpu", amp, **rival.options)
+        with tracker:
+            tracker.keep_buffers()
+            for tensor in plain(kept):
+                tracker.allocation(tensor)
+            with kernels_of(device), KeepConstants():
+                step()
+    return {"peak": max(tracker.in_use()), "flops": tracker.flops, "seconds": tracker.seconds}
 
 
-def adapted() -> nn.Module:
-    model = backbone().requires_grad_(False)
-    model.head.requires_grad_(True)
-    for name, module in list(model.named_modules()):
-        parent, _, own = name.rpartition(".")
-        if isinstance(module, nn.Linear) and own in ("qkv", "proj", "fc1", "fc2"):
-            setattr(model.get_submodule(parent), own, LoRA(module))
-    return model
+def predict(models: list[str], amp: bool, device: str) -> None:
+    """Predicts every rival at a training batch."""
+    for model in models:
+        rows: dict[str, Any] = {}
+        for rival in rivals():
+            started = time.perf_counter()
+            rows[rival.name] = _told(rival)
+            try:
+                net = rival.network(model, BATCHES[model], amp)
+            except localprop.LocalpropError as error:
+                rows[rival.name]["not_run"] = str(error)
+                print(f"{model} {rival.name}: {error}", flush=True)
+                continue
+            rows[rival.name] |= predicted(net, rival, BATCHES[model], device, amp)
+            _relate(rows, rival.name, {"memory_ratio": "peak", "flops_ratio": "flops", "time_ratio": "seconds"})
+            print(f"{model:30s} {rows[rival.name]} ({time.perf_counter() - started:.0f} s)", flush=True)
+        precision = "bf16" if amp else "fp32"
+        name = "alternatives_predicted" if (device, amp) == ("cuda", True) else f"alternatives_{device}_{precision}"
+        _keep(name, model, {"device": device, "precision": precision, "batch_size": BATCHES[model], "rows": rows})
 
 
-def ordinary(model: nn.Module, batch_size: int, device: str, micro: int | None = None, low_bit: bool = False) -> Step:
-    """An ordinary training step, in one piece or accumulated over micro-batches."""
-    model.to(device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if low_bit:
-        from torchao.optim import AdamW8bit
+def measure(models: list[str], rounds: int) -> None:
+    """Measures every rival on one thread at a small batch, beside what is predicted for that."""
+    torch.set_num_threads(1)
+    for model in models:
+        rows: dict[str, Any] = {}
+        steps = {}
+        for rival in rivals():
+            rows[rival.name] = _told(rival)
+            try:
+                net = rival.network(model, MEASURED, False)
+            except localprop.LocalpropError as error:
+                rows[rival.name]["not_run"] = str(error)
+                continue
+            rows[rival.name]["predicted"] = predicted(net, rival, MEASURED, "cpu", amp=False)
+            step, kept = step_of(net, MEASURED, "cpu", amp=False, **rival.options)
+            rows[rival.name]["peak"] = peak_of(step, kept, "cpu")
+            steps[rival.name] = step
+            _relate(rows, rival.name, {"memory_ratio": "peak"})
+            error = rows[rival.name]["predicted"]["peak"] / rows[rival.name]["peak"] - 1
+            rows[rival.name]["error_percent"] = round(100 * error, 2)
+            print(f"{model:30s} {rival.name:45s} {rows[rival.name]}", flush=True)
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(rounds):
+            for name, step in steps.items():
+                started = time.process_time()
+                step()
+                times[name].append(time.process_time() - started)
+        base = next(iter(times.values()))
+        for name, own in times.items():
+            rows[name]["ms"] = round(1000 * statistics.median(own), 1)
+            rows[name]["time_ratio"] = round(statistics.median(a / b for a, b in zip(own, base, strict=True)), 4)
+            print(f"{model:30s} {name:45s} {rows[name]['memory_ratio']:.3f} {rows[name]['time_ratio']:.3f}", flush=True)
+        _keep("alternatives_measured", model, {"batch_size": MEASURED, "rounds": rounds, "threads": 1, "rows": rows})
 
-        if device == "cpu":
-            torch.compiler.set_stance("force_eager")  # its compiler takes minutes on a CPU
-        optimizer = AdamW8bit(trained)
-    else:
-        optimizer = torch.optim.AdamW(trained, fused=True)
-    state = prime([optimizer])
 
-    def step() -> None:
-        images, labels = batch_of(batch_size, device)
-        size = micro or batch_size
-        for part, own in zip(images.split(size), labels.split(size), strict=True):
-            (F.cross_entropy(model(part), own) * (size / batch_size)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, [*model.parameters(), *model.buffers(), *state]
+def _told(rival: Rival) -> dict[str, Any]:
+    return {"kind": rival.kind, "gradients": rival.gradients, "accuracy": rival.accuracy}
 
 
-def checkpointed() -> nn.Module:
-    model = backbone()
-    model.set_grad_checkpointing()
-    return model
+def _relate(rows: dict[str, Any], name: str, ratios: dict[str, str]) -> None:
+    """Adds ratios to end-to-end training, the first row."""
+    first = next(iter(rows.values()))
+    rows[name] |= {ratio: round(rows[name][own] / first[own], 4) for ratio, own in ratios.items()}
 
 
-def steps(batch_size: int, device: str) -> dict[str, Callable[[], Step]]:
-    """Functions that build each step, by its name."""
-
-    def local(modules: int, method: str = "feature-reconstruction", **options) -> Callable[[], Step]:
-        options = {"decoder": "conv"} | options  # the default when the committed results were made
-        return lambda: local_step(
-            localprop.localize(backbone(), modules, method, batch_size=batch_size, **options), batch_size, device
-        )
-
-    return {
-        "end-to-end": lambda: ordinary(backbone(), batch_size, device),
-        "end-to-end, recompute": local(1, "end-to-end", recompute=True),
-        "end-to-end, timm's checkpointing": lambda: ordinary(checkpointed(), batch_size, device),
-        f"end-to-end, micro-batches of {MICRO}": lambda: ordinary(backbone(), batch_size, device, micro=MICRO),
-        "end-to-end, 8-bit AdamW": lambda: ordinary(backbone(), batch_size, device, low_bit=True),
-        "LoRA, rank 8": lambda: ordinary(adapted(), batch_size, device),
-        "K=2": local(2),
-        "K=4": local(4),
-        "K=4, recompute off": local(4, recompute=False),
-        "K=4, pixel-shuffle decoder, linear head": local(4, decoder="pixel-shuffle", head="linear"),
-        "K=4, checkpointing": local(4, grad_checkpointing=True),
-        "K=8, split": local(8, split_blocks=True),
-    }
+def _keep(name: str, model: str, found: dict[str, Any]) -> None:
+    """Writes the results of one model beside those of others; each has the commit that it is of."""
+    path = RESULTS / f"{name}.json"
+    others = json.loads(path.read_text())["models"] if path.exists() else {}
+    write_result(name, {"models": others | {model: localprop.provenance() | found}})
 
 
 def main() -> None:
+    """Reads the flags."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("what", choices=["predict", "measure"])
+    parser.add_argument("--models", nargs="+", choices=list(BATCHES), default=list(BATCHES))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="whose kernels to predict")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of what is predicted")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    built, rows = {}, {}
-    for name, build in steps(options.batch_size, options.device).items():
-        step, kept = build()
-        built[name] = step
-        rows[name] = {"peak": peak_of(step, kept, options.device) if options.device == "cpu" else None}
-        if options.device == "cuda":  # only one at a time, or each would count the others' weights
-            rows[name]["peak"] = peak_of(step, kept, "cuda")
-            del built[name]
-        print(f"{name:42s} {rows[name]['peak'] / 2**20:8.1f} MiB", flush=True)
-        del step, kept
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    clock = time.process_time if options.device == "cpu" else time.perf_counter
-    for _ in range(options.rounds):
-        for name, build in steps(options.batch_size, options.device).items():
-            step = built[name] if name in built else build()[0]
-            for count in range(1 if name in built else 4):
-                if options.device == "cuda":
-                    torch.cuda.synchronize()
-                started = clock()
-                step()
-                if options.device == "cuda":
-                    torch.cuda.synchronize()
-                if count or name in built:
-                    times[name].append(clock() - started)
-            del step
-    for name, row in rows.items():
-        row["memory_ratio"] = round(row["peak"] / rows["end-to-end"]["peak"], 4)
-        row["ms"] = round(1000 * statistics.median(times[name]), 1)
-        ratios = [a / b for a, b in zip(times[name], times["end-to-end"], strict=True)]
-        row["time_ratio"] = round(statistics.median(ratios), 4)
-        print(f"{name:42s} memory {row['memory_ratio']:.3f}  time {row['time_ratio']:.3f}")
-    name = "alternatives" if options.device == "cpu" else f"alternatives_{options.device}"
-    write_result(name, vars(options) | {"model": MODEL, "rows": rows})
+    if options.what == "predict":
+        predict(options.models, options.precision == "bf16", options.device)
+    else:
+        measure(options.models, options.rounds)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import localprop
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 SIZE = (3, 224, 224)
+Step = tuple[Callable[[], None], list[torch.Tensor]]
+"""A training step, and the tensors that live from step to step."""
 
 
 def peak_of(step: Callable[[], None], kept: list[torch.Tensor], device: str) -> int:
@@ -62,11 +64,16 @@ def prime(optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
+def on_device(net: torch.nn.Module, device: str) -> torch.nn.Module:
+    """A network, moved where it is elsewhere: one on fake tensors cannot be moved."""
+    return net if all(p.device.type == device for p in net.parameters()) else net.to(device)
+
+
 def local_step(
     net: localprop.LocalNetwork, batch_size: int, device: str, amp: bool = False, parts: int = 1
 ) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """A training step as a user writes it, and the tensors that live from step to step; optimizers have their state."""
-    net.to(device).train()
+    on_device(net, device).train()
     optimizers = [torch.optim.AdamW(module.parameters(), fused=True) for module in net.local_modules]
     state = prime(optimizers)
 

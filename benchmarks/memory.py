@@ -6,10 +6,12 @@ python benchmarks/memory.py grid      five models, fp32 and bf16, K = 1, 2, 4, m
                                       about 15 minutes
 python benchmarks/memory.py reach     Swin-Tiny with heads that read ahead, batch 128 predicted and batch 8 measured:
                                       about 5 minutes
+python benchmarks/memory.py slices    Swin-Tiny with units in slices of the batch, batch 128 predicted and batch 8
+                                      measured: about 10 minutes
 --device cuda measures `torch.cuda.max_memory_allocated` instead of the CPU allocator's events.
 
-Writes benchmarks/results/memory_table.json, memory_grid.json, memory_micro.json and memory_reach.json, on CUDA with
-_cuda.
+Writes benchmarks/results/memory_table.json, memory_grid.json, memory_micro.json, memory_reach.json and
+memory_slices.json, on CUDA with _cuda.
 """
 
 import argparse
@@ -18,9 +20,11 @@ import time
 import timm
 import torch
 from common import write_result
-from measuring import local_step, peak_of
+from measuring import SIZE, local_step, peak_of
 
 import localprop
+from localprop.planning.simulation import simulate_step
+from localprop.settings.config import OptimConfig
 
 SWIN = "swin_tiny_patch4_window7_224"
 GRID = [SWIN, "vit_small_patch16_224", "deit_tiny_patch16_224", "convnext_tiny", "pvt_v2_b1"]
@@ -147,16 +151,47 @@ def reach(device: str) -> None:
     write_result(_name("memory_reach", device), {"device": device, "model": SWIN, "rows": rows})
 
 
+def slices(device: str) -> None:
+    """Units that run in slices of the batch: peaks and operations against end-to-end training in one piece."""
+    early = ("patch_embed", "layers.0", "layers.1")
+
+    def local(modules: int, names: tuple[str, ...] = (), count: int = 0) -> dict:
+        return {"modules": modules, "split_blocks": True, "recompute_units": dict.fromkeys(names, f"whole/{count}")}
+
+    whole = {"modules": 1, "method": "end-to-end"}
+    everything = ("patch_embed", "layers")
+    cases: list[dict] = [whole, local(8), *(local(8, early, count) for count in (2, 4, 8))]
+    cases += [local(8, everything, 8), local(4, early, 8), local(4, everything, 8), local(2, everything, 8)]
+    cases += [whole | {"recompute_units": dict.fromkeys(everything, f"whole/{count}")} for count in (4, 8)]
+    rows: list[dict] = []
+    for batch_size in (8, 128):
+        first = len(rows)
+        for options in cases:
+            net = localprop.localize(backbone(SWIN), batch_size=batch_size, **options)
+            step = simulate_step(net, OptimConfig(), batch_size, SIZE, device)
+            row = options | {"batch_size": batch_size, "predicted": step.peak, "flops": step.flops}
+            if batch_size == 8:
+                row["measured"] = peak_of(*local_step(net, batch_size, device), device)
+                row["error_percent"] = round(100 * (step.peak / row["measured"] - 1), 3)
+            row["cuts"] = [module.units[-1] for module in net.local_modules[:-1]]
+            rows.append(row)
+            row["ratio"] = round(step.peak / rows[first]["predicted"], 4)
+            row["flops_ratio"] = round(step.flops / rows[first]["flops"], 4)
+            print(row, flush=True)
+    write_result(_name("memory_slices", device), {"device": device, "model": SWIN, "rows": rows})
+
+
 def _name(name: str, device: str) -> str:
     return name if device == "cpu" else f"{name}_{device}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["table", "grid", "micro", "reach"])
+    parser.add_argument("what", choices=["table", "grid", "micro", "reach", "slices"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    {"table": table, "grid": grid, "micro": micro, "reach": reach}[options.what](options.device)
+    what = {"table": table, "grid": grid, "micro": micro, "reach": reach, "slices": slices}
+    what[options.what](options.device)
 
 
 if __name__ == "__main__":
