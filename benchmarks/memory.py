@@ -20,11 +20,10 @@ import time
 import timm
 import torch
 from common import write_result
-from measuring import SIZE, local_step, peak_of
+from measuring import local_step, peak_of
 
 import localprop
-from localprop.planning.simulation import simulate_step
-from localprop.settings.config import OptimConfig
+from localprop.planning.simulation import simulate_own_step
 
 SWIN = "swin_tiny_patch4_window7_224"
 GRID = [SWIN, "vit_small_patch16_224", "deit_tiny_patch16_224", "convnext_tiny", "pvt_v2_b1"]
@@ -168,7 +167,7 @@ def slices(device: str) -> None:
         first = len(rows)
         for options in cases:
             net = localprop.localize(backbone(SWIN), batch_size=batch_size, **options)
-            step = simulate_step(net, OptimConfig(), batch_size, SIZE, device)
+            step = simulate_own_step(net, lambda fake, size=batch_size: local_step(fake, size, "cpu"), device)
             row = options | {"batch_size": batch_size, "predicted": step.peak, "flops": step.flops}
             if batch_size == 8:
                 row["measured"] = peak_of(*local_step(net, batch_size, device), device)

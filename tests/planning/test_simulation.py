@@ -18,10 +18,10 @@ from localprop.decoders import DECODERS
 from localprop.errors import PlanError
 from localprop.memory.cost import Costs
 from localprop.memory.kernels import kernels_of
-from localprop.memory.measure import measured
+from localprop.memory.measure import measured, plain_tensors
 from localprop.memory.tracker import Tracker
 from localprop.network.carry import Carry
-from localprop.planning.simulation import simulate_step
+from localprop.planning.simulation import simulate_own_step, simulate_step
 from localprop.planning.steps import PARTS
 from localprop.settings.config import OptimConfig
 from localprop.training.state import TrainingState
@@ -352,3 +352,29 @@ def test_what_fake_tensors_cannot_do_is_an_error_of_one_line():
     with pytest.raises(PlanError, match="memory cannot be predicted: ") as error:
         simulate_step(split("mlp", method="greedy", criterion=criterion), OptimConfig(), BATCH, SIZE)
     assert "\n" not in str(error.value)
+
+
+def test_a_step_of_ones_own_is_predicted_as_it_is_measured():
+    def make(net, images=BATCH):
+        optimizer = torch.optim.AdamW(net.train().parameters())
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        def step():
+            F.cross_entropy(net(torch.randn(images, *SIZE)), torch.zeros(images, dtype=torch.long)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step, [*net.parameters(), *net.buffers(), *plain_tensors(list(optimizer.state.values()))]
+
+    model = build("vit")
+    before = copy.deepcopy(model.state_dict())
+    found = simulate_own_step(model, make)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    step, kept = make(model)
+    with measured(kept, torch.device("cpu")) as measurement:
+        step()
+    assert found.peak == pytest.approx(measurement.peak, rel=0.01)
+    assert found.flops == simulate_own_step(model, lambda net: make(net, 2 * BATCH)).flops / 2 > 0

@@ -1,14 +1,18 @@
 """One training step on fake tensors: what it allocates and computes, without data, memory or a GPU."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from localprop.memory.kernels import kernels_of
 from localprop.memory.layers import Layers
 from localprop.memory.measure import plain_tensors, total_bytes
+from localprop.memory.speed import MACHINES
 from localprop.memory.tracker import Tracker
 from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
@@ -17,6 +21,8 @@ from localprop.parallel.averaging import average
 from localprop.planning.fake_training import Neighbours, fake_training
 from localprop.planning.steps import Mark, OnHost, PredictedStep, Record, predicted_step
 from localprop.settings.config import OptimConfig
+from localprop.tracing.constants import KeepConstants
+from localprop.tracing.copies import fake_copy
 from localprop.training.state import TrainingState
 
 
@@ -44,6 +50,46 @@ def simulate_step(
         PlanError: the network's code does something that cannot be done without values.
     """
     return predicted_step(record_step(net, config, batch_size, input_size, device, modules, replicas))
+
+
+class OwnStep(NamedTuple):
+    """What a training step that somebody else wrote takes.
+
+    Attributes:
+        peak: largest number of bytes in use at any moment: weights, optimizer state and the batch included.
+        flops: floating point operations.
+        seconds: expected time; of meaning only beside another on the same machine.
+    """
+
+    peak: int
+    flops: float
+    seconds: float
+
+
+def simulate_own_step(
+    net: nn.Module, make: Callable[[nn.Module], tuple[Callable[[], None], Iterable[Tensor]]], device: str = "cpu"
+) -> OwnStep:
+    """Runs a training step of one's own on fake tensors.
+
+    Args:
+        net: the network; it is not changed.
+        make: gives, for a copy of the network on the CPU, a step and the tensors that live from step to step. The step
+            makes its own batch. Mixed precision is `torch.autocast("cpu", ...)`, whatever the device.
+        device: "cpu" or "cuda": whose kernels and speed to assume.
+    """
+    mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), Tracker(MACHINES[device])
+    fake = fake_copy(net, mode)
+    with mode, torch.random.fork_rng(devices=[]):
+        with Tracker():  # which answers when an optimizer asks for a number
+            step, kept = make(fake)
+        with tracker:
+            tracker.keep_buffers()
+            for tensor in plain_tensors(list(kept)):
+                tracker.allocation(tensor)
+            with kernels_of(device), KeepConstants():
+                step()
+    tracker.stop()
+    return OwnStep(max(tracker.in_use()), tracker.flops, tracker.seconds)
 
 
 def record_step(
