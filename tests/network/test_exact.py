@@ -6,12 +6,16 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import backbones
 from localprop import localize
 from localprop.division import divide
 from localprop.errors import ConfigError
+from localprop.memory.tracker import Tracker
 from localprop.network.carry import Carry
+from localprop.tracing.constants import KeepConstants
+from localprop.tracing.copies import fake_copy
 from one_graph import one_graph
 from tiny import SIZE, assert_same, batch, build, gradients, split
 
@@ -75,7 +79,9 @@ def test_without_seeds_to_share_it_has_the_gradients_of_the_model(name):
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("name", ["maxvit_nano_rw_256", "beit_base_patch16_224", "eva02_tiny_patch14_224", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["maxvit_nano_rw_256", "beit_base_patch16_224", "vit_small_patch16_dinov3", "resnet18"]
+)
 def test_models_that_round_differently_without_gradients(name, half):
     model, units = backbones.cut(name)
     cuts = [units[len(units) // 3].name, units[2 * len(units) // 3].name]
@@ -159,6 +165,18 @@ def test_without_a_seed_both_forwards_draw_the_same_numbers():
     seed = own.seed_of_batch(None)
     one_graph(other, *batch(), seed)
     assert_same(gradients(own), gradients(other))
+
+
+@pytest.mark.parametrize("kinetic", [0.0, 0.1])
+def test_after_the_first_forward_only_the_boundary_is_there(kinetic):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = fake_copy(network("swin", kinetic=kinetic, grad_checkpointing=True), mode)
+    with mode, KeepConstants(), Tracker() as tracker, torch.autocast("cpu", torch.bfloat16):
+        carry = Carry.of([torch.empty(4, *SIZE), torch.zeros(4, dtype=torch.int64)])
+        for phase in fake.phases[:2]:
+            before = tracker.used
+            fake.run_phase(phase, carry)
+            assert tracker.used - before == carry.features.untyped_storage().nbytes()
 
 
 def test_a_gradient_of_the_images_is_that_of_one_graph():

@@ -50,13 +50,21 @@ def test_processes_stop_after_the_same_step_and_continue_from_it(forker, alone, 
 # size, or else roundings of a gradient near zero would show.
 
 
-@pytest.mark.parametrize(("kind", "count", "parts"), [("modules", 4, 1), ("modules", 4, 2), ("data", 2, 1)])
-def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, parts):
-    settings = [*CALM, "--cuts", *MODULES[2], "--experiment", "run", "--micro-batches", str(parts)]
+@pytest.mark.parametrize(
+    ("kind", "count", "parts", "method"),
+    [
+        ("modules", 4, 1, "feature-reconstruction"),
+        ("modules", 4, 2, "feature-reconstruction"),
+        ("data", 2, 1, "feature-reconstruction"),
+        ("data", 2, 2, "end-to-end"),
+    ],
+)
+def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, parts, method):
+    settings = ["--method", method, *CALM, "--cuts", *MODULES[2], "--experiment", "run", "--micro-batches", str(parts)]
     runs = {name: tmp_path / name for name in ("one", "several")}
     for folder in runs.values():
         folder.mkdir()
-    assert forker.train(runs["one"], 1, *settings, "--output", str(runs["one"])).wait() == [0]
+    assert forker.train(runs["one"], 1, *settings, "--output", str(runs["one"]), kind=kind).wait() == [0]
     ranks = forker.train(runs["several"], count, *settings, "--output", str(runs["several"]), kind=kind)
     assert ranks.wait() == [0] * count, ranks.log.read_text()
     one, several = (load_file(folder / "run" / "model.safetensors") for folder in runs.values())

@@ -16,7 +16,8 @@ from localprop.training.checkpoints.loading import load_checkpoint
 from localprop.training.checkpoints.saving import save_checkpoint
 from localprop.training.compiling import compile_network, require_compiler
 from localprop.training.state import TrainingState
-from tiny import CLASSES, SIZE, batch, split
+from one_graph import one_graph
+from tiny import CLASSES, SIZE, assert_same, batch, gradients, split
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,23 @@ def test_compiled_training_is_eager_training(tmp_path):
     resumed.load(load_checkpoint(path).parts, 3)
     assert bits(steps(resumed, 2)) == bits(steps(compiled, 2))
     assert bits(resumed.net.state_dict()) == bits(compiled.net.state_dict())
+
+
+@pytest.mark.processes  # compilers, as above
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kinetic", [0.0, 0.1])
+def test_compiled_exact_training_has_the_bits_of_one_graph_of_compiled_modules(kinetic):
+    torch._dynamo.reset()
+    own, other = (split("vit", 3, "end-to-end", kinetic=kinetic, recompute=False).train() for _ in range(2))
+    plain = split("vit", 3, "end-to-end", kinetic=kinetic).train()
+    for net in (own, other):
+        compile_network(net)
+    images, labels = batch()
+    own.backward(images, labels, seed=1)
+    one_graph(other, images, labels, 1)
+    one_graph(plain, images, labels, 1)
+    assert_same(gradients(own), gradients(other))
+    torch.testing.assert_close(gradients(own), gradients(plain), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.processes  # compilers, as above

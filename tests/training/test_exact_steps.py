@@ -123,6 +123,12 @@ def test_a_gradient_that_overflows_at_a_boundary_lowers_the_scale_of_what_it_cam
         changed = {name for name, tensor in state.net.named_parameters() if not torch.equal(tensor, before[name])}
         skipped = {f"backbone.{name}" for k in halved for name, _ in state.net.local_modules[k].named_parameters()}
         assert changed.isdisjoint(skipped) == (exponent == 70)
+    for step in range(1, 20):  # until no gradient overflows: a scale that nothing lowers would hold all steps back
+        if not changed.isdisjoint(skipped):
+            break
+        train(state, 1, first=step)
+        changed = {name for name, tensor in state.net.named_parameters() if not torch.equal(tensor, before[name])}
+    assert 1 < step < 19
     assert scales == [[2.0**10] * 3, [2.0 ** (69 if k in halved else 70) for k in range(3)]]
 
 
