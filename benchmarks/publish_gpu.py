@@ -49,13 +49,13 @@ def main() -> int:
     return 0
 
 
-def filled(page: str, text: str) -> str:
+def filled(page: str, text: str, start: str = START, end: str = END, path: Path = PAGE) -> str:
     """The page with `text` between its markers."""
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"{PAGE} lacks the lines {START} and {END}")
-    return f"{before}{START}\n\n{text}\n\n{END}{after}"
+    before, opened, rest = page.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ValueError(f"{path} lacks the lines {start} and {end}")
+    return f"{before}{start}\n\n{text}\n\n{end}{after}"
 
 
 def earlier() -> str:
