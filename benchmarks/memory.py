@@ -15,11 +15,12 @@ memory_slices.json, on CUDA with _cuda.
 """
 
 import argparse
+import json
 import time
 
 import timm
 import torch
-from common import write_result
+from common import RESULTS, write_result
 from measuring import local_step, peak_of
 
 import localprop
@@ -159,25 +160,28 @@ def slices(device: str) -> None:
 
     whole = {"modules": 1, "method": "end-to-end"}
     everything = ("patch_embed", "layers")
-    cases: list[dict] = [whole, local(8), *(local(8, early, count) for count in (2, 4, 8))]
-    cases += [local(8, everything, 8), local(4, early, 8), local(4, everything, 8), local(2, everything, 8)]
-    cases += [whole | {"recompute_units": dict.fromkeys(everything, f"whole/{count}")} for count in (4, 8)]
-    rows: list[dict] = []
-    for batch_size in (8, 128):
-        first = len(rows)
-        for options in cases:
-            net = localprop.localize(backbone(SWIN), batch_size=batch_size, **options)
-            step = simulate_own_step(net, lambda fake, size=batch_size: local_step(fake, size, "cpu"), device)
-            row = options | {"batch_size": batch_size, "predicted": step.peak, "flops": step.flops}
-            if batch_size == 8:
-                row["measured"] = peak_of(*local_step(net, batch_size, device), device)
-                row["error_percent"] = round(100 * (step.peak / row["measured"] - 1), 3)
-            row["cuts"] = [module.units[-1] for module in net.local_modules[:-1]]
-            rows.append(row)
-            row["ratio"] = round(step.peak / rows[first]["predicted"], 4)
-            row["flops_ratio"] = round(step.flops / rows[first]["flops"], 4)
-            print(row, flush=True)
-    write_result(_name("memory_slices", device), {"device": device, "model": SWIN, "rows": rows})
+    cases: list[dict] = [whole, local(8), *(local(8, early, count) for count in (2, 4, 8)), local(8, everything, 8)]
+    cases.append(whole | {"recompute_units": dict.fromkeys(everything, "whole/8")})
+    path = RESULTS / f"{_name('memory_slices', device)}.json"
+    keys = ("modules", "method", "split_blocks", "recompute_units", "batch_size")
+    rows: list[dict] = json.loads(path.read_text())["rows"] if path.exists() else []  # what is there is not run again
+    for batch_size, options in ((size, own) for size in (128, 8) for own in cases):
+        own = options | {"batch_size": batch_size}
+        if any({key: row[key] for key in keys if key in row} == own for row in rows):
+            continue
+        net = localprop.localize(backbone(SWIN), batch_size=batch_size, **options)
+        step = simulate_own_step(net, lambda fake, size=batch_size: local_step(fake, size, "cpu"), device)
+        row = own | {"predicted": step.peak, "flops": step.flops}
+        if batch_size == 8:
+            row["measured"] = peak_of(*local_step(net, batch_size, device), device)
+            row["error_percent"] = round(100 * (step.peak / row["measured"] - 1), 3)
+        row["cuts"] = [module.units[-1] for module in net.local_modules[:-1]]
+        first = next((r for r in rows if r["batch_size"] == batch_size and r["modules"] == 1), row)
+        row["ratio"] = round(step.peak / first["predicted"], 4)
+        row["flops_ratio"] = round(step.flops / first["flops"], 4)
+        print(row, flush=True)
+        rows.append(row | {"commit": localprop.provenance()["commit"]})
+        write_result(_name("memory_slices", device), {"device": device, "model": SWIN, "rows": rows})
 
 
 def _name(name: str, device: str) -> str:
