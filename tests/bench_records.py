@@ -15,6 +15,7 @@ def make_record(method="end-to-end", modules=1, seed=1, accuracy=80.0, peak=1000
     config["modules"] = modules if modules > 1 else None
     config = {k: v for k, v in config.items() if k not in ("output", "experiment", "resume", "data_dir", "device")}
     inside = None if method == "infopro" or accuracy is None else accuracy - 10
+    losses = 1 if method == "end-to-end" else modules
     name = "-".join(str(config[k]) for k in ("data", "method", "modules", "decoder", "lr", "epochs", "seed"))
     return Record(
         suite="small",
@@ -23,12 +24,12 @@ def make_record(method="end-to-end", modules=1, seed=1, accuracy=80.0, peak=1000
         result={
             "evaluated_on": "test",
             "accuracy": accuracy,
-            "module_accuracies": [inside] * (modules - 1) + [accuracy],
+            "module_accuracies": [inside] * (losses - 1) + [accuracy],
             "top5": None,
             "loss": 1.0,
             "epochs": config["epochs"],
             "steps": 20,
-            "curve": {"step": [10, 20], "loss": [[2.0] * modules, [1.0 + seed] * modules]},
+            "curve": {"step": [10, 20], "loss": [[2.0] * losses, [1.0 + seed] * losses]},
         },
         cost={
             "predicted_memory": predicted and predicted * MIB,

@@ -350,3 +350,7 @@ def test_end_to_end_training_in_several_modules_is_compared_with_that_in_one(tmp
     assert comparison.baseline is None
     assert [s.label for s in comparison.series] == ["exact K=4", "exact K=4, cuts blocks.1"]
     assert write_report(write_folder(tmp_path, [*exact, *plain]))
+    (comparison,) = comparisons_of([*exact, *plain, make_record("greedy", 4, accuracy=70.0)])
+    _, *rows = cells(module_table(comparison))
+    assert rows[1] == ["exact K=4", "", "", "", "80.00"]
+    assert rows[2][1:] == ["60.00", "60.00", "60.00", "70.00"]

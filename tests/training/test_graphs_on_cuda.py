@@ -54,6 +54,16 @@ def test_graphs_have_the_bits_of_eager_steps(name, reach):
     assert_same(content(eager), content(graphs))
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("kind", ["swin", "resnet"])
+def test_graphs_of_exact_training_have_the_bits_of_eager_steps(kind, name):
+    eager, graphs = (state_of(kind, "end-to-end", {"kinetic": 0.1}, **SETTINGS[name]) for _ in range(2))
+    graphs.capture(CudaGraphPool(CUDA), pytest.fail)
+    for a, b in zip(train(eager, 6), train(graphs, 6), strict=True):
+        assert torch.equal(a, b)
+    assert_same(content(eager), content(graphs))
+
+
 @pytest.mark.parametrize("kind", ["swin", "vit", "resnet"])
 @pytest.mark.parametrize("method", ["greedy", "infopro", "feature-reconstruction"])
 @pytest.mark.parametrize("decoder", ["conv", "deconv", "pixel-shuffle", "transformer", "infopro"])

@@ -103,11 +103,13 @@ class Series:
 
     @cached_property
     def module_scores(self) -> list[float | None]:
-        """The headline score of each module's head (K), mean over seeds; None where a module has none."""
-        runs = [record.module_scores for record in self.records.values()]
-        return [
-            _mean(value for run in runs if k < len(run) and (value := run[k]) is not None) for k in range(self.modules)
-        ]
+        """The headline score of each module's head (K), mean over seeds; None where a module has none.
+
+        Of end-to-end training that of the network alone, in however many modules.
+        """
+        runs, count = [record.module_scores for record in self.records.values()], self.modules
+        count = 1 if self.method == BASELINE else count
+        return [_mean(value for run in runs if k < len(run) and (value := run[k]) is not None) for k in range(count)]
 
     @cached_property
     def curve(self) -> tuple[np.ndarray, np.ndarray]:

@@ -36,7 +36,7 @@ class Recipe:
 
     method: Annotated[str, tyro.conf.arg(help=f"How modules learn: {', '.join(METHODS)}.")] = "feature-reconstruction"
     modules: OptionalInt = None
-    """Number of local modules (default: 4, or 1 for end-to-end)."""
+    """Number of modules (default: 4; of end-to-end 1, and more take less memory for the same gradients)."""
     decoder: Annotated[str, tyro.conf.arg(help=f"What rebuilds the target: {', '.join(DECODERS)}.")] = "pixel-shuffle"
     head: Annotated[OptionalStr, tyro.conf.arg(metavar="STR", help_behavior_hint="", help=_HEAD_HELP)] = None
     head_kwargs: Pairs = None
