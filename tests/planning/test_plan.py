@@ -16,7 +16,6 @@ from localprop import localize, plan
 from localprop.cli import main
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
 from localprop.memory.cuda import matrix_product_buffers
-from localprop.planning.settings import chosen, train_command
 from localprop.planning.simulation import simulate_step
 from localprop.planning.steps import PARTS
 from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, TrainConfig
@@ -161,55 +160,88 @@ def test_a_mistake_is_one_line(options, error, words):
     assert "\n" not in str(caught.value)
 
 
-def test_the_fastest_that_fits_is_chosen():
+@pytest.fixture(scope="module")
+def searched():
+    """A plan with all that it can have."""
     model = vit(4)
-    whole, checkpointed, two = (row.step.peak for row in small_plan((2, 99), 32, model).rows)
-    assert max(checkpointed, two) < whole
-
-    def choice(budget, modules=(2, 99)):
-        return small_plan(modules, 32, model, budget=budget).choice
-
-    assert choice(whole).setting.name == "end-to-end"
-    assert choice(whole - 1).setting.name == "K=2"  # faster than checkpointing
-    # Who names a number wants local modules, though end-to-end training fits.
-    assert choice(whole, modules=(2,)).setting.name == "K=2"
+    least = plan(model, 32, modules=(2,), method="greedy", input_size=SIZE).baseline.step.peak
+    return small_plan((2, 99), 32, model, budget=least // 2, show="fronts")
 
 
-def test_on_cuda_results_are_computed_again_only_where_a_budget_needs_it():
-    def rows(budget=None, device="cuda", **options):
-        found = small_plan((2,), budget=budget, device=device, **options)
-        return {row.setting.name: row for row in found.rows}, found.choice
-
-    plain, _ = rows()
-    asked, _ = rows(recompute=True)
-    kept, again = plain["K=2"].step, asked["K=2"].step
-    assert again.peak < kept.peak
-    assert again.seconds > kept.seconds
-    assert rows(recompute=False)[0]["K=2"].step.peak == kept.peak
-    fits, choice = rows(kept.peak)
-    assert list(fits) == list(plain)
-    assert choice.setting.recipe.recompute is None
-    more, choice = rows(again.peak)
-    assert list(more) == [*plain, "K=2 + recompute"]
-    assert choice is more["K=2 + recompute"]
-    assert (choice.step.peak, choice.step.seconds) == (again.peak, again.seconds)
-    assert choice.setting.recipe.recompute is True
-    assert choice.setting.described()["recompute"] is True
-    assert choice.micro_batches == 1
-    assert list(rows(again.peak, recompute=False)[0]) == list(plain)
-    assert list(rows(again.peak, device="cpu")[0]) == list(plain)
+def test_the_fastest_exact_and_local_settings_fit_a_budget(searched):
+    exact, local = searched.exact_fit, searched.local_fit
+    for row in (exact, local):
+        assert row.step.peak <= searched.budget
+        assert row.micro_batches == 1
+    assert exact.setting.recipe.end_to_end
+    assert not local.setting.recipe.end_to_end
+    assert local.setting.modules > 1
+    # Those that are known to fit are no faster.
+    fitting = [row for row in [*searched.exact, *searched.local] if row.step.peak <= searched.budget]
+    assert fitting
+    for row in fitting:
+        found = exact if row.setting.recipe.end_to_end else local
+        assert found.step.seconds <= 1.03 * row.step.seconds
 
 
-def test_what_a_budget_needs_is_in_the_command_that_trains():
-    again = small_plan((2,), device="cuda", recompute=True).rows[-1].step.peak
-    row = small_plan((2,), device="cuda", budget=again).choice
-    config = chosen(TrainConfig(local=LocalConfig("greedy")), row)
-    assert "--recompute True" in train_command(config)
-    assert config.local.recompute is True
+def test_no_setting_of_a_front_beats_another(searched):
+    assert searched.exact[-1] == searched.baseline
+    for front in (searched.exact, searched.local):
+        assert len(front) >= 3
+        steps = [row.step for row in front]
+        assert all(a.peak < b.peak and a.seconds > b.seconds for a, b in itertools.pairwise(steps))
+    assert searched.exact[0].step.peak < searched.rows[1].step.peak  # checkpointing of whole blocks
+    assert searched.local[0].step.peak < searched.rows[2].step.peak
+
+
+def test_what_is_found_is_a_simulated_step_of_its_recipe(searched):
+    for row in (searched.exact[0], searched.local[0]):
+        recipe = row.setting.recipe
+        settings = {name: getattr(recipe, name) for name in ("cuts", "split_blocks", "recompute_units", "method")}
+        net = localize(vit(4), input_size=SIZE, batch_size=32, **settings)
+        assert simulate_step(net, OptimConfig(), 32, SIZE).peak == row.step.peak
+        assert [module.units for module in net.local_modules] == row.module_units
+        again = [value for module in net.local_modules for value in module.recomputation]
+        assert sum(value.startswith("whole") for value in again) == row.setting.again
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "modules"),
+    [
+        ({}, "exact", 1),
+        ({"reach": 1}, "local", 2),
+        ({"modules": (3,)}, "local", 3),
+        ({"method": "end-to-end"}, "exact", 1),
+    ],
+)
+def test_what_was_asked_for_is_chosen(options, kind, modules):
+    options = {"modules": (2, 3), "method": "feature-reconstruction", **options}
+    result = plan(build("mlp"), 4, input_size=SIZE, budget=2**30, show="fits", **options)
+    assert result.choice is getattr(result, f"{kind}_fit")
+    assert result.choice.setting.modules == modules
+    assert names(result.rows) == ["end-to-end", "end-to-end + ckpt"]
+
+
+def test_less_memory_takes_no_less_time():
+    model, fits = build("cnn"), []
+    whole = small_plan((2,), 16, model).baseline.step.peak
+    for share in (0.8, 0.6, 0.45):
+        result = small_plan((2, 3), 16, model, budget=int(share * whole), show="fits")
+        assert result.exact_fit.step.peak <= share * whole
+        fits.append(result.exact_fit)
+    times = [(row.micro_batches, row.step.seconds) for row in fits]
+    assert times == sorted(times)
+
+
+def test_a_budget_chooses_what_runs_again():
+    with pytest.raises(ConfigError, match="a budget chooses which units run again"):
+        small_plan((2,), model=build("mlp"), budget=2**30, grad_checkpointing=True)
 
 
 def test_a_budget_below_a_single_image_is_an_error_of_one_line():
-    with pytest.raises(PlanError, match=r"nothing fits 0 MiB: K=2 with 1 image at a time takes \d+ MiB; .* --budget"):
+    with pytest.raises(
+        PlanError, match=r"nothing fits 0 MiB: K=2 \+ ckpt 0 with 1 image at a time takes \d+ MiB; .* --budget"
+    ):
         small_plan((2,), 4, build("mlp"), budget=100_000)
 
 
@@ -263,10 +295,14 @@ def test_the_command_writes_a_table_a_picture_and_a_report(command, tmp_path):
         assert numbers[-1] == (str(row["peak_module"]) if row["modules"] > 1 else f"{row['time_ratio']:.2f}")
     assert report["config"]["batch_size"] == 64
     assert "choice" not in report
+    for kind in ("exact", "local"):
+        assert f"{kind}, the fastest" in text
+        assert len(report[kind]) >= 2
+        assert all(row["setting"] in text for row in report[kind])
     assert "localprop train" not in text
     assert "picture: plan.png" in lines
     pixels = matplotlib.image.imread(tmp_path / "plan.png")
-    assert pixels.shape[:2] == (896, 1400)
+    assert pixels.shape[:2] == (1400, 1400)
     assert (pixels[:, [0, 1, -2, -1]] == 1).all(), "something runs into the edge"
     upper, lower = (part.reshape(-1, 4)[:, :3] for part in (pixels[150:430, 120:1150], pixels[510:780, 120:1150]))
     colors = [np.unique(p[np.ptp(p, axis=1) > 0.1] @ [1, 256, 256**2], return_counts=True)[1] for p in (upper, lower)]
@@ -336,19 +372,27 @@ def test_flags_give_the_settings_that_they_are_made_of(config):
 )
 def test_the_printed_command_trains_what_was_chosen(command, flags):
     report, text = command(*flags)
-    line = text.splitlines()[-1]
-    assert line == report["command"] + " --data folder:PATH"
+    lines, choice = text.splitlines(), report["choice"]
+    for kind in ("exact", "local"):
+        fit = report[f"{kind}_fit"]
+        (told,) = [line for line in lines if f", {kind}: {fit['setting']}" in line]
+        assert fit["command"] + " --data folder:PATH" in lines[lines.index(told) + 1 :]
+    line = choice["command"]
     words = shlex.split(line)
     assert words[:2] == ["localprop", "train"]
     config = parse(TrainConfig, "train", words[2:], TrainConfig())
-    choice, plan_config = report["choice"], parse(PlanConfig, "plan", [*MODEL, *flags], PlanConfig())
+    plan_config = parse(PlanConfig, "plan", [*MODEL, *flags], PlanConfig())
     assert choice["peak"] <= report["budget"] == parse_bytes(plan_config.local.budget)
     assert config.backbone == plan_config.backbone
     assert config.local.budget is None
     assert config.optim.batch_size == choice["batch_size"]
-    assert (config.local.method, config.local.modules or 1) == (choice["method"], choice["modules"])
+    assert (config.local.method, config.local.count or 1) == (choice["method"], choice["modules"])
     assert config.local.grad_checkpointing == choice["grad_checkpointing"]
     assert config.local.split_blocks == choice["split_blocks"]
+    assert (config.local.cuts, config.local.recompute_units) == (
+        tuple(choice["cuts"]) if "cuts" in choice else None,
+        choice.get("recompute_units"),
+    )
     assert (config.optim.opt, config.optim.model_ema) == (plan_config.opt, plan_config.model_ema)
     assert config.optim.amp == (plan_config.precision != "fp32")
 
@@ -407,7 +451,7 @@ def test_settings_that_the_model_does_not_allow_are_named_with_the_reason(comman
     assert left_out.keys() == {"K=99"}
     assert left_out["K=99"].startswith("99 modules asked for, but the backbone has")
     report, text = command()
-    assert "left out, since the model has too few blocks: K=3, K=4, K=6, K=8" in text
+    assert "left out, since the model has too few blocks: K=4, K=8" in text
     assert all("modules asked for" in why for why in report["left_out"].values())
 
 

@@ -222,8 +222,7 @@ def test_exact_training_is_the_best_of_all_divisions(seed):
             assert number is None
             continue
         way = search.way(number)
-        # A module more has to bring something.
-        assert way.seconds == pytest.approx(best, abs=5 * 1e-3 * 5)
+        assert way.seconds == pytest.approx(best)
         assert way.need <= limit
         seconds, needs, boundaries = 0, [], 0
         for (start, stop), names in zip(itertools.pairwise([0, *way.ends]), way.recomputation, strict=True):

@@ -3,6 +3,7 @@
 import re
 import shlex
 import signal
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from localprop.report.results import read_results
 from localprop.runs.headroom import choose_for_budget
 from localprop.settings.config import LocalConfig, TrainConfig
 from localprop.settings.flags import parse
+from localprop.settings.flat import to_flags
 from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
 
@@ -49,7 +51,7 @@ def within(tmp_path_factory):
 
 def test_the_choice_is_recorded_and_both_peaks_agree(within):
     chosen = settings(within)
-    assert (chosen["modules"], chosen["method"], chosen["batch_size"]) == (2, "greedy", 128)
+    assert (len(chosen["cuts"]), chosen["method"], chosen["batch_size"]) == (1, "greedy", 128)
     assert chosen["budget"] == "6.5MiB"
     (row,) = read_results(within / "run" / "results.csv")
     assert len(row.train_losses) == 2
@@ -58,27 +60,55 @@ def test_the_choice_is_recorded_and_both_peaks_agree(within):
 
 
 def test_a_chosen_run_is_the_same_as_one_with_these_settings(within, tmp_path):
-    assert train(tmp_path, "--modules", "2") == 0
+    chosen, default = settings(within), TrainConfig().local
+    again = LocalConfig(**{f.name: chosen.get(f.name, getattr(default, f.name)) for f in fields(LocalConfig)})
+    flags = to_flags(TrainConfig(local=replace(again, budget=None)))
+    assert train(tmp_path, *flags) == 0
     a, b = (load_file(output / "run" / "model.safetensors") for output in (within, tmp_path))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def open_train(output, *flags):
+    """Where nothing asks for local modules."""
+    flags = [*flags, "--output", str(output)]
+    return main(["train", *(word for word in SMALL if word not in ("--method", "greedy")), *flags])
+
+
 def test_end_to_end_training_that_fits_is_chosen(tmp_path, capsys):
-    assert train(tmp_path, "--budget", "1GiB") == 0
-    assert "budget 1.00 GiB: end-to-end, predicted to take" in capsys.readouterr().out
+    assert open_train(tmp_path, "--budget", "1GiB") == 0
+    line = " ".join(capsys.readouterr().out.split())
+    assert "budget 1.00 GiB: end-to-end, predicted to take" in line
+    assert "; --method feature-reconstruction would take" in line
+    assert "accuracy" in line
     assert (settings(tmp_path)["method"], settings(tmp_path)["modules"]) == ("end-to-end", None)
 
 
+def test_exact_training_is_chosen_unless_local_modules_are_asked_for(tmp_path, capsys):
+    assert open_train(tmp_path / "a", "--budget", "8MiB", "--steps", "3") == 0
+    chosen = settings(tmp_path / "a")
+    assert chosen["method"] == "end-to-end"
+    assert chosen["recompute_units"] or chosen["cuts"]
+    (tmp_path / "own.yaml").write_text("method: feature-reconstruction\n")
+    flags = ["--budget", "8MiB", "--steps", "3", "-c", str(tmp_path / "own.yaml")]
+    assert open_train(tmp_path / "b", *flags) == 0
+    assert settings(tmp_path / "b")["method"] == "feature-reconstruction"
+    assert len(settings(tmp_path / "b")["cuts"]) >= 1
+    for name in "ab":
+        (row,) = read_results(tmp_path / name / "run" / "results.csv")
+        assert row.peak_memory < 8 * MIB
+        assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.03)
+
+
 def test_a_budget_never_changes_the_batch(tmp_path, capsys):
-    assert train(tmp_path, "--modules", "2", "--budget", "1MiB", "--batch-size", "24") == 2
+    assert train(tmp_path, "--modules", "2", "--budget", "0.7MiB", "--batch-size", "24") == 2
     line = capsys.readouterr().err
-    assert "nothing fits 1.0 MiB with 24 images at a time" in line
+    assert "nothing local fits 0.7 MiB with 24 images at a time" in line
     assert line.count("\n") == 1
     assert not (tmp_path / "run").exists()
     config = command_in(line)
     assert config.optim.batch_size == 24
     assert 1 < config.optim.micro_batches < 24
-    assert config.local.modules == 2
+    assert config.local.count == 2
     assert config.run.output == tmp_path
 
 
@@ -136,7 +166,7 @@ def test_out_of_memory_is_one_line_with_a_command_that_fits(tmp_path, monkeypatc
     assert re.search(r"out of memory on cpu: 5\.\d MiB predicted, \d+\.\d MiB taken when .* could not be had", line)
     assert line.count("\n") == 1
     words = shlex.split(line.partition(": localprop train ")[2])
-    assert command_in(line).local.modules == 2
+    assert command_in(line).local.count >= 2
     monkeypatch.undo()
     assert main(["train", *words, "--experiment", "again"]) == 0
     (row,) = read_results(tmp_path / "again" / "results.csv")

@@ -41,6 +41,13 @@ def with_files(config: Any, files: list[str], words: Sequence[str]) -> Any:
     return config
 
 
+def typed(argv: Sequence[str], files: list[str]) -> set[str]:
+    """The settings that flags and `-c` files name, whatever they say of them."""
+    flags = {word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+    keys = {str(key) for file in files for key in read_yaml(Path(file))}
+    return {name.replace("-", "_") for name in flags | keys}
+
+
 def named_plugin(folder: Path, named: Path | None, words: Sequence[str]) -> Path | None:
     """The plugin of a run, if the command line names it; see `require_plugin`."""
     from localprop.runs.description import require_plugin

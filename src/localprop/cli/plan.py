@@ -38,8 +38,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
             console.print()
             console.print(peak_table(result.explained))
             console.print()
-        drawn = result.choice if result.choice and result.choice.setting.modules > 1 else result.typical
-        draw_plan(config.picture, result, drawn, f"{title}: memory over one training step")
+        draw_plan(config.picture, result, title)
         if config.json:
             write_text(config.json, json.dumps(plan_report(config, result), indent=1) + "\n")
         for line in plan_lines(config, result):

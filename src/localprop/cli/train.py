@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from localprop.cli.common import named_plugin, take_config_files, with_files
+from localprop.cli.common import named_plugin, take_config_files, typed, with_files
 from localprop.errors import ConfigError
 from localprop.settings.config import TrainConfig
 from localprop.settings.flags import parse
 from localprop.settings.flat import free, to_flat
+from localprop.settings.recipe import END_TO_END
 from localprop.settings.trust import require_typed
 
 _NEWEST = "newest"
@@ -23,7 +25,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     words = ("train", *flags)
     config: TrainConfig = parse(TrainConfig, "train", argv, with_files(TrainConfig(), files, words))
     if config.run.resume is None:
-        return _start(config, None, flags)
+        return _start(_exact_unless_asked(config, typed(argv, files)), None, flags)
     from localprop.runs.folder import newest_run, starts_anew
     from localprop.runs.recorded_settings import CONFIG, read_config
 
@@ -34,6 +36,13 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     config = parse(TrainConfig, "train", argv, with_files(own, files, words))
     _require_same_run(own, config, folder)
     return _start(config, folder, flags)
+
+
+def _exact_unless_asked(config: TrainConfig, named: set[str]) -> TrainConfig:
+    """With a budget training is end-to-end, unless one of the `named` settings asks for local modules."""
+    if config.local.budget is None or named & {"method", "modules", "cuts", "reach"}:
+        return config
+    return replace(config, local=replace(config.local, method=END_TO_END))
 
 
 def _require_same_run(own: TrainConfig, config: TrainConfig, folder: Path) -> None:

@@ -87,7 +87,13 @@ def localize(
     )
 
 
-def divide(
+def divide(model: nn.Module, recipe: Recipe, costs: Costs | None = None, **settings: Any) -> LocalNetwork:
+    """`localize`, for a recipe."""
+    division = division_of(model, recipe, costs, **settings)
+    return division.build(division.ends())
+
+
+def division_of(
     model: nn.Module,
     recipe: Recipe,
     costs: Costs | None = None,
@@ -102,8 +108,8 @@ def divide(
     criterion: Criterion | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> LocalNetwork:
-    """`localize`, for a recipe."""
+) -> Division:
+    """All that `divide` settles before it is known where to cut; arguments and errors as of `localize`."""
     where = assumed(device or next((p.device.type for p in model.parameters()), "cpu"))
     recipe = resolved(recipe, where)
     if task is not None and criterion is not None:
@@ -134,5 +140,4 @@ def divide(
         std=tuple(std or settings.get("std") or IMAGENET_DEFAULT_STD),
     )
     step = Conditions(-(-batch_size // micro_batches), amp_dtype, device=where, gradients_wait=micro_batches > 1)
-    division = Division(costs, recipe, spec, step)
-    return division.build(division.ends())
+    return Division(costs, recipe, spec, step)

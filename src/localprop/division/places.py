@@ -81,13 +81,14 @@ class Places:
                 if why := self.costs.unsliced(i):
                     raise ConfigError(f"unit {unit.name} cannot run in slices of the batch: {why}; take whole for it")
 
+    @property
+    def alike(self) -> bool:
+        """Whether all modules between the first and the last have the same loss, whatever their number."""
+        return not (self._placed or varying(self.recipe.options))
+
     def likewise(self, index: int) -> int:
-        """The first module that has a loss like that of a module: between the first and the last all have the same,
-        but for weights by depth and for heads that depend on their place.
-        """
-        if self._placed or varying(self.recipe.options):
-            return index
-        return min(index, 1) if index < self.spec.count - 1 else index
+        """The first module that has a loss like that of a module."""
+        return min(index, 1) if self.alike and index < self.spec.count - 1 else index
 
     def cost(self, index: int, start: int, stop: int, aim: Literal["memory", "time"]) -> float:
         """The cost of module `index`, if it has units [start, stop): bytes at its peak, or expected time."""

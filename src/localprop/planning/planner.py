@@ -1,4 +1,4 @@
-"""Plans one setting after the other: which there are, what each needs, and which one fits a budget."""
+"""Plans one setting after the other: which there are, and what each needs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from localprop.division.divide import divide
+from localprop.division.divide import division_of
+from localprop.division.division import Division
 from localprop.division.partition import most_modules
-from localprop.errors import ChainError, ConfigError, ParallelError, PlanError
+from localprop.errors import ChainError, ConfigError, ParallelError
 from localprop.memory.cost import Costs
 from localprop.network.network import LocalNetwork
 from localprop.planning.peaks import Peak, explain_peak
@@ -92,17 +93,6 @@ class Planner:
                 split = True
         return rows
 
-    def with_recomputation(self, rows: list[PlanRow], budget: int) -> list[PlanRow]:
-        """Rows with recomputation of cheap results, for those rows of local modules that do not fit a budget.
-
-        There are none where the user has chosen `recompute`, or on a CPU, where it is on anyway.
-        """
-        if self.recipe.recompute is not None or self.device != "cuda":
-            return []
-        large = [row.setting for row in rows if row.setting.modules > 1 and row.step.peak > budget]
-        again = [replace(own, recipe=replace(own.recipe, recompute=True), recomputes=True) for own in large]
-        return [row for setting in again if (row := self.row(setting))]
-
     def setting(self, count: int | Literal["max"], split: bool) -> Setting:
         """The recipe with a number of modules, of whole blocks or of their parts."""
         units = self.known(split).chain
@@ -149,19 +139,23 @@ class Planner:
     ) -> tuple[LocalNetwork, tuple[OptimConfig, int, tuple[int, int, int], str]]:
         """The network of a setting, and what else `simulate_step` is given; arguments as of `row`."""
         optim = replace(self.optim, micro_batches=micro_batches or self.optim.micro_batches)
-        costs = self.known(setting.split_blocks)
+        division = self.division(setting.recipe, optim.micro_batches)
         with torch.random.fork_rng(devices=[]):  # weights of auxiliary nets are drawn
-            net = divide(
-                self.model,
-                setting.recipe,
-                costs,
-                batch_size=self.batch_size,
-                micro_batches=optim.micro_batches,
-                amp_dtype=self.amp_dtype,
-                device=self.device,
-                **self.arguments,
-            )
-        return net, (optim, self.batch_size, costs.chain.input_size, self.device)
+            net = division.build(division.ends())
+        return net, (optim, self.batch_size, division.units.input_size, self.device)
+
+    def division(self, recipe: Recipe, micro_batches: int) -> Division:
+        """The backbone with everything settled but where to cut, with the batch in so many parts."""
+        return division_of(
+            self.model,
+            recipe,
+            self.known(recipe.split_blocks),
+            batch_size=self.batch_size,
+            micro_batches=micro_batches,
+            amp_dtype=self.amp_dtype,
+            device=self.device,
+            **self.arguments,
+        )
 
     def explained(self, rows: list[PlanRow], name: str | None) -> Peak | None:
         """Why the peak of the row with this name is where it is; None where no name is given.
@@ -195,45 +189,6 @@ class Planner:
             )
         known = self.known(False)
         return pipeline(known, self.optim, self.batch_size, self.device, self.amp_dtype, self.nproc, self.link)
-
-    def choose(self, rows: list[PlanRow], budget: int, among: Sequence[int | Literal["max"]]) -> PlanRow:
-        """The row that fits: the fastest, and of equally fast ones that with the fewest modules.
-
-        Where none fits, the one that does with the fewest micro-batches.
-
-        Args:
-            rows: all of a plan; end-to-end training is left out where the user names one number of modules, or cuts.
-            budget: bytes.
-            among: the numbers of modules that were asked for.
-
-        Raises:
-            PlanError: nothing fits, even with one image at a time.
-        """
-        usual = rows[0].step.seconds
-        if (len(among) == 1 and among[0] != 1) or self.recipe.cuts is not None:
-            rows = [row for row in rows if row.setting.modules > 1]
-        fitting = [row for row in rows if row.step.peak <= budget]
-        if fitting:
-            # Expected times that differ by less than a tenth are equal, as far as can be told.
-            return min(fitting, key=lambda row: (round(row.step.seconds / usual, 1), row.setting.modules))
-        return self.fit(rows, budget)
-
-    def fit(self, rows: list[PlanRow], budget: int) -> PlanRow:
-        """The row that fits with the fewest micro-batches; arguments and errors as of `choose`."""
-        # With few images at once weights, their gradients and optimizer state decide, of which local modules have more.
-        smallest = min(rows, key=lambda row: row.step.peak)
-        leanest = min(rows, key=lambda row: (row.step.parts["parameters"], row.step.peak))
-        found, first = smallest, self.optim.micro_batches + 1
-        candidates = [smallest] if smallest is leanest else [smallest, leanest]
-        for count in (n for n in range(first, self.batch_size + 1) if self.batch_size % n == 0):
-            tried = [self.row(row.setting, count) for row in candidates]
-            found = min((row for row in tried if row), key=lambda row: row.step.peak)
-            if found.step.peak <= budget:
-                return found
-        raise PlanError(
-            f"nothing fits {budget / 2**20:.0f} MiB: {found.setting.name} with 1 image at a time takes "
-            f"{found.step.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
-        )
 
 
 def key(name: str) -> str:

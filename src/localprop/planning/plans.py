@@ -1,9 +1,10 @@
 """Predicts without a GPU and without data what each way to train a model needs, and which one fits a budget."""
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +17,15 @@ from localprop.planning.planner import Planner, key
 from localprop.planning.processes import Processes
 from localprop.planning.rows import PlanRow, Setting
 from localprop.planning.schedules import Link
+from localprop.planning.search.costed import KINDS, Kind
+from localprop.planning.search.finder import Finder
 from localprop.settings.config import OptimConfig, require_equal_parts
 from localprop.settings.recipe import Recipe
 from localprop.tracing.chains import chain
 
 _NAMES = r"(end-to-end|(exact)?k=\d+).*"  # how the keys of settings begin
 _OTHERS = ("num_classes", "task", "criterion", "mean", "std")  # arguments of `localize` that are no part of a recipe
-MODULES: tuple[int | Literal["max"], ...] = (2, 3, 4, 6, 8, "max")
+MODULES: tuple[int | Literal["max"], ...] = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,16 @@ class Plan:
     """What training takes: a row per setting, end-to-end first.
 
     Attributes:
-        rows: the settings, at one batch size.
+        rows: end-to-end training and the numbers of modules that were asked for, at one batch size.
+        exact: exact settings from the one with the least memory to the fastest, none of which is beaten by another in
+            both; end-to-end training is one. Empty where they were not asked for, or several processes were.
+        local: likewise, of local modules.
         budget: bytes that the peak must stay below, where given.
-        choice: the setting that fits the budget, or else does with the fewest micro-batches; None without a budget.
+        exact_fit: the fastest exact setting that fits the budget, with as few micro-batches as can be; None if there
+            is none, or no budget.
+        local_fit: likewise, of local modules.
+        choice: of these two the one that was asked for: the local one, where its method, number of modules, cuts or
+            reach was; else the exact one; the other where there is no such one.
         pipeline: end-to-end training by 1F1B on as many processes as `PlanRow.parallel` has; None where that was not
             asked for, or cannot be.
         explained: why the peak of one setting is where it is; None where that was not asked for.
@@ -40,7 +50,11 @@ class Plan:
     """
 
     rows: list[PlanRow]
+    exact: list[PlanRow] = field(default_factory=list)
+    local: list[PlanRow] = field(default_factory=list)
     budget: int | None = None
+    exact_fit: PlanRow | None = None
+    local_fit: PlanRow | None = None
     choice: PlanRow | None = None
     pipeline: Processes | None = None
     explained: Peak | None = None
@@ -54,7 +68,7 @@ class Plan:
     @property
     def typical(self) -> PlanRow:
         """The setting to show beside end-to-end: four modules, or the number next to that."""
-        return min(self.rows[1:], key=lambda row: (row.setting.modules == 1, abs(row.setting.modules - 4)))
+        return min(self.rows[1:] or self.rows, key=lambda row: (row.setting.modules == 1, abs(row.setting.modules - 4)))
 
     def memory_ratio(self, row: PlanRow) -> float:
         """Peak memory against end-to-end."""
@@ -99,6 +113,7 @@ def plan(
     nproc: int | None = None,
     bandwidth: float | None = None,
     explain: str | None = None,
+    show: Literal["rows", "fronts", "fits"] = "rows",
     on_setting: Callable[[Setting], None] | None = None,
     **options: Any,
 ) -> Plan:
@@ -118,13 +133,14 @@ def plan(
         micro_batches: equal parts of a batch that go through the modules one after the other; default: as `opt` says,
             or one.
         amp_dtype: type of automatic mixed precision; default: none.
-        budget: bytes; the plan then has a `choice`, among local modules only where just one number of them, or cuts,
-            are asked for.
+        budget: bytes; the plan then has the fastest exact and the fastest local setting that fit, and a `choice`.
         device: "cpu" or "cuda": whose kernels and speed to assume.
         nproc: number of processes that modules are to be shared out to. Each row then says what that takes, and the
             plan what a pipeline of end-to-end training takes.
         bandwidth: bytes per second between two processes; default: an order of magnitude for the device.
         explain: name of a setting, such as "K=4" or "end-to-end"; the plan then says why its peak is where it is.
+        show: "rows", end-to-end training and the numbers of modules; "fronts", these and the fastest settings for any
+            memory; or "fits", only end-to-end training and what fits the budget.
         on_setting: called before each setting is looked at.
         options: further arguments of `localize`: settings of a `localprop.Recipe`, num_classes, criterion, ...
 
@@ -133,6 +149,26 @@ def plan(
         ParallelError: the processes cannot share any of the numbers of modules that were asked for.
         PlanError: memory cannot be predicted, or nothing fits the budget even with one image at a time.
     """
+    _require_possible(batch_size, nproc, micro_batches, explain, budget)
+    optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
+    optim = replace(optim, amp=amp_dtype is not None, micro_batches=micro_batches or optim.micro_batches)
+    require_equal_parts(batch_size, optim.micro_batches)
+    arguments = {name: options.pop(name) for name in _OTHERS if name in options}
+    recipe, units = Recipe.of(method=method, **options), chain(model, input_size)
+    if budget is not None and (recipe.grad_checkpointing or recipe.recompute_units):
+        raise ConfigError("a budget chooses which units run again; leave out grad_checkpointing and recompute_units")
+    link = Link(bandwidth or MACHINES[device].link)
+    planner = Planner(
+        model, {False: Costs(model, units)}, recipe, arguments, optim, amp_dtype, batch_size, device, nproc, link
+    )
+    planner.on_setting = on_setting or planner.on_setting
+    return _planned(planner, modules, budget, show, explain)
+
+
+def _require_possible(
+    batch_size: int, nproc: int | None, micro_batches: int | None, explain: str | None, budget: int | None
+) -> None:
+    """Raises a ConfigError where an argument of `plan` is impossible in itself."""
     for name, value in (("batch_size", batch_size), ("nproc", nproc), ("micro_batches", micro_batches)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -140,18 +176,50 @@ def plan(
         raise ConfigError(f"explain is {explain!r}; give the name of a setting, such as end-to-end or K=4")
     if nproc and budget is not None:
         raise ConfigError("a budget chooses for one process; leave out either budget or nproc")
-    optim = opt if isinstance(opt, OptimConfig) else OptimConfig(opt=opt)
-    optim = replace(optim, amp=amp_dtype is not None, micro_batches=micro_batches or optim.micro_batches)
-    require_equal_parts(batch_size, optim.micro_batches)
-    arguments = {name: options.pop(name) for name in _OTHERS if name in options}
-    recipe, units = Recipe.of(method=method, **options), chain(model, input_size)
-    link = Link(bandwidth or MACHINES[device].link)
-    planner = Planner(
-        model, {False: Costs(model, units)}, recipe, arguments, optim, amp_dtype, batch_size, device, nproc, link
+
+
+def _planned(
+    planner: Planner,
+    modules: Sequence[int | Literal["max"]],
+    budget: int | None,
+    show: Literal["rows", "fronts", "fits"],
+    explain: str | None,
+) -> Plan:
+    """The plan of what a planner plans; see `plan`."""
+    rows = planner.baselines() if show == "fits" else planner.rows(modules)
+    finder, fronts, fits = Finder(planner, modules, [*rows]), dict[Kind, list[PlanRow]](), _Fits()
+    if budget is not None:
+        fits = _fits(finder, planner.recipe, budget)
+    if show == "fronts" and not planner.nproc:
+        fronts = {kind: finder.front(kind) for kind in KINDS}
+    shared = planner.pipeline(rows) if planner.nproc else None
+    return Plan(
+        rows,
+        fronts.get("exact", []),
+        fronts.get("local", []),
+        budget,
+        fits.exact,
+        fits.local,
+        fits.chosen,
+        shared,
+        planner.explained([*rows, *itertools.chain(*fronts.values()), *filter(None, fits[:2])], explain),
+        planner.left_out,
     )
-    planner.on_setting = on_setting or planner.on_setting
-    rows = planner.rows(modules)
-    rows += planner.with_recomputation(rows, budget) if budget is not None else []
-    shared = planner.pipeline(rows) if nproc else None
-    choice = planner.choose(rows, budget, among=modules) if budget is not None else None
-    return Plan(rows, budget, choice, shared, planner.explained(rows, explain), planner.left_out)
+
+
+class _Fits(NamedTuple):
+    """The fastest settings that fit a budget, and which of them was asked for."""
+
+    exact: PlanRow | None = None
+    local: PlanRow | None = None
+    chosen: PlanRow | None = None
+
+
+def _fits(finder: Finder, recipe: Recipe, budget: int) -> _Fits:
+    """See `Plan`; errors as of `plan`."""
+    exact, local = (finder.fitting(kind, budget) for kind in KINDS)
+    asked = recipe.asks_local or (len(finder.modules) == 1 and not recipe.end_to_end)
+    chosen = (local or exact) if asked else (exact or local)
+    if chosen is None:
+        raise finder.nothing_fits("local" if asked else "exact", budget)
+    return _Fits(exact, local, chosen)

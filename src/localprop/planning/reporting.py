@@ -3,6 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
+from localprop.division.resolve import resolved
+from localprop.planning.known import cost_in_accuracy
 from localprop.planning.plans import Plan
 from localprop.planning.processes import Processes
 from localprop.planning.rows import PlanRow
@@ -15,16 +17,20 @@ from localprop.settings.plan import PlanConfig
 def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
     """What a plan comes to, in words."""
     lines = [f"picture: {config.picture}"] + ([f"everything: {config.json}"] if config.json else [])
-    if result.choice is None or result.budget is None:
+    if result.budget is None:
         return lines
-    row, limit = result.choice, format_bytes(result.budget)
-    peak = format_bytes(row.step.peak)
-    what = f"{row.setting.name} takes {peak}"
-    if row.micro_batches > config.micro_batches:
-        at_once = row.batch_size // config.micro_batches
-        what = f"{row.setting.name} in {row.micro_batches} micro-batches takes {peak}"
-        what = f"with {at_once} images at a time nothing; {what}"
-    return [*lines, "", f"within {limit}: {what}", train_command(chosen_for_plan(config, row)) + " --data folder:PATH"]
+    limit = format_bytes(result.budget)
+    for kind, row in (("exact", result.exact_fit), ("local", result.local_fit)):
+        if row is None:
+            lines += ["", f"within {limit}, {kind}: nothing"]
+            continue
+        parts = f" in {row.micro_batches} micro-batches" if row.micro_batches > config.micro_batches else ""
+        peak, ratio = format_bytes(row.step.peak), result.time_ratio(row)
+        lines += ["", f"within {limit}, {kind}: {row.setting.name}{parts} takes {peak} and {ratio:.2f} of the time"]
+        if kind == "local":
+            lines.append(cost_in_accuracy(resolved(row.setting.recipe, config.device)))
+        lines.append(f"{train_command(chosen_for_plan(config, row))} --data folder:PATH")
+    return lines
 
 
 def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
@@ -45,7 +51,13 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
             "module_units": row.module_units,
         }
 
-    report: dict[str, Any] = {"config": to_flat(config), "rows": [describe(row) for row in result.rows]}
+    def fitting(row: PlanRow) -> dict[str, Any]:
+        return {**describe(row), "command": train_command(chosen_for_plan(config, row))}
+
+    report: dict[str, Any] = {
+        "config": to_flat(config),
+        **{name: [describe(row) for row in getattr(result, name)] for name in ("rows", "exact", "local")},
+    }
     if config.parallel:
         for row, described in zip(result.rows, report["rows"], strict=True):
             described["parallel"] = _describe_processes(row.parallel, result.speedup(row))
@@ -57,8 +69,8 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
     if result.explained:
         report["explained"] = {**asdict(result.explained), "module": result.explained.module + 1}
     if result.choice is not None:
-        report |= {"budget": result.budget, "choice": describe(result.choice)}
-        report["command"] = train_command(chosen_for_plan(config, result.choice))
+        found = {"exact_fit": result.exact_fit, "local_fit": result.local_fit, "choice": result.choice}
+        report |= {"budget": result.budget, **{name: row and fitting(row) for name, row in found.items()}}
     return report
 
 

@@ -16,17 +16,17 @@ class Setting:
     Attributes:
         recipe: what the network is made of, with a number of modules.
         largest: whether there cannot be more modules.
-        recomputes: whether cheap results are computed again because a budget needs it.
+        again: how many units run again in backward, where that and the cuts are the planner's choice; else None.
     """
 
     recipe: Recipe
     largest: bool = False
-    recomputes: bool = False
+    again: int | None = None
 
     @property
     def modules(self) -> int:
         """Number of modules, K; the baseline is end-to-end training with one."""
-        return self.recipe.modules or 1
+        return self.recipe.count or 1
 
     @property
     def method(self) -> str:
@@ -46,17 +46,20 @@ class Setting:
     @property
     def name(self) -> str:
         """For a table."""
-        words = ["end-to-end" if self.modules == 1 else f"{'exact ' if self.recipe.end_to_end else ''}K={self.modules}"]
+        kind = "exact " if self.recipe.end_to_end else ""
+        words = ["end-to-end" if self.modules == 1 else f"{kind}K={self.modules}"]
+        if self.again is not None:
+            return f"{words[0]} + ckpt {self.again}"
         words += ["split"] if self.split_blocks else []
         words += ["max"] if self.largest else []
-        more = (" + recompute" if self.recomputes else "") + (" + ckpt" if self.grad_checkpointing else "")
-        return ", ".join(words) + more
+        return ", ".join(words) + (" + ckpt" if self.grad_checkpointing else "")
 
     def described(self) -> dict[str, Any]:
         """Name and settings, for a JSON file. A setting that is not there is off."""
         keys = ("modules", "method", "split_blocks", "grad_checkpointing", "largest")
-        again = {"recompute": True} if self.recomputes else {}
-        return {"setting": self.name, **{key: getattr(self, key) for key in keys}, **again}
+        found = {name: getattr(self.recipe, name) for name in ("cuts", "recompute_units")}
+        found = {name: value for name, value in found.items() if value}
+        return {"setting": self.name, **{key: getattr(self, key) for key in keys}, **found}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from localprop.settings.recipe import Recipe
 from localprop.settings.values import parse_bytes
 from localprop.tracing.chains import chain
 
+# What makes a setting of a plan: the rest of its recipe is the user's.
+_FOUND = ("method", "modules", "cuts", "split_blocks", "reach", "recompute", "grad_checkpointing", "recompute_units")
+
 
 def plan_for(
     model: nn.Module,
@@ -70,6 +73,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
         nproc=config.nproc,
         bandwidth=parse_bytes(config.bandwidth) if config.bandwidth else None,
         explain=config.explain,
+        show="fronts",
         on_setting=on_setting,
     )
     height, width = units.input_size[1:]
@@ -81,12 +85,12 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
 
 
 def chosen(config: TrainConfig, row: PlanRow) -> TrainConfig:
-    """The settings of a run, with a plan's choice in them."""
-    choice = row.setting.recipe
-    if row.setting.modules == 1:  # the rest of the recipe is as the user had it
-        own: dict[str, Any] = {"method": choice.method, "grad_checkpointing": choice.grad_checkpointing}
-        choice = replace(config.local.recipe, modules=None, cuts=None, split_blocks=False, recompute_units=None, **own)
-    local = replace(config.local, **{f.name: getattr(choice, f.name) for f in fields(Recipe)})
+    """The settings of a run, with a setting of a plan in them."""
+    recipe = row.setting.recipe
+    own = {name: getattr(recipe, name) for name in _FOUND}
+    if recipe.end_to_end:  # which has no options, and one module usually; the rest is as the user had it
+        own |= {"method_kwargs": None, "modules": None if row.setting.modules == 1 else own["modules"]}
+    local = replace(config.local, **own)
     optim = replace(config.optim, batch_size=row.batch_size, micro_batches=row.micro_batches)
     return replace(config, local=local, optim=optim)
 

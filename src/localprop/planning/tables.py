@@ -11,6 +11,7 @@ from localprop.parallel.placement import numbers as module_numbers
 from localprop.planning.peaks import Peak
 from localprop.planning.plans import Plan
 from localprop.planning.processes import Processes
+from localprop.planning.rows import PlanRow
 from localprop.report.formats import format_bytes
 
 _HEADINGS = {
@@ -20,26 +21,39 @@ _HEADINGS = {
 
 def plan_table(plan: Plan, title: str) -> RenderableType:
     """A line per setting: its peak and the peak's parts, and time and operations against end-to-end."""
-    table = Table(box=None, padding=(0, 1, 0, 1), pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("setting", no_wrap=True)
     for name in ("peak", "%", *_HEADINGS.values(), "FLOPs", "time", "in"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in plan.rows:
+    fits = [plan.exact_fit, plan.local_fit]
+
+    def add(row: PlanRow) -> None:
         step, count = row.step, len(row.module_units)
         table.add_row(
-            Text(row.setting.name),
+            Text(f"{row.setting.name} "),
             f"{step.peak / 2**20:.0f}",
             f"{100 * plan.memory_ratio(row):.0f}",
             *(f"{step.parts[part] / 2**20:.0f}" for part in _HEADINGS),
             f"{plan.flops_ratio(row):.2f}",
             f"{plan.time_ratio(row):.2f}",
             str(step.module + 1) if count > 1 else "",
-            style="bold" if plan.choice is not None and plan.choice.setting == row.setting else None,
+            style="bold" if any(fit is not None and fit.setting == row.setting for fit in fits) else None,
         )
+
+    for row in plan.rows:
+        add(row)
+    for kind, front in (("exact", plan.exact), ("local", plan.local)):
+        for i, row in enumerate(row for row in front if row not in plan.rows):
+            if i == 0:
+                table.add_row(f"{kind}, the fastest", style="dim")
+            add(row)
     heading = Text(
         f"{title}\npredicted peak of a training step: MiB, % of end-to-end, its parts, its module", style="dim"
     )
     parts: list[RenderableType] = [heading, table]
+    if plan.exact or plan.local:
+        text = "the fastest: cuts and what runs again are searched; + ckpt 3: three units run again in backward"
+        parts.append(Text(text, style="dim"))
     if plan.left_out:
         parts.append(Text(f"left out, since the model has too few blocks: {', '.join(plan.left_out)}", style="dim"))
     return Group(*parts)

@@ -3,36 +3,62 @@
 import re
 from dataclasses import replace
 
+from localprop.division.resolve import resolved
 from localprop.errors import OutOfMemory, PlanError
 from localprop.memory.measure import available, most_taken, total_bytes
 from localprop.memory.speed import assumed
 from localprop.network.network import LocalNetwork
+from localprop.planning.known import cost_in_accuracy
+from localprop.planning.rows import PlanRow
 from localprop.planning.settings import chosen, plan_for, train_command
 from localprop.planning.simulation import simulate_step
 from localprop.report.formats import format_bytes
 from localprop.runs.experiment import Experiment
+from localprop.settings.config import LocalConfig
+from localprop.settings.recipe import END_TO_END, Recipe
 from localprop.settings.values import parse_bytes
 
 
 def choose_for_budget(experiment: Experiment) -> tuple[Experiment, str]:
-    """Chooses the number of modules for the budget; gives the experiment with it, and a line that tells of it.
+    """Chooses the fastest setting for the budget: of exact training if that is the method, else of local modules.
+
+    Returns:
+        The experiment with it, and a line that tells of it and of the other kind.
 
     Raises:
         PlanError: nothing fits, or with more micro-batches only, which is the user's choice to make.
     """
     config, budget = experiment.config, parse_bytes(experiment.config.local.budget or "")
-    device = assumed(experiment.device.type)
-    result = plan_for(experiment.backbone, config.local, config.optim, experiment.input_size, budget, device=device)
-    row = result.choice
-    assert row is not None
-    limit, peak = format_bytes(budget), format_bytes(row.step.peak)
-    new = chosen(config, row)
-    if row.micro_batches > config.optim.micro_batches:
+    device, parts = assumed(experiment.device.type), config.optim.micro_batches
+    backbone, size = experiment.backbone, experiment.input_size
+    result = plan_for(backbone, config.local, config.optim, size, budget, device=device, show="fits")
+    exact = config.local.end_to_end
+    row, other = (result.exact_fit, result.local_fit) if exact else (result.local_fit, result.exact_fit)
+    limit = format_bytes(budget)
+    if row is None or row.micro_batches > parts:
+        found = next(own for own in (other, row) if own and (row is None or own.micro_batches == parts or own is row))
         raise PlanError(
-            f"nothing fits {limit} with {row.batch_size // config.optim.micro_batches} images at a time; "
-            f"{row.setting.name} in {row.micro_batches} micro-batches takes {peak}: {train_command(new)}"
+            f"nothing {'exact' if exact else 'local'} fits {limit} with {config.optim.batch_size // parts} images at a "
+            f"time; {_told(found)}: {train_command(chosen(config, found))}"
         )
-    return replace(experiment, config=new), f"budget {limit}: {row.setting.name}, predicted to take {peak}"
+    line = f"budget {limit}: {row.setting.name}, predicted to take {format_bytes(row.step.peak)}"
+    if other and other.micro_batches == parts:
+        ratio = other.step.seconds / row.step.seconds
+        asks = f"--method {Recipe.method}" if exact else f"--method {END_TO_END}"
+        accuracy = cost_in_accuracy(resolved(other.setting.recipe, device))
+        line += f"; {asks} would take {ratio:.2f} of its time ({other.setting.name}); {accuracy}"
+    return replace(experiment, config=chosen(config, row)), line
+
+
+def _open(local: LocalConfig) -> LocalConfig:
+    """Without all that a budget chooses."""
+    local = replace(local, modules=None, cuts=None, split_blocks=False, budget=None)
+    return replace(local, grad_checkpointing=False, recompute_units=None)
+
+
+def _told(row: PlanRow) -> str:
+    parts = f" in {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
+    return f"{row.setting.name}{parts} takes {format_bytes(row.step.peak)}"
 
 
 class Headroom:
@@ -68,14 +94,15 @@ class Headroom:
         try:
             config = replace(
                 config,
-                local=replace(config.local, modules=None, cuts=None, budget=None),
+                local=_open(config.local),
                 run=replace(config.run, experiment=None, resume=None),  # the folder of this run is taken
             )
             backbone, device = experiment.backbone.cpu(), assumed(experiment.device.type)
             size = experiment.input_size
-            row = plan_for(backbone, config.local, config.optim, size, limit, device=device).choice
+            plan = plan_for(backbone, config.local, config.optim, size, limit, device=device, show="fits")
         except PlanError as nothing:
             return OutOfMemory(f"{text}; {nothing}")
+        row = (plan.exact_fit if config.local.end_to_end else plan.local_fit) or plan.choice
         assert row is not None
         peak = format_bytes(row.step.peak)
         return OutOfMemory(

@@ -81,7 +81,7 @@ class LocalConfig(Recipe):
     """How the model is divided into local modules, and how they learn."""
 
     budget: OptionalStr = None
-    """Memory to fit into, 8GiB or 500MiB: end-to-end if it fits, else modules; --modules or --cuts must fit."""
+    """Memory to fit into, 8GiB or 500MiB: finds cuts and what runs again. Exact, unless local modules are asked for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

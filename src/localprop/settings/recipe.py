@@ -18,6 +18,8 @@ Recomputation = str
 ("cheap", see `localprop.memory.recompute`); all of it, from its input alone ("whole"); or all of it, in slices of the
 batch, one after another ("whole/4", see `localprop.memory.slices`)."""
 _RECOMPUTATION = re.compile(r"none|cheap|whole(/([2-9]|[1-9][0-9]{1,5}))?")
+END_TO_END = "end-to-end"
+"""The method whose gradients are exact."""
 # Of what needs more than a line: tyro keeps a line break of a field's docstring.
 _PARTITION_HELP = (
     "Where to cut: balanced (the largest peak memory of a module is as small as possible), compute (the slowest module "
@@ -109,7 +111,13 @@ class Recipe:
     @property
     def end_to_end(self) -> bool:
         """Whether gradients are those of end-to-end training, whatever the number of modules."""
-        return self.method == "end-to-end"
+        return self.method == END_TO_END
+
+    @property
+    def asks_local(self) -> bool:
+        """Whether it says that modules learn locally, by anything but the usual method."""
+        local = bool(self.modules and self.modules > 1) or self.cuts is not None or bool(self.reach)
+        return not self.end_to_end and (local or self.method != Recipe.method)
 
     @property
     def options(self) -> dict[str, Any]:

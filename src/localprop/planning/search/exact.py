@@ -1,5 +1,6 @@
 """The fastest exact training within any memory: where the chain is cut, and what each unit computes again."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -9,9 +10,6 @@ from localprop.planning.search.fronts import MOST, Front, both, front
 from localprop.planning.search.runs import Runs, Units
 from localprop.planning.search.ways import Way
 
-_SIMPLER = 1e-3
-"""What a module more has to bring, as a part of the time of all units: else fewer are taken."""
-
 
 class ExactSearch:
     """Exact training in modules: forward keeps their inputs; then, from the last one up, forward again and backward.
@@ -20,32 +18,39 @@ class ExactSearch:
         units: the costs; the input of every unit but the first needs a gradient.
         forward: seconds of each unit's forward.
         loss: what comes after the last unit.
+        ends: after how many units each module ends; None where that is open.
         most: ways that a front keeps.
-        cuts: the numbers of units after which a module may end.
+        simpler: see `Runs`; ten times as much has to be brought by each module.
 
     Attributes:
         front: what all modules need at their peak, beside the batch, against time.
     """
 
     def __init__(
-        self, units: Units, forward: list[float], loss: End, most: int = MOST, cuts: list[int] | None = None
+        self,
+        units: Units,
+        forward: Sequence[float],
+        loss: End,
+        ends: Sequence[int] | None = None,
+        most: int = MOST,
+        simpler: float = 0.0,
     ) -> None:
-        self.units, self._loss, self._runs = units, loss, Runs(units, most)
-        self._more = _SIMPLER * sum(next(iter(options.values())).seconds for options in units.inner)
+        self.units, self._loss, self._runs, self._more = units, loss, Runs(units, most, simpler), 10 * simpler
         self._forward = np.concatenate(([0.0], np.cumsum(forward)))
         count = len(units)
-        self._cuts = [*(range(1, count) if cuts is None else cuts), count]
+        self._ends, self._fixed = list(ends or range(1, count + 1)), ends is not None
         self._fronts: dict[int, Front] = {}
         # Of each front, for each way: the way in which its first module is trained.
         self._ways: dict[int, np.ndarray] = {}
-        for start in reversed([0, *self._cuts[:-1]]):
+        for start in reversed([0, *self._ends[:-1]]):
             self._fronts[start], self._ways[start] = self._suffix(start, most)
         self.front = self._fronts[0]
 
     def _suffix(self, start: int, most: int) -> tuple[Front, np.ndarray]:
         """The front of the units from `start` on, beside the inputs of modules up to there."""
         parts = []
-        for stop in (cut for cut in self._cuts if cut > start):
+        later = [end for end in self._ends if end > start]
+        for stop in later[:1] if self._fixed else later:
             own = self._runs.front(start, stop, self._end(stop))
             if stop == len(self.units):
                 need, seconds, way = own.need, own.seconds, np.arange(len(own.need))
@@ -79,4 +84,4 @@ class ExactSearch:
             self._runs.choices(start, stop, self._end(stop), way)
             for (start, stop), way in zip(pairwise([0, *ends]), ways, strict=True)
         ]
-        return Way(ends, names, need, seconds - (len(ends) - 1) * self._more)
+        return Way(ends, names, need, seconds)

@@ -27,7 +27,7 @@ class Module(NamedTuple):
     beside: int
 
 
-class _Fronts(NamedTuple):
+class Fronts(NamedTuple):
     """The fronts of all runs of units that may be one module of a network.
 
     Attributes:
@@ -43,6 +43,22 @@ class _Fronts(NamedTuple):
     beside: Numbers
     need: Numbers
     seconds: Numbers
+
+
+class Found(NamedTuple):
+    """A division of the chain, and a way for each module.
+
+    Attributes:
+        need: bytes at the peak, auxiliary nets included.
+        beside: bytes of auxiliary nets.
+        seconds: expected time.
+        runs: (first unit, unit after the last, number of the way) of each module.
+    """
+
+    need: float
+    beside: float
+    seconds: float
+    runs: list[tuple[int, int, int]]
 
 
 class LocalSearch:
@@ -66,7 +82,7 @@ class LocalSearch:
         starts: Sequence[int],
         likewise: Callable[[int], int],
         allowed: Callable[[int, int], bool] = lambda start, stop: True,
-        known: dict[int, _Fronts] | None = None,
+        known: dict[int, Fronts] | None = None,
     ) -> None:
         self._runs, self._module, self._starts, self._allowed = runs, module, starts, allowed
         # Counted from the end where it is the last, so that the same number stands for it whatever their number.
@@ -76,7 +92,7 @@ class LocalSearch:
             if kind not in self._fronts:
                 self._fronts[kind] = self._all(index, count)
 
-    def _all(self, index: int, count: int) -> _Fronts:
+    def _all(self, index: int, count: int) -> Fronts:
         """The fronts of all runs of units that may be this module."""
         first, last = index == 0, index == count - 1
         size = len(self._runs.units)
@@ -94,10 +110,15 @@ class LocalSearch:
             need[i, : len(found.need)] = found.need
             seconds[i, : len(found.need)] = found.seconds
         start, stop = np.array(pairs, np.int64).reshape(-1, 2).T
-        return _Fronts(start, stop, np.array([own.beside for own in modules], float), need, seconds)
+        return Fronts(start, stop, np.array([own.beside for own in modules], float), need, seconds)
 
     def fastest(self, limit: float) -> Way | None:
-        """The fastest way that needs no more than `limit` bytes, auxiliary nets included; None if there is none.
+        """The fastest way that needs no more than `limit` bytes, auxiliary nets included; None if there is none."""
+        found = self.found(limit)
+        return found and self.way(found)
+
+    def found(self, limit: float) -> Found | None:
+        """See `fastest`.
 
         Auxiliary nets are many where there are many modules, and which of them is not known beforehand. So it may be
         one that is not quite the fastest.
@@ -108,57 +129,69 @@ class LocalSearch:
                 found = self._divided(limit - beside, price)
                 if found is None:
                     break
-                way, taken = found
-                if way.need + taken <= limit:
-                    return way._replace(need=way.need + taken)
+                if found.need <= limit:
+                    return found
                 # Of modules with less memory, which may be others: they are looked for again.
-                beside = max(taken, beside + limit / 256)
+                beside = max(found.beside, beside + limit / 256)
         return None
 
+    def way(self, found: Found) -> Way:
+        """What was found, with what each unit computes again."""
+        names = []
+        for index, (start, stop, way) in enumerate(found.runs):
+            own = self._module(index, start, stop)
+            names.append(self._runs.choices(start, stop, own.end, way, own.shared))
+        return Way([stop for _, stop, _ in found.runs], names, found.need, found.seconds)
+
     def least(self) -> float:
-        """The fewest bytes for which there is a way, to a hundredth."""
-        fewest, enough = 0.0, 1.0
-        while self.fastest(enough) is None and enough < 2**50:
-            fewest, enough = enough, 2 * enough
-        while enough - fewest > 0.01 * enough:
-            middle = (fewest + enough) / 2
-            fewest, enough = (fewest, middle) if self.fastest(middle) else (middle, enough)
-        return enough
+        """About the fewest bytes for which there is a way: the largest module is as small as can be."""
+        first = [self._fronts[kind].need[:, 0] if len(self._fronts[kind].need) else np.zeros(0) for kind in self._kinds]
+        best = self._best([np.zeros(len(need), np.int64) for need in first], first, np.maximum)
+        return np.inf if best is None else best.need
 
-    def _divided(self, limit: float, price: float) -> tuple[Way, float] | None:
-        """The fastest way in which no module needs more than `limit` bytes, and what auxiliary nets take beside.
+    def _divided(self, limit: float, price: float) -> Found | None:
+        """The fastest way in which no module needs more than `limit` bytes.
 
-        With a `price` of seconds for each of their bytes it is the one with the fewest.
+        With a `price` of seconds for each byte of auxiliary nets it is the one with the fewest of them.
+        """
+        ways, costs = [], []
+        for fronts in (self._fronts[kind] for kind in self._kinds):
+            way = (fronts.need <= limit).sum(1) - 1
+            own = np.where(way < 0, np.inf, fronts.seconds[np.arange(len(way)), way] if len(way) else 0.0)
+            ways.append(way)
+            costs.append(own + price * fronts.beside)
+        return self._best(ways, costs, np.add)
+
+    def _best(self, ways: list[Indices], costs: list[Numbers], combine: np.ufunc) -> Found | None:
+        """The division whose modules' costs, combined, are lowest; None if none is finite.
+
+        Args:
+            ways: for each module, of each of its runs the number of the way.
+            costs: likewise its cost.
+            combine: adds two costs, or takes the larger one.
         """
         size = self._starts[-1]
         best = np.full(size + 1, np.inf)
         best[0] = 0.0
-        chosen: list[tuple[_Fronts, Indices, Indices]] = []
-        for kind in self._kinds:
+        chosen = []
+        for kind, cost in zip(self._kinds, costs, strict=True):
             fronts = self._fronts[kind]
-            ways = (fronts.need <= limit).sum(1) - 1
-            own = np.where(ways < 0, np.inf, fronts.seconds[np.arange(len(ways)), ways] if len(ways) else 0.0)
-            total = best[fronts.start] + own + price * fronts.beside
+            total = combine(best[fronts.start], cost)
             best, found = np.full(size + 1, np.inf), np.full(size + 1, -1)
-            for run in np.argsort(-total, kind="stable"):  # the best comes last, and stays
-                best[fronts.stop[run]], found[fronts.stop[run]] = total[run], run
-            chosen.append((fronts, ways, found))
+            order = np.argsort(-total, kind="stable")  # of two values for a place, numpy keeps the later one
+            best[fronts.stop[order]], found[fronts.stop[order]] = total[order], order
+            chosen.append(found)
         if not np.isfinite(best[size]):
             return None
-        return self._traced(chosen)
-
-    def _traced(self, chosen: list[tuple[_Fronts, Indices, Indices]]) -> tuple[Way, float]:
-        stop, runs = self._starts[-1], list[tuple[int, int, int]]()
-        need = seconds = beside = 0.0
-        for fronts, ways, found in reversed(chosen):
-            run = int(found[stop])
-            runs.insert(0, (int(fronts.start[run]), stop, int(ways[run])))
-            need = max(need, float(fronts.need[run, ways[run]]))
-            seconds += float(fronts.seconds[run, ways[run]])
-            beside += float(fronts.beside[run])
-            stop = int(fronts.start[run])
-        names = []
-        for index, (start, stop, way) in enumerate(runs):
-            own = self._module(index, start, stop)
-            names.append(self._runs.choices(start, stop, own.end, way, own.shared))
-        return Way([stop for _, stop, _ in runs], names, need, seconds), beside
+        stop, result = size, Found(0.0, 0.0, 0.0, [])
+        for kind, way, found in reversed(list(zip(self._kinds, ways, chosen, strict=True))):
+            fronts, run = self._fronts[kind], int(found[stop])
+            number, start = int(way[run]), int(fronts.start[run])
+            need = max(result.need, float(fronts.need[run, number]))
+            beside, seconds = (
+                result.beside + float(fronts.beside[run]),
+                result.seconds + float(fronts.seconds[run, number]),
+            )
+            result = Found(need, beside, seconds, [(start, stop, number), *result.runs])
+            stop = start
+        return result._replace(need=result.need + result.beside)

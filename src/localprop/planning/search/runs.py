@@ -74,11 +74,12 @@ class Runs:
     Args:
         units: the costs.
         most: ways that a front keeps.
+        simpler: seconds that each unit has to bring that does not do what its first option says: else it does that.
     """
 
-    def __init__(self, units: Units, most: int = MOST) -> None:
+    def __init__(self, units: Units, most: int = MOST, simpler: float = 0.0) -> None:
         self.units = units
-        self._most = most
+        self._most, self._simpler = most, simpler
         self._rests: dict[tuple[int, End], list[_Fronts]] = {}
         self._gradients = [0]
         for i in range(len(units)):
@@ -164,6 +165,7 @@ class Runs:
                 need = np.maximum(need, forward + (0 if kept else place.given))
             else:
                 need = np.maximum(need, forward) + place.given
-            ways.append((need, rest.seconds + cost.seconds, np.full(len(need), number), np.arange(len(need))))
+            seconds = rest.seconds + cost.seconds + (self._simpler if number else 0.0)
+            ways.append((need, seconds, np.full(len(need), number), np.arange(len(need))))
         need, seconds, choice, following = (np.concatenate(parts) for parts in zip(*ways, strict=True))
         return front(need, seconds, choice, following, self._most)

@@ -1,0 +1,167 @@
+"""The searches of a model: its units and auxiliary nets with their costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from localprop.division.division import Division
+from localprop.division.partition import module_ends, stage_ends
+from localprop.memory.part import Cost
+from localprop.planning.search.exact import ExactSearch
+from localprop.planning.search.local import Fronts, LocalSearch, Module
+from localprop.planning.search.runs import Options, Runs, Units
+from localprop.planning.search.ways import Way
+from localprop.settings.recipe import Recomputation
+
+Kind = Literal["exact", "local"]
+KINDS: tuple[Kind, ...] = "exact", "local"
+_AGAIN: tuple[Recomputation, ...] = "none", "cheap", "whole"
+_SLICES = 2, 4, 8
+_EQUAL = 1.02
+"""Times that differ by less are equal: then fewer modules are taken, since they learn better."""
+_SIMPLER = 1e-4
+"""What a unit has to bring that differs from the usual, as a part of the time of all units."""
+
+
+@dataclass
+class ExactWays:
+    """Exact training of a model.
+
+    Args:
+        division: of end-to-end training with one module.
+        sliced: whether units may run again in slices of the batch.
+        ends: after how many units each module ends; None where that is open.
+    """
+
+    division: Division
+    sliced: bool = False
+    ends: Sequence[int] | None = None
+
+    @cached_property
+    def _search(self) -> ExactSearch:
+        units = units_of(self.division, True, self.sliced)
+        whole, none = (
+            self.division.costs.units(replace(self.division.step, recomputation=k)) for k in ("whole", "none")
+        )
+        forward = [again.seconds - once.seconds for again, once in zip(whole, none, strict=True)]
+        last = self.division.end(0, 0, len(units))
+        return ExactSearch(units, forward, last, self.ends, simpler=_SIMPLER * _seconds(units))
+
+    @property
+    def usual(self) -> Recomputation:
+        """What a unit computes again that a recipe does not name."""
+        return self.division.recipe.cheap
+
+    @property
+    def least(self) -> float:
+        """The fewest bytes for which there is a way."""
+        return float(self._search.front.need[0])
+
+    @property
+    def most(self) -> float:
+        """The bytes that the fastest way needs."""
+        return float(self._search.front.need[-1])
+
+    def fastest(self, limit: float) -> Way | None:
+        """The fastest way within a limit in bytes; None if there is none."""
+        number = self._search.front.within(limit)
+        return None if number is None else self._search.way(number)
+
+
+@dataclass
+class LocalWays:
+    """Local training of a model.
+
+    Args:
+        divisions: of each number of modules that may be taken.
+        factor: bytes that a byte of an auxiliary net's weights takes in all, with the optimizer's state.
+        sliced: whether units may run again in slices of the batch.
+        ends: after how many units each module ends; None where that is open.
+    """
+
+    divisions: Sequence[Division]
+    factor: float
+    sliced: bool = False
+    ends: Sequence[int] | None = None
+
+    @cached_property
+    def _searches(self) -> list[LocalSearch]:
+        first = self.divisions[0]
+        units = units_of(first, False, self.sliced)
+        runs, known = Runs(units, simpler=_SIMPLER * _seconds(units)), dict[int, Fronts]()
+        return [self._local(division, runs, known if division.alike else {}) for division in self.divisions]
+
+    def _local(self, division: Division, runs: Runs, known: dict[int, Fronts]) -> LocalSearch:
+        units, least = division.units, division.recipe.min_depth
+        places = stage_ends(units) if division.recipe.partition == "stage" else range(1, len(units) + 1)
+        ends = self.ends or module_ends(units, places, least)
+
+        def module(index: int, start: int, stop: int) -> Module:
+            beside = self.factor * division.auxiliary_bytes(index, start, stop)
+            return Module(division.end(index, start, stop), division.shared(index, start, stop), round(beside))
+
+        def allowed(start: int, stop: int) -> bool:
+            return self.ends is not None or sum(unit.depth for unit in units[start:stop]) >= least
+
+        return LocalSearch(runs, division.spec.count, module, [0, *ends], division.likewise, allowed, known)
+
+    @property
+    def usual(self) -> Recomputation:
+        """What a unit computes again that a recipe does not name."""
+        return self.divisions[0].recipe.cheap
+
+    @cached_property
+    def least(self) -> float:
+        """About the fewest bytes for which there is a way."""
+        return min(search.least() for search in self._searches)
+
+    @cached_property
+    def most(self) -> float:
+        """About the bytes that the fastest way needs."""
+        way = self.fastest(2.0**50)
+        return way.need if way else self.least
+
+    def fastest(self, limit: float) -> Way | None:
+        """The fastest way within a limit in bytes; of nearly equally fast ones that with the fewest modules."""
+        all_found = [(search, found) for search in self._searches if (found := search.found(limit))]
+        best = min((found.seconds for _, found in all_found), default=0.0)
+        return next((search.way(found) for search, found in all_found if found.seconds <= _EQUAL * best), None)
+
+
+def _seconds(units: Units) -> float:
+    """Of all units, each in the first of its options."""
+    return sum(next(iter(options.values())).seconds for options in units.inner)
+
+
+def units_of(division: Division, exact: bool, sliced: bool) -> Units:
+    """What the units of a division cost, by what they compute again.
+
+    Args:
+        division: the division.
+        exact: whether the input of a module's first unit needs a gradient, but for the very first.
+        sliced: whether units may run again in slices of the batch: those that need much at once.
+    """
+    costs, usual = division.costs, division.recipe.cheap
+    kinds = sorted(_AGAIN, key=lambda kind: kind != usual)  # the usual one first
+    large = max(cost.backward for cost in costs.units(division.step)) / 2
+
+    def options(i: int, input_gradient: bool) -> Options:
+        step = replace(division.step, input_gradient=input_gradient)
+        slices = [f"whole/{count}" for count in _SLICES if not step.batch_size % count]
+        if not sliced or costs.unit(i, division.step).backward < large or costs.unsliced(i):
+            slices = []
+        return _different({kind: costs.unit(i, replace(step, recomputation=kind)) for kind in (*kinds, *slices)})
+
+    inner = [options(i, True) for i in range(len(division.units))]
+    first = [options(i, False) if i == 0 or not exact else inner[i] for i in range(len(division.units))]
+    return Units(inner, first, last=("none", "cheap", *(f"whole/{count}" for count in _SLICES)), ahead=(usual,))
+
+
+def _different(options: dict[Recomputation, Cost]) -> Options:
+    """The options without those that cost what one before costs: "cheap" of a unit that has nothing cheap."""
+    kept: dict[Recomputation, Cost] = {}
+    for kind, cost in options.items():
+        if cost not in kept.values():
+            kept[kind] = cost
+    return kept

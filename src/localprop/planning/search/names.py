@@ -1,0 +1,62 @@
+"""The recipe of a way to train, with as few words as can be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from localprop.planning.search.ways import Way
+from localprop.settings.recipe import Recipe, Recomputation
+
+
+def recipe_of(way: Way, base: Recipe, units: Sequence[str], usual: Recomputation) -> Recipe:
+    """The recipe that trains in a way.
+
+    Args:
+        way: the way.
+        base: the rest of the recipe.
+        units: names of the chain's units.
+        usual: what a unit computes again that the recipe does not name.
+    """
+    values = [value for module in way.recomputation for value in module]
+    named = short(dict(zip(units, values, strict=True)), usual)
+    cuts = tuple(units[end - 1] for end in way.ends[:-1])
+    return replace(base, modules=None if cuts else 1, cuts=cuts or None, recompute_units=named or None)
+
+
+@dataclass
+class _Node:
+    """A part of the names: "layers.0" has those of its blocks below it."""
+
+    name: str
+    value: Recomputation | None = None
+    below: dict[str, "_Node"] = field(default_factory=dict)
+
+
+def short(values: dict[str, Recomputation], usual: Recomputation) -> dict[str, Recomputation]:
+    """The fewest names that give each unit its value, where the longest name that fits a unit decides.
+
+    Args:
+        values: what each unit computes again, by name.
+        usual: what a unit does that no name fits.
+    """
+    root = _Node("")
+    for unit, value in values.items():
+        node = root
+        for part in unit.split("."):
+            name = f"{node.name}.{part}" if node.name else part
+            node = node.below.setdefault(part, _Node(name))
+        node.value = value
+    found: dict[str, Recomputation] = {}
+    for node in root.below.values():
+        found |= _named(node, usual, sorted({*values.values(), usual}))
+    return found
+
+
+def _named(node: _Node, given: Recomputation, kinds: list[Recomputation]) -> dict[str, Recomputation]:
+    """The fewest names for a node and all below it, where those above it give it a value."""
+    options = []
+    for kind in [node.value] if node.value is not None else [given, *(kind for kind in kinds if kind != given)]:
+        own: dict[str, Recomputation] = {} if kind == given else {node.name: kind}
+        for below in node.below.values():
+            own |= _named(below, kind, kinds)
+        options.append(own)
+    return min(options, key=len)
