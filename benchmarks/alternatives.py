@@ -85,7 +85,7 @@ def measure(models: list[str], rounds: int) -> None:
                 step()
                 times[name].append(time.process_time() - started)
         base = next(iter(times.values()))
-        for name, own in times.items():
+        for name, own in times.items() if rounds else ():
             rows[name]["ms"] = round(1000 * statistics.median(own), 1)
             rows[name]["time_ratio"] = round(statistics.median(a / b for a, b in zip(own, base, strict=True)), 4)
             print(f"{model:30s} {name:45s} {rows[name]['memory_ratio']:.3f} {rows[name]['time_ratio']:.3f}", flush=True)
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(BATCHES), default=list(BATCHES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="whose kernels to predict")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of what is predicted")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of steps whose time is measured; 0 for memory alone")
     options = parser.parse_args()
     if options.what == "predict":
         predict(options.models, options.precision == "bf16", options.device)

@@ -60,9 +60,10 @@ def main() -> None:
     ]
     if measured:
         sections += [
-            f"Measured on one thread of a CPU, fp32, batch {_batches(measured)}, with how far the prediction of that "
-            "very step is off ([raw result](../benchmarks/results/alternatives_measured.json)). The first write to "
-            "fresh memory costs time on a CPU, so what reuses memory looks faster than it computes:",
+            f"Measured on one thread of a CPU, fp32, batch {_batches(measured)}, relative to end-to-end training: "
+            "**memory**, time where it was taken, and how far the prediction of that very step is off "
+            "([raw result](../benchmarks/results/alternatives_measured.json)). At so small a batch weights and moments "
+            "take a larger part than above.",
             _table(measured, _measured),
         ]
     sections += [
@@ -98,7 +99,8 @@ def _predicted(row: dict[str, Any]) -> str:
 def _measured(row: dict[str, Any]) -> str:
     if "not_run" in row:
         return "–"
-    return f"**{row['memory_ratio']:.3f}** / {row['time_ratio']:.2f} ({row['error_percent']:+.1f}%)"
+    time = f" / {row['time_ratio']:.2f}" if "time_ratio" in row else ""
+    return f"**{row['memory_ratio']:.3f}**{time} ({row['error_percent']:+.1f}%)"
 
 
 def _table(models: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
