@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 
 from localprop import localize, plan
 from localprop.cli import main
@@ -23,7 +24,7 @@ from localprop.settings.flags import parse
 from localprop.settings.flat import to_flags
 from localprop.settings.plan import PlanConfig
 from localprop.settings.values import parse_bytes
-from tiny import SIZE, build
+from tiny import CLASSES, SIZE, build
 
 MIB = 2**20
 
@@ -459,3 +460,23 @@ def test_the_old_name_of_a_rows_step_warns():
     row = small_plan((2,), model=build("mlp")).rows[0]
     with pytest.warns(DeprecationWarning, match="PlanRow.step"):
         assert row.trace is row.step
+
+
+class Whole(nn.Module):
+    """Two tensors are alive all the way, so there is no place to cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3072, CLASSES), nn.Linear(3072, CLASSES)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.left(x) * self.right(x)
+
+
+def test_a_model_that_cannot_be_cut_is_planned_for_exact_training():
+    result = plan(Whole(), 4, input_size=SIZE, budget=2**30, show="fronts")
+    assert names(result.rows) == ["end-to-end", "end-to-end + ckpt"]
+    assert result.exact[-1] is result.exact_fit is result.choice is result.rows[0]
+    assert (result.local, result.local_fit) == ([], None)
+    assert result.left_out.keys() == {"K=2", "K=4", "K=8"}
