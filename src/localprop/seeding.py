@@ -29,6 +29,18 @@ def generator(seed: int) -> torch.Generator:
 
 
 @contextmanager
+def drawn_seed() -> Iterator[int]:
+    """A seed that PyTorch's generator on the CPU draws. Afterwards it goes on from there, whatever is seeded inside.
+
+    The generator takes 32 bits of a seed. If each seed were drawn from what the one before has seeded, the draws would
+    begin to repeat within some ten thousand.
+    """
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    with torch.random.fork_rng(devices=[]):
+        yield seed
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeds the global generators of Python, NumPy and PyTorch (CPU); afterwards restores their states."""
     python_state, numpy_state = random.getstate(), np.random.get_state()

@@ -75,6 +75,16 @@ def test_so_are_those_of_end_to_end_training_with_blocks_that_are_split():
     assert 0 < distance(learn(sliced), learn(plain)) < 1e-5
 
 
+def test_they_are_no_anomaly_to_autograd():
+    net = split("vit", 2, "greedy", recompute_units={"blocks": "whole/4"})
+    torch.use_deterministic_algorithms(True)  # fills what nobody has written with NaN
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            assert learn(net)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_gradients_of_half_precision_are_added_in_float32():
     model = sequence(Wide(), 64)
     unit, found = localprop.chain(model, SIZE)[1], []

@@ -161,10 +161,14 @@ def test_without_a_seed_both_forwards_draw_the_same_numbers():
     own, other = network("vit"), network("vit")
     torch.manual_seed(7)
     own.backward(*batch())
+    later = torch.rand(3)
     torch.manual_seed(7)
-    seed = own.seed_of_batch(None)
-    one_graph(other, *batch(), seed)
+    with own.seed_of_batch(None) as seed:
+        one_graph(other, *batch(), seed)
     assert_same(gradients(own), gradients(other))
+    torch.manual_seed(7)
+    torch.randint(2**62, ())
+    assert torch.equal(torch.rand(3), later)  # the generator goes on from its draw, not from what was seeded
 
 
 @pytest.mark.parametrize("kinetic", [0.0, 0.1])

@@ -222,6 +222,28 @@ def test_what_a_model_cannot_be_traced_for_at_all_is_named_with_its_line():
     assert "if x.mean() > 0" in str(caught.value)
 
 
+class Calls(nn.Sequential):
+    """Sets its buffer, and runs its blocks."""
+
+    def __init__(self, *blocks):
+        super().__init__(*blocks)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+def test_a_forward_that_is_traced_sets_no_buffer_for_a_graph_does_not():
+    layers = [nn.Flatten(), nn.Linear(768, 8), nn.Linear(8, 5)]
+    with pytest.raises(ChainError, match="it sets its buffer calls to another tensor, which cannot be traced; move"):
+        chain(Calls(*layers), SIZE)
+    inner = nn.Sequential(nn.Flatten(), nn.Linear(768, 8), Calls(Block(), Block()), nn.Linear(8, 5))
+    units = chain(inner, SIZE)
+    assert units.whole["2"].startswith("it sets its buffer calls")
+    assert [unit.name for unit in units] == ["1", "2", "3"]
+
+
 def test_the_command_prints_each_reason_once(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["chain", "test_vit"]) == 0

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ class Network(Protocol):
     @property
     def loss_count(self) -> int: ...
 
-    def seed_of_batch(self, seed: int | None) -> int | None: ...
+    def seed_of_batch(self, seed: int | None) -> AbstractContextManager[int | None]: ...
 
     def seed_phase(self, phase: Phase, seed: int) -> None: ...
 
@@ -73,7 +74,11 @@ class CapturedBackward:
         """
         carry = Carry(inputs, targets, inputs)
         del inputs, targets
-        seed = self._net.seed_of_batch(seed)
+        with self._net.seed_of_batch(seed) as own:
+            self._run(carry, own)
+        return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), list(self._predictions))
+
+    def _run(self, carry: Carry, seed: int | None) -> None:
         self._calls += 1
         if self._calls == 1:
             with self._pool.warm_up(), warnings.catch_warnings():
@@ -88,7 +93,6 @@ class CapturedBackward:
             if not self._pass.fits(carry):
                 raise ConfigError("this batch has other shapes or types than the captured one; call backward for it")
             self._pass.replay(carry, seed)
-        return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), list(self._predictions))
 
     def _capture(self, carry: Carry) -> None:
         modules = self._net.local_modules

@@ -1,6 +1,7 @@
 """A backbone divided into gradient-isolated local modules."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from localprop.network.output import LocalOutput
 from localprop.network.owners import give_up, shares_of
 from localprop.network.phase import Phase, Scaling
 from localprop.network.turns import run_phase, turn, turns
-from localprop.seeding import derive_seed
+from localprop.seeding import derive_seed, drawn_seed
 from localprop.settings.recipe import Recipe
 from localprop.tasks.base import Task
 from localprop.tasks.classification import Classification
@@ -120,7 +121,7 @@ class LocalNetwork(nn.Module):
             scaler: scales each local loss before its backward (float16).
             seed: where given, module k draws its random numbers (dropout, stochastic depth) from a stream of its
                 own, made from the seed and k. It sets PyTorch's global generators. Exact training, which needs the same
-                numbers twice, draws a seed where none is given.
+                numbers twice, draws a seed where none is given, and leaves the CPU's generator where that draw did.
             after_module: called with k and the local loss (detached) as soon as module k's gradients are there:
                 the place to step module k's optimizer and free its gradients, so that only one module's are alive. In
                 exact training k goes from the last module to the first, and the loss is the network's.
@@ -129,13 +130,13 @@ class LocalNetwork(nn.Module):
         carry = Carry(inputs, targets, inputs)
         predictions: list[Tensor | None] = [None] * self.loss_count
         del inputs
-        seed = self.seed_of_batch(seed)
-        for phase in self.phases:
-            if seed is not None:
-                self.seed_phase(phase, seed)
-            self.note_prediction(predictions, phase, self.run_phase(phase, carry, scaler, parts))
-            if after_module and phase.done:
-                after_module(phase.module, carry.losses[-1])
+        with self.seed_of_batch(seed) as own:
+            for phase in self.phases:
+                if own is not None:
+                    self.seed_phase(phase, own)
+                self.note_prediction(predictions, phase, self.run_phase(phase, carry, scaler, parts))
+                if after_module and phase.done:
+                    after_module(phase.module, carry.losses[-1])
         return LocalOutput(torch.stack([loss.float() for loss in carry.losses]), predictions)
 
     @property
@@ -143,9 +144,9 @@ class LocalNetwork(nn.Module):
         """The phases of a batch, in order."""
         return turns(self.local_modules, range(len(self.local_modules)))
 
-    def seed_of_batch(self, seed: int | None) -> int | None:
-        """The seed of a batch, from what is given for it; see `backward`."""
-        return int(torch.randint(2**62, ())) if seed is None and self.exact else seed
+    def seed_of_batch(self, seed: int | None) -> AbstractContextManager[int | None]:
+        """The seed of a batch that runs inside, from what is given for it; see `backward`."""
+        return drawn_seed() if seed is None and self.exact else nullcontext(seed)
 
     def note_prediction(self, predictions: list[Tensor | None], phase: Phase, prediction: Tensor | None) -> None:
         """Puts what a phase has predicted into the list of all predictions, if it may stay."""

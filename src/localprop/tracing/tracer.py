@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -147,7 +147,8 @@ class _ConcreteTracer(fx.Tracer):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         if name == _ROOT:
-            return forward(*args, **kwargs)
+            with _without_new_buffers(m):
+                return forward(*args, **kwargs)
         block = name.removeprefix(_ROOT + ".")
         is_opened = block in self._opened
         if self._block is None and (is_opened or holds_blocks(m, self._containers)):
@@ -157,7 +158,7 @@ class _ConcreteTracer(fx.Tracer):
                 nodes, whole = len(self.graph.nodes), dict(self.whole)
                 self._block = block if is_opened else None
                 try:
-                    with _stateless(m) if is_opened else nullcontext():
+                    with _stateless(m) if is_opened else _without_new_buffers(m):
                         return forward(*args, **kwargs)
                 except Exception as error:  # a model's own code may raise anything
                     for node in list(self.graph.nodes)[: nodes - 1 : -1]:
@@ -235,6 +236,19 @@ def _stateless(module: nn.Module) -> Iterator[None]:
     finally:
         vars(module).clear()
         vars(module).update(before)
+
+
+@contextmanager
+def _without_new_buffers(module: nn.Module) -> Iterator[None]:
+    """Refuses a forward that sets a buffer of its module to another tensor: a graph does not. It is put back."""
+    before = dict(module._buffers)
+    try:
+        yield
+        if new := [name for name, buffer in module._buffers.items() if isinstance(buffer, fx.Proxy)]:
+            raise TraceError(f"it sets its buffer {new[0]} to another tensor")
+    finally:
+        module._buffers.clear()
+        module._buffers.update(before)
 
 
 def _identities(value: Any) -> Any:
