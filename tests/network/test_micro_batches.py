@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import localprop.runs.experiment
+from localprop import plan
 from localprop.cli import main
 from localprop.data.base import Data
 from localprop.errors import ConfigError, PlanError
 from localprop.memory.measure import measured, total_bytes
 from localprop.network.carry import Carry
 from localprop.parallel.placement import IN_FLIGHT
-from localprop.planning.plans import plan
 from localprop.planning.processes import share_out
 from localprop.planning.schedules import Link
 from localprop.planning.simulation import simulate_step
@@ -162,8 +162,10 @@ def test_a_plan_divides_the_batch_where_nothing_else_fits():
     assert choice.step.peak <= whole // 2
     fewer = max(n for n in range(1, choice.micro_batches) if BATCH % n == 0)
     assert simulate_step(net, OptimConfig(micro_batches=fewer), BATCH, SIZE).peak > whole // 2
-    asked = plan(build("cnn"), BATCH, **options, micro_batches=choice.micro_batches)
-    assert [row.step.peak for row in asked.rows if row.setting == choice.setting] == [choice.step.peak]
+    recipe = choice.setting.recipe
+    again = {"cuts": recipe.cuts, "recompute_units": recipe.recompute_units, "split_blocks": recipe.split_blocks}
+    net = localprop.localize(build("cnn"), method="greedy", input_size=SIZE, **again)
+    assert simulate_step(net, OptimConfig(micro_batches=choice.micro_batches), BATCH, SIZE).peak == choice.step.peak
 
 
 def test_gradients_of_parts_in_a_loop_of_ones_own():

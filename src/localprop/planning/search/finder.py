@@ -18,7 +18,7 @@ from localprop.settings.recipe import Recipe
 _ROUNDS = 5
 _CLOSE = 0.01
 """Part of a budget that may be left over without another look for what is faster."""
-_POINTS = 4
+_POINTS = 3
 """Settings of a front that are simulated, beside the fastest."""
 _NEARLY = 1.02
 """What is called the least memory, against what that is."""
