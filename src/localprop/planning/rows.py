@@ -49,7 +49,7 @@ class Setting:
         kind = "exact " if self.recipe.end_to_end else ""
         words = ["end-to-end" if self.modules == 1 else f"{kind}K={self.modules}"]
         if self.again is not None:
-            return f"{words[0]} + ckpt {self.again}"
+            return words[0] + (f" + ckpt {self.again}" if self.again else ", fitted")
         words += ["split"] if self.split_blocks else []
         words += ["max"] if self.largest else []
         return ", ".join(words) + (" + ckpt" if self.grad_checkpointing else "")

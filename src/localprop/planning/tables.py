@@ -52,7 +52,7 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
     )
     parts: list[RenderableType] = [heading, table]
     if plan.exact or plan.local:
-        text = "the fastest: cuts and what runs again are searched; + ckpt 3: three units run again in backward"
+        text = "the fastest: cuts and recomputation are fitted; + ckpt 3: three units run again in backward"
         parts.append(Text(text, style="dim"))
     if plan.left_out:
         parts.append(Text(f"left out, since the model has too few blocks: {', '.join(plan.left_out)}", style="dim"))
