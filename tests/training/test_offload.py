@@ -40,6 +40,19 @@ def moments(state):
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
+@pytest.mark.parametrize(("backwards", "order"), [(False, [0, 1, 2]), (True, [2, 1, 0])])
+def test_the_state_that_is_stepped_next_comes_first(backwards, order):
+    state, fetched = training(), []
+    offload = Offload(state.optimizers, torch.device("cpu"), least=0, backwards=backwards)
+    offload.fetch = fetched.append
+    assert offload.first == order[0]
+    for k in order:
+        with offload.present(k):
+            pass
+    assert list(dict.fromkeys(fetched)) == order
+    assert fetched == [order[0], *(k for k in order[1:] for _ in range(2))]
+
+
 # nadam's states have python numbers beside tensors, adafactor's change from step to step
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lion", "nadamw", "adafactor", "adamw8bit"])
 def test_training_does_not_notice(opt, tmp_path):
