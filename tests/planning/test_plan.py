@@ -65,7 +65,7 @@ def test_ratios_are_those_to_end_to_end(result):
     assert memory == [row.step.peak / result.rows[0].step.peak for row in result.rows]
     assert 1 > memory[2] > memory[3]
     assert 1.2 < flops[1] < 1.4  # forward twice
-    assert 1.2 < time[1] < 1.5
+    assert 1.2 < time[1] < 1.7  # so small a step is bound by calls, of which there are more than operations
     assert 1 < flops[2] < flops[3] < 1.1  # heads
 
 
@@ -124,11 +124,14 @@ def test_options_reach_every_local_row():
 
 def test_a_plan_for_cuda_takes_its_speed_and_its_buffers():
     buffers = sum(matrix_product_buffers())
-    cpu, cuda = (small_plan((2,), model=build("mlp"), device=device).rows for device in ("cpu", "cuda"))
-    for a, b in zip(cpu, cuda, strict=True):
-        assert b.step.seconds < 0.01 * a.step.seconds
-        assert b.step.flops == a.step.flops
-        assert 0 <= b.step.peak - buffers - a.step.peak < 100_000  # whole blocks of memory
+    for batch_size in (16, 2**17):
+        cpu, cuda = (small_plan((2,), batch_size, build("mlp"), device=device).rows for device in ("cpu", "cuda"))
+        for a, b in zip(cpu, cuda, strict=True):
+            assert b.step.flops == a.step.flops
+            if batch_size == 16:
+                assert 0 <= b.step.peak - buffers - a.step.peak < 100_000  # whole blocks of memory
+            else:  # so many images that calls do not count
+                assert b.step.seconds < 0.01 * a.step.seconds
 
 
 def test_end_to_end_in_modules_is_exact_training():
