@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 from common import RESULTS, ROOT
 from matplotlib import pyplot as plt
 from publish_gpu import filled
+from rivals import rivals
 
 PAGE = ROOT / "docs" / "memory.md"
 PICTURE = ROOT / "docs" / "memory-rivals.png"
@@ -100,18 +101,19 @@ def _measured(row: dict[str, Any]) -> str:
     if "not_run" in row:
         return "–"
     time = f" / {row['time_ratio']:.2f}" if "time_ratio" in row else ""
-    return f"**{row['memory_ratio']:.3f}**{time} ({row['error_percent']:+.1f}%)"
+    return f"**{row['memory_ratio']:.3f}**{time} ({round(row['error_percent'], 1) + 0:+.1f}%)"
 
 
 def _table(models: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str:
     """A row for each rival, and a column for each model."""
     first = next(iter(models.values()))["rows"]
     names = [NAMES[model] for model in models]
+    costs = {rival.name: rival.accuracy for rival in rivals()}  # as known now
     lines = [f"| | {' | '.join(names)} | gradients exact | known cost in accuracy |", "|---" * (len(names) + 3) + "|"]
     for name, row in first.items():
         cells = [cell(_timed(name, found["rows"][name])) for found in models.values()]
         kind = "" if row["kind"] in ("exact", "local") else f" ({row['kind']})"
-        lines.append(f"| {name}{kind} | {' | '.join(cells)} | {row['gradients']} | {row['accuracy']} |")
+        lines.append(f"| {name}{kind} | {' | '.join(cells)} | {row['gradients']} | {costs[name]} |")
     return "\n".join(lines)
 
 

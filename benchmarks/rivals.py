@@ -159,11 +159,12 @@ def _all(value: str) -> Callable[[str], dict[str, str]]:
 
 def _cost(modules: int, reach: int = 0) -> str:
     """The gaps to end-to-end training that are known, in points."""
+    asked = ("feature-reconstruction", modules, reach, False)
     gaps = [
-        known.gap
+        gap
         for known in known_gaps()
-        if (known.method, known.modules, known.reach, known.kinetic)
-        == ("feature-reconstruction", modules, reach, False)
+        if (known.method, known.modules, known.reach, known.kinetic) == asked
+        for gap in known.gaps
     ]
     if not gaps:
         return "not measured"
