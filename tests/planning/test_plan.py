@@ -244,7 +244,7 @@ def test_a_budget_chooses_what_runs_again():
 
 def test_a_budget_below_a_single_image_is_an_error_of_one_line():
     with pytest.raises(
-        PlanError, match=r"nothing fits 0 MiB: K=2, fitted with 1 image at a time takes \d+ MiB; .* --budget"
+        PlanError, match=r"nothing fits 0.1 MiB: K=2, fitted with 1 image at a time takes [\d.]+ MiB; .* --budget"
     ):
         small_plan((2,), 4, build("mlp"), budget=100_000)
 

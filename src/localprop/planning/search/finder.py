@@ -13,6 +13,7 @@ from localprop.planning.rows import PlanRow, Setting
 from localprop.planning.search.costed import ExactWays, Kind, LocalWays
 from localprop.planning.search.names import recipe_of
 from localprop.planning.search.ways import Way
+from localprop.report.formats import format_bytes
 from localprop.settings.recipe import Recipe
 
 _ROUNDS = 5
@@ -93,8 +94,8 @@ class Finder:
         assert way is not None
         least = self._row(kind, way, parts)
         return PlanError(
-            f"nothing fits {budget / 2**20:.0f} MiB: {least.setting.name} with 1 image at a time takes "
-            f"{least.step.peak / 2**20:.0f} MiB; choose a smaller model or smaller images, or raise --budget"
+            f"nothing fits {format_bytes(budget)}: {least.setting.name} with 1 image at a time takes "
+            f"{format_bytes(least.step.peak)}; choose a smaller model or smaller images, or raise --budget"
         )
 
     def _likely(self, budget: int, least: float) -> Iterator[Parts]:
