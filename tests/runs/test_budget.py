@@ -100,15 +100,16 @@ def test_exact_training_is_chosen_unless_local_modules_are_asked_for(tmp_path, c
 
 
 def test_a_budget_never_changes_the_batch(tmp_path, capsys):
-    assert train(tmp_path, "--modules", "2", "--budget", "0.7MiB", "--batch-size", "24") == 2
+    assert train(tmp_path, "--modules", "2", "--budget", "0.6MiB", "--batch-size", "24") == 2
     line = capsys.readouterr().err
-    assert "nothing local fits 0.7 MiB with 24 images at a time" in line
+    assert "nothing local fits 0.6 MiB with 24 images at a time" in line
     assert line.count("\n") == 1
     assert not (tmp_path / "run").exists()
     config = command_in(line)
     assert config.optim.batch_size == 24
     assert 1 < config.optim.micro_batches < 24
     assert config.local.count == 2
+    assert config.local.budget is None  # it would choose again
     assert config.run.output == tmp_path
 
 

@@ -109,5 +109,6 @@ def chosen_for_plan(config: PlanConfig, row: PlanRow) -> TrainConfig:
 
 
 def train_command(config: TrainConfig) -> str:
-    """The command that trains with these settings."""
-    return shlex.join(["localprop", "train", *to_flags(config)])
+    """The command that trains with these settings; nothing is left for a budget to choose."""
+    settled = replace(config, local=replace(config.local, budget=None))
+    return shlex.join(["localprop", "train", *to_flags(settled)])
