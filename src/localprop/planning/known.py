@@ -54,7 +54,7 @@ def cost_in_accuracy(recipe: Recipe) -> str:
     """
     modules, reach, kinetic = recipe.modules or 1, recipe.reach or 0, bool(recipe.kinetic)
     if recipe.end_to_end:
-        return "no accuracy: the gradients are those of end-to-end training"
+        return "it has the accuracy of end-to-end training, whose gradients it computes"
     own = [gap for gap in known_gaps() if gap.method == recipe.method and (gap.reach, gap.kinetic) == (reach, kinetic)]
     if not own:
         return f"what {_words(recipe.method, reach, kinetic)} costs in accuracy has not been measured"
