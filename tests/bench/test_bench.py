@@ -82,6 +82,19 @@ def test_each_run_has_one_result(finished):
     assert str(finished) not in (finished / "greedy-k3.json").read_text()
 
 
+def test_a_budget_in_a_suite_chooses_for_the_suites_method_and_a_finished_run_is_not_run_again(tmp_path, capsys):
+    path, out = tmp_path / "budget.yaml", tmp_path / "out"
+    path.write_text(SUITE.partition("runs:")[0] + "  budget: 1GiB\nruns:\n  - {method: feature-reconstruction}\n")
+    command = ["bench", str(path), "--output", str(out), "--device", "cpu", "--set", "epochs=1"]
+    assert main(command) == 0
+    (record,) = map(read_record, out.glob("*.json"))
+    assert record.config["method"] == "feature-reconstruction"
+    assert len(record.network["modules"]) > 1
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "1 of 1 runs done" in capsys.readouterr().out
+
+
 def test_a_run_is_that_of_the_same_train_command(finished, suite_file, tmp_path):
     config = load_suite(suite_file).runs[1].config
     assert main(["train", *to_flags(config), "--output", str(tmp_path), "--experiment", "run", "--device", "cpu"]) == 0

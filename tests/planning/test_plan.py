@@ -188,6 +188,18 @@ def test_the_fastest_exact_and_local_settings_fit_a_budget(searched):
         assert found.step.seconds <= 1.03 * row.step.seconds
 
 
+@pytest.mark.parametrize("share", [1.0, 0.6])
+def test_exact_training_with_a_kinetic_term_fits_its_budget(share):
+    """The term keeps a gradient more at the peak: what fits without it may not fit with it."""
+    model, options = build("vit"), {"method": "end-to-end", "input_size": SIZE}
+    budget = int(share * plan(model, 64, modules=(1,), **options).baseline.step.peak)
+    recipe = plan(model, 64, budget=budget, kinetic=0.1, show="fits", **options).exact_fit.setting.recipe
+    assert recipe.kinetic == 0.1
+    places = {name: getattr(recipe, name) for name in ("modules", "cuts", "split_blocks", "recompute_units")}
+    net = localize(model, **places, method="end-to-end", kinetic=0.1, input_size=SIZE)
+    assert simulate_step(net, OptimConfig(), 64, SIZE).peak <= budget
+
+
 def test_no_setting_of_a_front_beats_another(searched):
     assert searched.exact[-1] == searched.baseline
     for front in (searched.exact, searched.local):

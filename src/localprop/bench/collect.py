@@ -18,7 +18,7 @@ from localprop.training.outputs import LOSSES, RESULTS
 
 # What a run fills in where the suite leaves it open.
 _FILLED = ("img_size", "model_kwargs", "hflip", "head", "kinetic", "reach")
-_CHOSEN = ("method", "modules", "cuts", "split_blocks", "grad_checkpointing")  # for a budget
+_CHOSEN = ("modules", "cuts", "split_blocks", "recompute", "grad_checkpointing", "recompute_units")  # for a budget
 
 
 def differing(found: dict[str, Any], run: SuiteRun) -> str | None:

@@ -56,10 +56,14 @@ def to_flat(config: Any) -> dict[str, Any]:
 
 
 def to_flags(config: TrainConfig, always: Collection[str] = ()) -> list[str]:
-    """The flags of `localprop train` that give these settings; defaults are left out, but for those in `always`."""
+    """The flags of `localprop train` that give these settings; defaults are left out, but for those in `always`.
+
+    With a budget the method is named too: without one, `train` would take exact training.
+    """
     default, words = to_flat(TrainConfig()), []
+    named = {*always, "method"} if config.local.budget else {*always}
     for name, value in to_flat(config).items():
-        if value == default[name] and name not in always:
+        if value == default[name] and name not in named:
             continue
         if isinstance(value, bool) and isinstance(default[name], bool):
             words.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")

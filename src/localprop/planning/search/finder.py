@@ -150,7 +150,13 @@ class Finder:
         return sum(p.numel() * p.element_size() for p in self.planner.model.parameters() if p.requires_grad)
 
     def _baseline(self, parts: int) -> PlanRow:
-        return self._simulated(Setting(Recipe(modules=1, method="end-to-end")), parts)
+        return self._simulated(Setting(Recipe(modules=1, method="end-to-end", kinetic=self._kinetic)), parts)
+
+    @property
+    def _kinetic(self) -> float | None:
+        """Weight of the kinetic term in exact training, where that is what was asked for."""
+        recipe = self.planner.recipe
+        return recipe.kinetic or None if recipe.end_to_end else None
 
     def _row(self, kind: Kind, way: Way, parts: Parts) -> PlanRow:
         base = self._base(kind)
@@ -180,7 +186,7 @@ class Finder:
     def _base(self, kind: Kind) -> Recipe:
         """What all settings of a kind have in common."""
         if kind == "exact":
-            return Recipe(method="end-to-end", modules=1, split_blocks=True)
+            return Recipe(method="end-to-end", modules=1, split_blocks=True, kinetic=self._kinetic)
         recipe = self.planner.recipe
         if recipe.end_to_end:
             return Recipe(split_blocks=True)
