@@ -207,6 +207,20 @@ def test_what_a_file_may_not_choose_is_said(here, capsys):
         assert f"theirs.yaml: a file may not choose {what}" in capsys.readouterr().err
 
 
+def test_a_file_does_not_choose_weights_to_start_from(here, run, capsys):
+    for settings in ({"initial_checkpoint": "/x.pth"}, {"model": "local-dir:/x"}, {"model": "hf-hub:them/x"}):
+        Path("theirs.yaml").write_text(yaml.safe_dump(settings))
+        ((name, value),) = settings.items()
+        typed = refused(["train", "-c", "theirs.yaml"], capsys)
+        assert typed[-2:] == [f"--{name.replace('_', '-')}", value]
+        Path("suite.yaml").write_text(yaml.safe_dump({"settings": settings, "runs": [{}]}))
+        assert refused(["bench", "suite.yaml", "--list"], capsys)
+    shutil.rmtree(run / "checkpoints")
+    (run / "results.csv").unlink()
+    change(run, initial_checkpoint="/x.pth")
+    assert refused(["train", "--resume", str(run)], capsys)[-2:] == ["--initial-checkpoint", "/x.pth"]
+
+
 def test_plan_writes_no_file_that_a_file_names(here, capsys):
     for settings in ({"json": "setup.json"}, {"picture": "logo.png"}):
         Path("theirs.yaml").write_text(yaml.safe_dump(settings))

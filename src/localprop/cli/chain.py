@@ -28,14 +28,16 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     """Reads the flags of `chain`, and imports what traces."""
     options: ChainOptions = parse(ChainOptions, "chain", argv)
     from localprop.models.backbone import create_backbone
+    from localprop.models.sources import with_source
     from localprop.tracing.chains import chain
 
     def show_chain() -> int:
-        model, _ = create_backbone(options, None)
+        named, _ = with_source(options)
+        model = create_backbone(named, None).model
         size = (3, options.img_size, options.img_size) if options.img_size else None
         units = chain(model, size, options.split_blocks)
         channels, height, width = units.input_size
-        title = Text(printable(f"{options.model}, {channels}x{height}x{width}"))
+        title = Text(printable(f"{named.model}, {channels}x{height}x{width}"))
         table = Table("", "unit", "output", "parameters", title=title, box=None)
         table.columns[0].justify = table.columns[2].justify = table.columns[3].justify = "right"
         for i, unit in enumerate(units, 1):

@@ -32,7 +32,8 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     folder = newest_run(config.run.output) if config.run.resume == _NEWEST else Path(config.run.resume)
     own = read_config(folder, named_plugin(folder, config.backbone.plugin, words))
     if starts_anew(folder):  # else the weights that it began with are not loaded again
-        require_typed({"model_kwargs": own.backbone.model_kwargs}, str(folder / CONFIG), words)
+        weights = {name: getattr(own.backbone, name) for name in ("model", "model_kwargs", "initial_checkpoint")}
+        require_typed(weights, str(folder / CONFIG), words)
     config = parse(TrainConfig, "train", argv, with_files(own, files, words))
     _require_same_run(own, config, folder)
     return _start(config, folder, flags)

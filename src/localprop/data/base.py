@@ -1,6 +1,6 @@
 """What the trainer sees of a dataset."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from localprop.data.transfer import on_device
-from localprop.data.view import View, evaluation_record, read_evaluation
+from localprop.data.view import CROPPED, View, evaluation_record, read_evaluation
 from localprop.errors import DataError
 from localprop.seeding import derive_seed, generator
 from localprop.settings.config import DataConfig
@@ -132,6 +132,23 @@ class Data:
         if size != self.img_size:
             raise ValueError(f"input_size is {size}, and images have {self.img_size} pixels a side")
         return replace(self, mean=mean, std=std, view=view)
+
+    def as_trained(self, settings: Mapping[str, Any]) -> "Data":
+        """The same data, shown to a network as the weights expect it that it starts from.
+
+        Args:
+            settings: timm's `pretrained_cfg` of the weights. What it lacks, or says badly, stays as it was. Its crop
+                and interpolation are for images that are larger than the input.
+        """
+        record = {**self.evaluation}
+        wanted = {"mean", "std"} | ({"crop_pct", "crop_mode", "interpolation"} if self.view == CROPPED else set())
+        for key in wanted & set(settings):
+            value = settings[key]
+            record[key] = list(value) if isinstance(value, (list, tuple)) else value
+        try:
+            return self.evaluated_as(record)
+        except ValueError:
+            return self
 
     @property
     def skipped(self) -> list[str]:

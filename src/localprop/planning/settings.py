@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from localprop.models.backbone import create_backbone
+from localprop.models.sources import with_source
 from localprop.planning.plans import MODULES, Plan, plan
 from localprop.planning.rows import PlanRow, Setting
 from localprop.settings.config import LocalConfig, OptimConfig, TrainConfig
 from localprop.settings.flat import to_flags
 from localprop.settings.plan import PlanConfig
 from localprop.settings.recipe import Recipe
+from localprop.settings.trust import without_starting_weights
 from localprop.settings.values import parse_bytes
 from localprop.tracing.chains import chain
 
@@ -48,10 +50,9 @@ def plan_for(
 
 def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tuple[Plan, str]:
     """The plan of a timm model, and a title for it."""
-    size, backbone = config.backbone.img_size, config.backbone
-    if backbone.model_kwargs is None:
-        backbone = replace(backbone, model_kwargs={})
-    model, _ = create_backbone(replace(backbone, pretrained=False), config.num_classes)
+    size, (backbone, _) = config.backbone.img_size, with_source(config.backbone)
+    kwargs = without_starting_weights(backbone.model_kwargs or {})
+    model = create_backbone(replace(backbone, pretrained=False, model_kwargs=kwargs), config.num_classes).model
     units = chain(model, (3, size, size) if size else None)
     optim = OptimConfig(
         opt=config.opt,

@@ -101,7 +101,7 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     own = config.backbone
     own_kwargs = without_starting_weights(description["model_kwargs"])
     try:
-        model, kwargs = create_backbone(replace(own, pretrained=False, model_kwargs=own_kwargs), None)
+        model, kwargs, _ = create_backbone(replace(own, pretrained=False, model_kwargs=own_kwargs), None)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
     load_weights(folder, model)

@@ -13,6 +13,7 @@ from localprop.division.divide import divide
 from localprop.division.resolve import with_methods_defaults
 from localprop.errors import ChainError, ConfigError
 from localprop.models.backbone import create_backbone, native_size
+from localprop.models.sources import Source, with_source
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import DEFAULT_MODEL, SMALL_SWIN, TrainConfig
 from localprop.settings.recipe import Recipe
@@ -115,7 +116,11 @@ def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None
     """
     device = _device(config)
     load_plugin(config.backbone.plugin)
-    data = _load(config, classes)
+    source = None
+    if weights:
+        found, source = with_source(config.backbone)
+        config = replace(config, backbone=found)
+    data = _load(config, classes, source)
     model = replace(config.backbone, img_size=data.img_size)
     if model.model_kwargs is None:
         small = model.model == DEFAULT_MODEL and data.img_size <= _SMALL_IMAGE
@@ -124,22 +129,21 @@ def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None
     built = model
     if not weights:
         built = replace(model, pretrained=False, model_kwargs=without_starting_weights(model.model_kwargs or {}))
-    backbone, kwargs = create_backbone(built, data.task.outputs)
+    backbone, kwargs, note = create_backbone(built, data.task.outputs, source)
     kwargs = without_starting_weights(kwargs)
-    if model.pretrained:
-        # Pretrained weights expect the normalisation that they were trained with.
-        settings: Any = getattr(backbone, "pretrained_cfg", None) or {}  # a plugin's model may have none
-        if settings.get("mean") and settings.get("std"):
-            data = replace(data, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
+    if weights and model.starts_trained:
+        # A plugin's model may have no settings.
+        data = data.as_trained((source and source.settings) or getattr(backbone, "pretrained_cfg", None) or {})
+    data = replace(data, notes=[*data.notes, note]) if note else data
     config = replace(config, backbone=model, local=with_methods_defaults(config.local))
     return Experiment(config, data, backbone.to(device), kwargs, device)
 
 
-def _load(config: TrainConfig, classes: list[str] | None) -> Data:
+def _load(config: TrainConfig, classes: list[str] | None, source: Source | None) -> Data:
     size, seed = config.backbone.img_size, config.run.seed
     if classes and size and config.data.data.startswith(FOLDER) and not config.data.val_split:
         return load_evaluated(config.data, classes, size, seed)
-    return load_data(config.data, size, seed, native_size(config.backbone))
+    return load_data(config.data, size, seed, native_size(config.backbone, source))
 
 
 def _device(config: TrainConfig) -> torch.device:

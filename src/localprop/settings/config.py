@@ -40,6 +40,10 @@ _MICRO_BATCHES_HELP = (
     "Equal parts of a batch that go through the modules one after another, before one step with the sum of their "
     "gradients: less memory and the same training, except that batch norm and contrastive losses see parts."
 )
+_INITIAL_HELP = (
+    "Start from weights in a file (safetensors, or .pth without code), in a folder that `localprop export` or timm has "
+    "written, or of a run."
+)
 _GRAPHS_HELP = (
     "Capture a training step as CUDA graphs, one for each module, and replay them: the same numbers, faster on small "
     "images. auto: on CUDA, where a step can be captured."
@@ -60,11 +64,14 @@ class ModelConfig:
     """The model that is trained."""
 
     model: str = DEFAULT_MODEL
-    """Name of a timm model, or of one that --plugin registers."""
+    """Name of a timm model, or of one that --plugin registers; or local-dir:FOLDER or hf-hub:NAME, with weights."""
     model_kwargs: Pairs = None
     """For the function that builds the model (default: a small Swin for the default model, else nothing)."""
     pretrained: bool = False
     """Start from timm's pretrained weights."""
+    initial_checkpoint: Annotated[
+        OptionalStr, tyro.conf.arg(metavar="FILE", help_behavior_hint="", help=_INITIAL_HELP)
+    ] = None
     img_size: OptionalInt = None
     """Side of the square input in pixels (default: the dataset's; for a folder, the model's)."""
     drop_path: float = 0.0
@@ -74,6 +81,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_within_bounds(self)
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether training starts from weights that have been trained before."""
+        return self.pretrained or self.initial_checkpoint is not None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ NEWER: dict[str, Any] = {
     "cuda_graphs": "off",
     "deterministic": False,
     "reach": 0,
+    "initial_checkpoint": None,
 }
 """Settings that version 0.1 did not have, and what they were then."""
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from localprop.errors import ConfigError, listing
+from localprop.errors import ConfigError, listing, shown
 from localprop.settings.flat import flag_words
 from localprop.system.commands import command, without_flag
 
@@ -18,6 +18,8 @@ from localprop.system.commands import command, without_flag
 _START = ("checkpoint_path", "cache_dir")
 DESCRIPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay")
 """Arguments of `timm.create_model` that describe pretrained weights."""
+# What stands before a model's name that is a place.
+_PLACES = ("local-dir:", "hf-hub:", "hf_hub:")
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 
 
@@ -68,6 +70,13 @@ def without_starting_weights(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def refuse_further_weights(model_kwargs: dict[str, Any], source: str) -> None:
+    """Raises a ConfigError where the arguments of a model that come with weights name other weights, or a place."""
+    for name, value in model_kwargs.items():
+        if _chooses_weights(name, value):
+            raise ConfigError(f"{source}: weights may not choose other weights ({name}: {shown(value)}); remove that")
+
+
 def _typed(words: Sequence[str], found: Sequence[tuple[str, Any, str]]) -> list[str]:
     """The words of a command, with the settings that were found."""
     result = list(words)
@@ -87,6 +96,10 @@ def _undecided(settings: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
         yield "plugin", settings["plugin"], "which code runs"
     if "resume" in settings:
         yield "resume", settings["resume"], "which run is resumed"
+    if "initial_checkpoint" in settings:
+        yield "initial_checkpoint", settings["initial_checkpoint"], "which weights are loaded"
+    if str(settings.get("model", "")).startswith(_PLACES):
+        yield "model", settings["model"], "which weights are loaded"
     kwargs = settings.get("model_kwargs")
     if isinstance(kwargs, dict) and any(_chooses_weights(*item) for item in kwargs.items()):
         yield "model_kwargs", kwargs, "which weights are loaded"
