@@ -47,9 +47,12 @@ def fits(name: str, batch_size: int, shares: tuple[float, ...], **options) -> di
     whole = localprop.plan(model, batch_size, modules=(1,), method="end-to-end", **options).baseline.step.peak
     for share in shares:
         began = time.process_time()
-        plan = localprop.plan(model, batch_size, budget=int(share * whole), show="fits", **options)
-        rows = {kind: getattr(plan, f"{kind}_fit") for kind in ("exact", "local")}
-        own = {kind: row and described(plan, row) for kind, row in rows.items()}
+        plans = [
+            localprop.plan(model, batch_size, budget=int(share * whole), show="fits", reach=reach, **options)
+            for reach in (0, 1)
+        ]
+        rows = {"exact": plans[0].exact_fit, "local": plans[0].local_fit, "local, reach 1": plans[1].local_fit}
+        own = {kind: row and described(plans[0], row) for kind, row in rows.items()}
         found.append({"share": share, **own, "seconds": round(time.process_time() - began, 1)})
         print(name, share, *(own[k] and {n: own[k][n] for n in list(own[k])[-4:]} for k in own), flush=True)
     return {"model": name, "batch_size": batch_size, "whole": whole, "budgets": found}
@@ -59,12 +62,12 @@ def measured(batch_size: int = 8) -> list[dict]:
     """Predicted and measured peaks of real steps of the settings that are found."""
     rows, whole = [], localprop.plan(backbone(SWIN), batch_size, modules=(2,)).baseline.step.peak
     for share in MEASURED:
-        plan = localprop.plan(backbone(SWIN), batch_size, budget=int(share * whole), show="fits")
+        plan = localprop.plan(backbone(SWIN), batch_size, budget=int(share * whole), show="fits", reach=0)
         for row in filter(None, (plan.exact_fit, plan.local_fit)):
             own = described(plan, row)
             names = ("method", "cuts", "recompute_units")
             net = localprop.localize(
-                backbone(SWIN), batch_size=batch_size, micro_batches=row.micro_batches,
+                backbone(SWIN), batch_size=batch_size, reach=0, micro_batches=row.micro_batches,
                 split_blocks=row.setting.split_blocks, **{name: own[name] for name in names},
             )  # fmt: skip
             step, kept = local_step(net, batch_size, "cpu", False, row.micro_batches)

@@ -66,7 +66,7 @@ GROUPS = [  # on a CPU
 
 # What an H200 was measured with: benchmarks/results/gpu_ba3b577/README.md.
 FIRST = ["layers.0.blocks.0", "layers.0.blocks.1"]
-ON_GPU = {"decoder": "conv", "recompute": True}
+ON_GPU = {"decoder": "conv", "recompute": True, "reach": 0}
 FOUR = ON_GPU | {"modules": 4, "cuts": [*FIRST, "layers.2.blocks.0"]}
 EIGHT = ["layers.0.blocks.0.attn", "layers.0.blocks.0.mlp", "layers.0.blocks.1.attn", "layers.1.blocks.0.attn"]
 LATER = {True: ["2.blocks.0", "2.blocks.2", "2.blocks.4"], False: ["1.blocks.1", "2.blocks.1", "2.blocks.4"]}

@@ -28,7 +28,7 @@ from localprop.planning.simulation import simulate_own_step
 
 SWIN = "swin_tiny_patch4_window7_224"
 GRID = [SWIN, "vit_small_patch16_224", "deit_tiny_patch16_224", "convnext_tiny", "pvt_v2_b1"]
-CONV = {"decoder": "conv"}  # the default when the committed results were made
+CONV = {"decoder": "conv", "reach": 0}  # the defaults when the committed results were made
 LIGHT = {"decoder": "pixel-shuffle", "head": "linear"}
 
 
@@ -156,14 +156,14 @@ def slices(device: str) -> None:
     early = ("patch_embed", "layers.0", "layers.1")
 
     def local(modules: int, names: tuple[str, ...] = (), count: int = 0) -> dict:
-        return {"modules": modules, "split_blocks": True, "recompute_units": dict.fromkeys(names, f"whole/{count}")}
+        return {"modules": modules, "reach": 0, "split_blocks": True, "recompute_units": dict.fromkeys(names, f"whole/{count}")}
 
     whole = {"modules": 1, "method": "end-to-end"}
     everything = ("patch_embed", "layers")
     cases: list[dict] = [whole, local(8), *(local(8, early, count) for count in (2, 4, 8)), local(8, everything, 8)]
     cases.append(whole | {"recompute_units": dict.fromkeys(everything, "whole/8")})
     path = RESULTS / f"{_name('memory_slices', device)}.json"
-    keys = ("modules", "method", "split_blocks", "recompute_units", "batch_size")
+    keys = ("modules", "method", "reach", "split_blocks", "recompute_units", "batch_size")
     rows: list[dict] = json.loads(path.read_text())["rows"] if path.exists() else []  # what is there is not run again
     for batch_size, options in ((size, own) for size in (128, 8) for own in cases):
         own = options | {"batch_size": batch_size}

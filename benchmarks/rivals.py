@@ -205,7 +205,7 @@ def rivals() -> list[Rival]:
             result.append(Rival(name, "local", "no", _cost(k, reach), _network(k, method, reach=reach)))
         name = "local K=8, split" + (f", reach {reach}" if reach else "")
         result.append(Rival(name, "local", "no", _cost(8, reach), _network(8, method, reach=reach, split_blocks=True)))
-    sliced = _network(8, method, _early(slices), split_blocks=True)
+    sliced = _network(8, method, _early(slices), split_blocks=True, reach=0)
     return [
         *result,
         Rival(f"local K=8, split, first half in {_SLICES} slices", "local", "no", _cost(8), sliced),

@@ -83,7 +83,7 @@ def main() -> None:
     labels = torch.randint(0, 10, (options.batch_size,))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=small)
     steps = {"end-to-end": end_to_end(backbone(options.img_size, small), images, labels, autocast)}
-    common = {"input_size": images.shape[1:], "partition": "stage" if small else "balanced"}
+    common = {"reach": 0, "input_size": images.shape[1:], "partition": "stage" if small else "balanced"}
     for name, choice in METHODS.items():
         model, method = backbone(options.img_size, small), name.partition(",")[0]
         net = localprop.localize(model, options.modules, method, **common, **choice)

@@ -27,7 +27,7 @@ BATCH = 64
 FLAGS = [
     *["--model", "swin_tiny_patch4_window7_224", "--model-kwargs", *(f"{k}={v}" for k, v in MODEL.items())],
     *["--data", "digits", "--img-size", "32", "--batch-size", str(BATCH), "--modules", "2", "--partition", "compute"],
-    *["--epochs", "1", "--device", "cpu", "--parallel", "modules", "--nproc", "2", "--trace"],
+    *["--epochs", "1", "--device", "cpu", "--parallel", "modules", "--nproc", "2", "--reach", "0", "--trace"],
 ]
 
 
@@ -35,7 +35,7 @@ def traffic() -> dict[str, int]:
     """Bytes of a step: the features at the cut, and the weights whose gradients data parallel averages."""
     sizes = {"embed_dim": 48, "depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24), "patch_size": 2, "window_size": 4}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, img_size=32, **sizes)
-    net = localprop.localize(model, modules=2, partition="compute", input_size=(3, 32, 32))
+    net = localprop.localize(model, modules=2, partition="compute", reach=0, input_size=(3, 32, 32))
     with torch.no_grad():
         features = net.local_modules[0](torch.zeros(BATCH, 3, 32, 32), {})
     return {"features": features.nbytes, "weights": sum(p.nbytes for p in model.parameters())}

@@ -109,12 +109,12 @@ def traced_once(name):
         yield
 
 
-def split(name, modules=3, method="feature-reconstruction", model=None, **options):
-    """A tiny model as a network of 2 or 3 modules, with the same weights each time."""
+def split(name, modules=3, method="feature-reconstruction", model=None, reach=0, **options):
+    """A tiny model as a network of 2 or 3 modules, with the same weights each time; no head reads ahead, if not asked."""
     model = build(name) if model is None else model
     torch.manual_seed(1)
     with traced_once(name):
-        return localize(model, method=method, cuts=CUTS[name][modules], input_size=SIZE, **options)
+        return localize(model, method=method, cuts=CUTS[name][modules], input_size=SIZE, reach=reach, **options)
 
 
 def batch(size=4, seed=0):

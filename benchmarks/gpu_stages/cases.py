@@ -79,8 +79,8 @@ class Case:
 
 
 def local(cuts: list[str], recompute: bool = True, **options: Any) -> Way:
-    """Local learning by feature reconstruction, unless `options` say otherwise."""
-    return Way("local", cuts, {"recompute": recompute, **options})
+    """Local learning by feature reconstruction without reach, unless `options` say otherwise."""
+    return Way("local", cuts, {"recompute": recompute, "reach": 0, **options})
 
 
 def exact(cuts: list[str], blocks: str) -> Way:

@@ -63,7 +63,7 @@ def race(run: Run) -> None:
     model = timm.create_model(SWIN, img_size=32, num_classes=CLASSES, **size.kwargs)
     net = localprop.localize(
         model, 2, partition="stage", input_size=(3, 32, 32), amp_dtype=torch.bfloat16, batch_size=size.batch,
-        recompute=False,
+        recompute=False, reach=0,
     ).to(run.device).train()  # fmt: skip
     images = torch.randn(size.batch, 3, 32, 32, device=run.device)
     targets = torch.randint(0, CLASSES, (size.batch,), device=run.device)

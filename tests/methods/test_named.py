@@ -19,7 +19,7 @@ from localprop.heads.successor import SuccessorHead
 from localprop.network.kinetic import kinetic_weight
 from localprop.settings.config import LocalConfig
 from localprop.settings.recipe import Recipe
-from tiny import SIZE, build, split
+from tiny import SIZE, assert_same, batch, build, gradients, split
 
 
 def test_trgl_is_greedy_with_a_linear_head_and_the_kinetic_term():
@@ -70,6 +70,40 @@ def test_auglocal_resumes_as_it_was(tmp_path):
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize(
+    ("settings", "reach"),
+    [
+        ({}, 1),
+        ({"modules": 2}, 1),
+        ({"cuts": ("blocks.0",)}, 1),
+        ({"reach": 0}, 0),
+        ({"reach": 2}, 2),
+        ({"head": "linear"}, 1),
+        ({"modules": 1}, 0),
+        ({"head": "successor"}, 0),
+        ({"head": "successor", "reach": 1}, 1),
+        ({"method": "greedy"}, 0),
+        ({"method": "infopro"}, 0),
+        ({"method": "trgl"}, 0),
+        ({"method": "auglocal"}, 0),
+        ({"method": "end-to-end", "modules": 4}, 0),
+    ],
+)
+def test_only_heads_of_feature_reconstruction_read_ahead_unasked(settings, reach):
+    assert resolved(Recipe(**settings)).reach == reach
+
+
+def test_feature_reconstruction_reads_one_block_ahead():
+    images, labels = batch()
+    default, asked, without = (split("vit", 2, reach=reach) for reach in (None, 1, 0))
+    for net in (default, asked, without):
+        torch.manual_seed(2)
+        net.backward(images, labels)
+    assert_same(gradients(default), gradients(asked))
+    first = [next(net.local_modules[0].parameters()).grad for net in (default, without)]
+    assert not torch.equal(*first)
+
+
 def test_auglocal_with_the_kinetic_term_has_the_same_bits_in_processes(tmp_path):
     flags = ["--method", "auglocal", "--kinetic", "0.1", "--drop-path", "0.1", "--modules", "2", "--device", "cpu"]
     flags += ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(2,2)", "num_heads=(1,2)"]

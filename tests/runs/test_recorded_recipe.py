@@ -48,7 +48,7 @@ def test_a_run_is_resumed_with_what_it_began_with(tmp_path, later, capsys):
     recipe = json.loads((stopped / "run" / "run.json").read_text())["recipe"]
     assert (recipe["modules"], recipe["recompute"]) == (2, True)
     assert recipe["method_kwargs"] == OPTIONS
-    assert (recipe["head"], recipe["kinetic"]) == ("mlp", 0)
+    assert (recipe["head"], recipe["kinetic"], recipe["reach"]) == ("mlp", 0, 1)
     later()
     assert main(["train", "--resume", str(stopped / "run")]) == 0
     weights, expected = (load_file(folder / "run" / "model.safetensors") for folder in (stopped, whole))
@@ -63,7 +63,7 @@ def test_a_run_of_0_1_keeps_the_defaults_of_0_1(later):
     folder = FIXTURES / "run-0.1"
     later()
     recipe = recipe_of_run(folder, Recipe(modules=2))
-    assert (recipe.modules, recipe.recompute, recipe.options) == (2, True, OPTIONS)
+    assert (recipe.modules, recipe.recompute, recipe.options, recipe.reach) == (2, True, OPTIONS, 0)
     modules = json.loads((folder / "run.json").read_text())["modules"]
     assert recipe.cuts == (modules[0][-1],)
     typed = recipe_of_run(folder, Recipe(modules=2, recompute=False, method_kwargs={"weight": 3.0}))
@@ -93,8 +93,9 @@ def test_damage_is_told_in_a_line(tmp_path, damage, capsys):
 
 
 def test_a_result_of_other_defaults_is_not_taken_for_done(later):
-    recipe = Recipe(modules=2)
+    recipe = Recipe(modules=2, reach=0)
     assert changed_default(recipe, None) is None
+    assert changed_default(Recipe(modules=2), None) == "reach is 1 now where it is left open, and was 0 then"
     later()
     assert changed_default(recipe, None) == "weight is 7.0 now where it is left open, and was 1.0 then"
     assert changed_default(replace(recipe, method_kwargs=OPTIONS), None) is None

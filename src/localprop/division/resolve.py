@@ -10,7 +10,7 @@ from localprop.settings.options import check_options, options_of
 from localprop.settings.recipe import Recipe
 
 _Recipe = TypeVar("_Recipe", bound=Recipe)
-_USUAL = {"head": "mlp", "kinetic": 0.0}
+_USUAL = {"head": "mlp", "kinetic": 0.0, "reach": 0}
 """What stands for a setting that is left open, where the method says nothing else."""
 
 
@@ -47,7 +47,6 @@ def resolved(recipe: Recipe, device: str = "cpu") -> Recipe:
     return replace(
         recipe,
         modules=count,
-        reach=recipe.reach or 0,
         recompute=cheap,
         head_kwargs={**options_of(head), **given},
         method_kwargs={**options_of(METHODS[recipe.method]), **recipe.options},
@@ -59,6 +58,13 @@ def _without_options() -> None:
 
 
 def with_methods_defaults(recipe: _Recipe) -> _Recipe:
-    """The recipe with head and kinetic term filled in: as it says, else as its method does, else the usual ones."""
+    """The recipe with head, kinetic term and reach filled in: as it says, else as its method does, else the usual ones.
+
+    Where reach is left open, a single module reads nothing ahead, and neither does a head that resembles the units that
+    follow: it is there to make that unnecessary.
+    """
     usual = {**_USUAL, **getattr(METHODS.get(recipe.method), "defaults", {})}
+    head = HEADS.get(recipe.head or usual["head"])
+    if recipe.count == 1 or getattr(head, "needs_place", False):
+        usual["reach"] = 0
     return replace(recipe, **{name: value for name, value in usual.items() if getattr(recipe, name) is None})

@@ -6,6 +6,7 @@ first module's input is the image. The paper's loss weights are not published.
 """
 
 import math
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ class FeatureReconstruction(TaskTerm):
     Raises:
         ConfigError: `sample` is not such a part, the decoder rebuilds the grid as a whole, or both terms are 0.
     """
+
+    defaults = MappingProxyType({"reach": 1})
 
     def __init__(
         self,

@@ -106,7 +106,8 @@ class LocalLoss(nn.Module, ABC):
     Attributes:
         uses_inputs: whether the loss looks at the network's inputs (other than as the input of the first module). Where
             no later module's does, they are freed.
-        defaults: settings of a `localprop.Recipe`, head or kinetic, that the method has where the user says nothing.
+        defaults: settings of a `localprop.Recipe`, head, kinetic or reach, that the method has where the user says
+            nothing.
     """
 
     uses_inputs: bool = True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from localprop.division.resolve import with_methods_defaults
 from localprop.models.backbone import create_backbone
 from localprop.models.sources import with_source
 from localprop.planning.plans import MODULES, Plan, plan
@@ -81,7 +82,8 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
     parts = f" in {config.micro_batches} parts" if config.micro_batches > 1 else ""
     batch = f"batch {config.batch_size}{parts}"
     title = f"{backbone.model} at {height}x{width}, {batch}, {config.precision}, {config.opt}"
-    title += f", reach {config.local.reach}" if config.local.reach else ""
+    reach = with_methods_defaults(config.local).reach
+    title += f", reach {reach}" if reach else ""
     return result, title
 
 

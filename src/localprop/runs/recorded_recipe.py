@@ -36,7 +36,9 @@ def recipe_of_run(folder: Path, recipe: Recipe) -> Recipe:
     # Cut where it was cut, however modules are balanced by now.
     cuts = tuple(units[-1] for units in modules[:-1])
     head = {**(recorded or {}).get("head_kwargs", {}), **(recipe.head_kwargs or {})}
-    return replace(recipe, modules=len(modules), cuts=cuts, recompute=again, head_kwargs=head, method_kwargs=options)
+    reach = settings_as_recorded(recorded or {})["reach"] if recipe.reach is None else recipe.reach
+    known = replace(recipe, modules=len(modules), cuts=cuts, recompute=again, reach=reach)
+    return replace(known, head_kwargs=head, method_kwargs=options)
 
 
 def changed_default(recipe: Recipe, recorded: dict[str, Any] | None, device: str = "cpu") -> str | None:

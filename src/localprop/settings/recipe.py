@@ -26,6 +26,10 @@ _PARTITION_HELP = (
     "is as fast as possible) or stage (where the resolution changes)."
 )
 _HEAD_HELP = f"What predicts the target in a module: {', '.join(HEADS)} (default: mlp, or what the method says)."
+_REACH_HELP = (
+    "Blocks of the next module through which a module's head reads its output (default: 0, or what the method says: 1 "
+    "for feature-reconstruction); trains better, takes more memory and time."
+)
 _KINETIC_HELP = (
     "Weight of each block's mean squared change of its input, halved in the second half of the modules (default: 0, or "
     "what the method says)."
@@ -47,8 +51,7 @@ class Recipe:
     partition: Annotated[Literal["balanced", "compute", "stage"], tyro.conf.arg(help=_PARTITION_HELP)] = "balanced"
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
-    reach: OptionalInt = None
-    """Blocks of the next module through which a module's head reads its output (default: 0); trains better, slower."""
+    reach: Annotated[OptionalInt, tyro.conf.arg(metavar="INT", help_behavior_hint="", help=_REACH_HELP)] = None
     min_depth: int = 1
     """Least number of blocks, or of parts of split ones, in a module; very shallow modules learn worse."""
     split_blocks: bool = False

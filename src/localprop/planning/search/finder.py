@@ -192,7 +192,7 @@ class Finder:
             return Recipe(split_blocks=True)
         full = with_methods_defaults(recipe)
         # To read ahead, to move its input and to be resembled is another thing for half a block than for a whole one.
-        whole = recipe.reach or full.kinetic or getattr(HEADS.lookup(full.head or ""), "needs_place", False)
+        whole = full.reach or full.kinetic or getattr(HEADS.lookup(full.head or ""), "needs_place", False)
         return replace(recipe, split_blocks=recipe.split_blocks or not whole)
 
     def _exact(self, parts: Parts) -> ExactWays:
