@@ -30,8 +30,8 @@ class Way:
     """One way to train a model.
 
     Attributes:
-        kind: "ordinary": end-to-end, a plain loop. "checkpointing": the same with timm's. "exact": end-to-end, kept
-            at the modules' boundaries and computed again module by module. "local": local learning.
+        kind: "ordinary": end-to-end, a plain loop. "checkpointing": the same with timm's. "exact": exact training in
+            modules. "local": local learning.
         cuts: the last units of all modules but the last, where there are modules.
         options: further arguments of `localprop.localize`.
     """
@@ -85,7 +85,7 @@ def local(cuts: list[str], recompute: bool = True, **options: Any) -> Way:
 
 def exact(cuts: list[str], blocks: str) -> Way:
     """Exact training, where the units whose names begin so compute cheap results again, as local modules do."""
-    return Way("exact", cuts, {"method": "greedy", "recompute": False, "recompute_units": {blocks: "cheap"}})
+    return Way("exact", cuts, {"method": "end-to-end", "recompute": False, "recompute_units": {blocks: "cheap"}})
 
 
 def cases(dry: bool) -> list[Case]:

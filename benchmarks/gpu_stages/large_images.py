@@ -11,7 +11,6 @@ from gpu_stages.running import Run
 from gpu_stages.steps import Mode, build
 
 EAGER_NOTE = "run eagerly: CUDA graphs need CUDA"
-RANDOM_NOTE = "other random numbers when computed again: the work of an exact step, not its gradients"
 ORDER = (
     ("end-to-end", "K=4", "K=4, nothing recomputed", "K=4, a quarter rebuilt", "K=4, reach 1"),
     ("K=8, blocks split", "K=8", "K=2", "K=4, greedy", "K=4, decoder conv"),
@@ -58,15 +57,13 @@ def _add(run: Run, lanes: Lanes, case: Case, way: str, mode: Mode) -> None:
     known["decoder"] = case.ways[way].options.get("decoder", localprop.Recipe.decoder)
     if mode == "graphs" and not run.cuda:
         known["note"] = EAGER_NOTE
-    elif mode == "graphs" and case.ways[way].kind == "exact":
-        known["note"] = RANDOM_NOTE
     lanes.add(row_name(case, way, mode), partial(build, run, case, case.ways[way], mode), **known)
 
 
 def predict(run: Run) -> None:
     """Predicts on the CPU what `measure` measures: peak memory with CUDA's kernels."""
     number, count = run.part
-    everything = [(case, way) for case in cases(run.dry) for way in case.ways if case.ways[way].kind != "exact"]
+    everything = [(case, way) for case in cases(run.dry) for way in case.ways]
     if run.dry:
         everything = everything[:2]  # seconds each, whatever the size
     for case, way in everything[number::count]:
@@ -78,7 +75,7 @@ def _predicted(case: Case, name: str) -> dict[str, int]:
     torch.set_num_threads(1)
     way = case.ways[name]
     options = dict(way.options)
-    if way.kind == "local":
+    if way.cuts:
         options["cuts"] = way.cuts
     plan = localprop.plan(
         case.backbone(), case.batch, modules=[len(way.cuts) + 1] if way.cuts else [2], input_size=case.size,

@@ -21,14 +21,12 @@ Train = Callable[[list[Tensor]], object]
 def build(run: Run, case: Case, way: Way, mode: Mode) -> Step:
     """A step that makes its own random batch and trains on it. As graphs it needs CUDA; elsewhere it runs eagerly."""
     graphs = mode == "graphs" and run.cuda
-    if way.kind == "local":
-        train = _local(run, case, way, mode, graphs)
-    elif way.kind == "exact":
-        train = _exact(run, case, way, graphs)
+    if way.kind in ("local", "exact"):
+        train = _in_modules(run, case, way, mode, graphs)
     else:
         train = _ordinary(run, case, way, mode, graphs)
-    if graphs and way.kind != "local":
-        train = BareGraph(train)
+        if graphs:
+            train = BareGraph(train)
 
     def step() -> None:
         train(batch(run, case))
@@ -120,8 +118,8 @@ def localized(run: Run, case: Case, way: Way) -> localprop.LocalNetwork:
     return net.to(run.device).train()
 
 
-def _local(run: Run, case: Case, way: Way, mode: Mode, graphs: bool) -> Train:
-    """Local learning: each module is stepped as soon as its gradients are there."""
+def _in_modules(run: Run, case: Case, way: Way, mode: Mode, graphs: bool) -> Train:
+    """Local learning or exact training: each module is stepped as soon as its gradients are there."""
     net = localized(run, case, way)
     if mode == "compiled":
         for module in net.local_modules:
@@ -145,46 +143,5 @@ def _local(run: Run, case: Case, way: Way, mode: Mode, graphs: bool) -> Train:
     def train(own: list[Tensor]) -> None:
         with autocast(run, case.amp, graphs):
             net.backward(own.pop(0), own.pop(), after_module=after_module)
-
-    return train
-
-
-def _exact(run: Run, case: Case, way: Way, graphs: bool) -> Train:
-    """End-to-end training at a local network's memory: only the modules' inputs are kept.
-
-    From the last module to the first, the forward is computed again, then backward and the module's optimizer step.
-    In a graph it draws other random numbers (stochastic depth) when it computes again: the same work, but not the
-    gradients of end-to-end.
-    """
-    net = localized(run, case, way)
-    modules = net.local_modules
-    own_parameters = [
-        [parameter for name, parameter in module.named_parameters() if not name.startswith("auxiliary.")]
-        for module in modules
-    ]
-    optimizers = [adamw(run, parameters, graphs) for parameters in own_parameters]
-
-    def forward(k: int, features: Tensor) -> Tensor:
-        if not graphs:
-            torch.manual_seed(k)
-        return modules[k](features, {})
-
-    def train(own: list[Tensor]) -> None:
-        features, targets = [own.pop(0)], own.pop()
-        with torch.no_grad(), autocast(run, case.amp, graphs):
-            for k in range(len(modules) - 1):
-                features.append(forward(k, features[-1]))
-        gradient = None
-        for k in reversed(range(len(modules))):
-            start = features.pop().requires_grad_(k > 0)
-            with autocast(run, case.amp, graphs):
-                output = forward(k, start)
-                if gradient is None:
-                    output = F.cross_entropy(output, targets)
-            output.backward(gradient)
-            gradient = start.grad
-            optimizers[k].step()
-            optimizers[k].zero_grad()
-            del start, output
 
     return train
