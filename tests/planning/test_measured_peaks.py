@@ -76,7 +76,7 @@ def simulated(name, precision, model=SWIN):
     backbone = timm.create_model(model, num_classes=10)
     settings = {**(NETWORKS | FOR_TIME)[name], "recompute": name not in ("end-to-end", "K=4 no recompute")}
     if settings["method"] == "feature-reconstruction":
-        settings["decoder"] = "conv"
+        settings |= {"decoder": "conv", "reach": 0}
     if "split_blocks" in settings:
         settings["cuts"] = [f"layers.{half}" for half in [*HALVES, *LATER[precision]]]
     half = torch.bfloat16 if mixed else None

@@ -27,7 +27,7 @@ SETTINGS = {
 @cache
 def seconds(modules, **options):
     method = "feature-reconstruction" if modules > 1 else "end-to-end"
-    net = localize(timm.create_model(SWIN, num_classes=10), modules, method, batch_size=BATCH, **options)
+    net = localize(timm.create_model(SWIN, num_classes=10), modules, method, batch_size=BATCH, reach=0, **options)
     return simulate_step(net, OptimConfig(batch_size=BATCH), BATCH, (3, 224, 224)).seconds
 
 
