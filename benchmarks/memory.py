@@ -156,7 +156,8 @@ def slices(device: str) -> None:
     early = ("patch_embed", "layers.0", "layers.1")
 
     def local(modules: int, names: tuple[str, ...] = (), count: int = 0) -> dict:
-        return {"modules": modules, "reach": 0, "split_blocks": True, "recompute_units": dict.fromkeys(names, f"whole/{count}")}
+        sliced = dict.fromkeys(names, f"whole/{count}")
+        return {"modules": modules, "reach": 0, "split_blocks": True, "recompute_units": sliced}
 
     whole = {"modules": 1, "method": "end-to-end"}
     everything = ("patch_embed", "layers")

@@ -110,7 +110,7 @@ def traced_once(name):
 
 
 def split(name, modules=3, method="feature-reconstruction", model=None, reach=0, **options):
-    """A tiny model as a network of 2 or 3 modules, with the same weights each time; no head reads ahead, if not asked."""
+    """A tiny model as a network of 2 or 3 modules, with the same weights each time; by default no head reads ahead."""
     model = build(name) if model is None else model
     torch.manual_seed(1)
     with traced_once(name):

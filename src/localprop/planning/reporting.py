@@ -19,8 +19,7 @@ def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
     lines = [f"picture: {config.picture}"] + ([f"everything: {config.json}"] if config.json else [])
     ahead = with_methods_defaults(config.local).reach
     if result.local and ahead and config.local.reach is None:
-        blocks = "1 block" if ahead == 1 else f"{ahead} blocks"
-        lines.append(f"heads of local modules read {blocks} ahead; --reach 0 takes less memory and time, and trains worse")
+        lines.append(f"local modules have reach {ahead}; --reach 0 takes less memory and time, and trains worse")
     if result.budget is None:
         return lines
     limit = format_bytes(result.budget)
