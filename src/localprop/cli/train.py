@@ -41,7 +41,7 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
 
 def _exact_unless_asked(config: TrainConfig, named: set[str]) -> TrainConfig:
     """With a budget training is end-to-end, unless one of the `named` settings asks for local modules."""
-    if config.local.budget is None or named & {"method", "modules", "cuts", "reach"}:
+    if config.local.budget is None or named & {"method", "modules", "cuts", "reach", "finish"}:
         return config
     return replace(config, local=replace(config.local, method=END_TO_END))
 

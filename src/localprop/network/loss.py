@@ -217,12 +217,12 @@ class NoLoss(LocalLoss):
     """Of a module before the last in exact training: its gradient comes from the module behind it.
 
     Args:
-        spec: the module it is built for.
+        spec: the module it is built for, which does not matter.
     """
 
     uses_inputs = False
 
-    def __init__(self, spec: ModuleSpec) -> None:
+    def __init__(self, spec: ModuleSpec | None = None) -> None:
         super().__init__()
 
     def forward(self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor) -> tuple[Tensor, None]:

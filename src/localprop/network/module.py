@@ -74,6 +74,11 @@ class LocalModule(nn.Module):
         own = self.recomputation
         self.recomputation = tuple(cheap if i < count and runs_again(r) else r for i, r in enumerate(own))
 
+    def with_loss(self, local_loss: LocalLoss, recomputation: Sequence[Recomputation]) -> "LocalModule":
+        """A module of the same units of the same backbone, with another local loss, and no head that reads ahead."""
+        own = (self._backbone[0], self._units, local_loss, self.output, self.recompute, self.grad_checkpointing)
+        return LocalModule(*own, recomputation, self.kinetic)
+
     @property
     def local_loss(self) -> LocalLoss:
         """The local loss with its auxiliary nets."""

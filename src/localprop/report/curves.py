@@ -49,7 +49,7 @@ def draw_curves(
     right.set_title(f"{evaluated_on} {headline.name}{unit}", loc="left", fontsize=9.5)
     losses = np.array([row.train_losses for row in rows], dtype=float).T
     scores = np.array([row.heads for row in rows], dtype=float).T
-    if losses.min() > 0 and losses.max() > 50 * losses.min():
+    if np.nanmin(losses) > 0 and np.nanmax(losses) > 50 * np.nanmin(losses):
         left.set_yscale("log")
     epochs = np.array([row.step / steps_per_epoch if steps_per_epoch else row.epoch for row in rows])
     _draw_panel(left, epochs, losses, format_loss)

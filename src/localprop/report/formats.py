@@ -23,7 +23,9 @@ def format_duration(seconds: float) -> str:
 
 
 def format_loss(loss: float) -> str:
-    """A loss in at most 7 characters."""
+    """A loss in at most 7 characters; a dash where there is none (NaN)."""
+    if math.isnan(loss):
+        return "-"
     size = abs(loss)
     if size and not 0.001 <= size < 10_000:
         return f"{loss:.1e}" if loss > 0 else f"{loss:.0e}"

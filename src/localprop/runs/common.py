@@ -1,8 +1,10 @@
 """What a run does whether it trains alone or as one of several processes: prepare, begin or resume, train, and show."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,6 +21,8 @@ from localprop.settings.config import DataConfig, TrainConfig
 from localprop.system.commands import resume_command
 from localprop.training.outputs import WEIGHTS
 from localprop.training.signals import Interrupted
+from localprop.training.stage import Finish
+from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
 
 
@@ -54,6 +58,25 @@ def prepare_run(
     return experiment, [*notes, note]
 
 
+def states_of(
+    experiment: Experiment, nets: Sequence[LocalNetwork], **place: Any
+) -> tuple[TrainingState, Finish | None]:
+    """What trains the networks of an experiment: the first, and that of the finish, if there is one.
+
+    Args:
+        experiment: what is trained.
+        nets: its networks.
+        place: which modules this process trains, and with whom; arguments of `TrainingState`.
+    """
+    config, first = experiment.config, experiment.steps_before_finish
+    place |= {"steps_per_epoch": experiment.steps_per_epoch, "device": experiment.device}
+    state = TrainingState(nets[0], config.before_finish, **place)
+    if len(nets) == 1:
+        return state, None
+    exact = nets[1]  # and not the first, which would stay alive
+    return state, Finish(first, lambda ema: TrainingState(exact, config.in_finish, **place, first=first, ema=ema))
+
+
 def begin(
     trainer: Trainer, experiment: Experiment, anew: bool, resumed: Path | None, job: str | None = None
 ) -> list[str]:
@@ -70,7 +93,7 @@ def begin(
     notes = [lock.note] if lock and lock.note else []
     if anew:
         if lock:
-            write_description(folder, experiment, trainer.net, job)
+            write_description(folder, experiment, trainer.state.net, job)
         return [*notes, f"{folder} has no checkpoint yet: the run starts anew"] if resumed else notes
     notes += trainer.resume()
     # The test accuracy of a run that --steps had stopped is not that of its end.
@@ -84,14 +107,16 @@ def announce(console: Console, experiment: Experiment, net: LocalNetwork, folder
     """Shows what is about to be trained, and where: `place` are the devices and processes."""
     side, count = experiment.data.img_size, len(net.local_modules)
     modules = counted(count, "module") + (" trained exactly" if net.exact else "")
+    if own := experiment.config.finish_epochs:
+        modules = f"{counted(count, 'module')}, trained exactly in the last {counted(own, 'epoch')}"
     console.out(printable(f"{experiment.title} at {side}x{side}: {modules}, {place}"), highlight=False)
     console.out(printable(f"run folder: {folder}"), highlight=False)
 
 
 def train(trainer: Trainer, experiment: Experiment, console: Console, notes: list[str]) -> None:
     """Trains, and shows progress, what came out, and what to do next; `notes` are lines to show first."""
-    config, folder, net = experiment.config, trainer.folder, trainer.net
-    evaluated_on, count = experiment.data.evaluated_on, net.loss_count
+    config, folder, evaluated_on = experiment.config, trainer.folder, experiment.data.evaluated_on
+    count = trainer.outputs.curve.modules
     progress = Progress(
         console,
         config.optim.epochs,
@@ -111,8 +136,9 @@ def train(trainer: Trainer, experiment: Experiment, console: Console, notes: lis
         return
     if trainer.tested:
         note_tested(folder, trainer.tested)
+    net = trainer.state.net
     modules = range(len(net.local_modules))
-    names = [units_of(net, modules)] if net.exact else [units_of(net, range(k, k + 1)) for k in modules]
+    names = [units_of(net, modules)] if count == 1 else [units_of(net, range(k, k + 1)) for k in modules]
     console.print(final_table(rows, names, evaluated_on, trainer.gauge.reserved))
     if line := tested_line(folder, experiment.data.task):
         console.out(line, highlight=False)

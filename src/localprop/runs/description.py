@@ -15,6 +15,7 @@ from localprop.system.files import write_text
 from localprop.system.plugins import load_plugin, plugin_record
 from localprop.system.provenance import provenance
 from localprop.system.reading import (
+    AMOUNT,
     COUNT,
     FLAG,
     MAPPING,
@@ -55,6 +56,7 @@ _DESCRIPTION = {
     "train_images": POSITIVE,
     "evaluated_images": POSITIVE,
     "steps": POSITIVE,
+    "finish?": {"after_step": POSITIVE, "lr": AMOUNT},
     "device": TEXT,
     "provenance": _PROVENANCE,
     "resumed_with?": [_PROVENANCE],
@@ -94,6 +96,8 @@ def write_description(folder: Path, experiment: Experiment, net: LocalNetwork, j
     }
     if experiment.config.backbone.plugin:
         description["plugin"] = plugin_record(experiment.config.backbone.plugin)
+    if experiment.config.local.finish:
+        description["finish"] = {"after_step": experiment.steps_before_finish, "lr": experiment.config.in_finish.lr}
     if net.recipe:
         description["recipe"] = net.recipe.record()
     if job:

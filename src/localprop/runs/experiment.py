@@ -10,6 +10,7 @@ from torch import nn
 from localprop.data.base import Data
 from localprop.data.loading import FOLDER, load_data, load_evaluated
 from localprop.division.divide import divide
+from localprop.division.exactly import exactly
 from localprop.division.resolve import with_methods_defaults
 from localprop.errors import ChainError, ConfigError
 from localprop.models.backbone import create_backbone, native_size
@@ -82,6 +83,15 @@ class Experiment:
             compile_network(net)
         return net
 
+    def networks(self) -> list[LocalNetwork]:
+        """What `localize` gives, and with a finish the network of that, on the same backbone; errors as there."""
+        nets = [self.localize()]
+        if self.config.local.finish:
+            nets.append(exactly(nets[0]))
+            if self.config.run.compile:
+                compile_network(nets[1])
+        return nets
+
     @property
     def input_size(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images."""
@@ -96,6 +106,11 @@ class Experiment:
     def steps(self) -> int:
         """Steps of all epochs."""
         return self.steps_per_epoch * self.config.optim.epochs
+
+    @property
+    def steps_before_finish(self) -> int:
+        """Steps of the epochs before the finish; of all epochs without one."""
+        return self.steps_per_epoch * self.config.before_finish.epochs
 
     @property
     def title(self) -> str:

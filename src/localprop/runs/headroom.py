@@ -1,6 +1,7 @@
 """Memory: what fits a budget, what a step is predicted to need, and what to say when memory has run out."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from localprop.division.resolve import resolved
@@ -110,23 +111,28 @@ class Headroom:
         )
 
 
-def predict(experiment: Experiment, net: LocalNetwork, headroom: Headroom) -> tuple[int | None, list[str]]:
+def predict(experiment: Experiment, nets: Sequence[LocalNetwork], headroom: Headroom) -> tuple[int | None, list[str]]:
     """The predicted peak of a training step in bytes, and lines for the user.
 
-    None if the network's code cannot run on fake tensors.
+    None if a network's code cannot run on fake tensors.
+
+    Args:
+        experiment: what is trained.
+        nets: the network, and with a finish that of it.
+        headroom: of the device.
     """
-    optim = experiment.config.optim
+    optim, kind = experiment.config.optim, experiment.device.type
     try:
-        peak = simulate_step(net, optim, optim.batch_size, experiment.input_size, experiment.device.type).peak
+        steps = [simulate_step(net, optim, optim.batch_size, experiment.input_size, kind) for net in nets]
     except PlanError as error:
         return None, [str(error)]
-    kind = experiment.device.type
+    peak, texts = max(step.peak for step in steps), [format_bytes(step.peak) for step in steps]
     how = (
         "predicted"
         if assumed(kind) == kind
         else f"predicted with the kernels of a CPU, since those of {kind} are unknown"
     )
-    lines = [f"peak memory of a step: {format_bytes(peak)} ({how})"]
+    lines = [f"peak memory of a step: {', in the finish '.join(texts)} ({how})"]
     if headroom.limit is not None and peak > headroom.limit:
         room = format_bytes(headroom.limit)
         lines.append(

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from localprop.errors import ConfigError
 from localprop.parallel.job import in_job
-from localprop.runs.common import announce, begin, prepare_run, show_interruption, train
+from localprop.runs.common import announce, begin, prepare_run, show_interruption, states_of, train
 from localprop.runs.folder import create_run_folder, starts_anew
 from localprop.runs.headroom import Headroom, predict
 from localprop.runs.repeatable import repeatable_kernels
@@ -16,7 +16,6 @@ from localprop.runs.together import run_together
 from localprop.settings.config import TrainConfig
 from localprop.system.lock import FolderLock
 from localprop.training.signals import Interrupted
-from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
 
 
@@ -50,23 +49,23 @@ def _train_alone(config: TrainConfig, resumed: Path | None, lock: FolderLock | N
     """Trains; `lock` is on the folder that is resumed, and `locks` takes that of a new one."""
     console, anew = Console(), resumed is None or starts_anew(resumed)
     experiment, notes = prepare_run(config, resumed, anew, console)
-    config = experiment.config
-    net = experiment.localize()
+    config, data, device = experiment.config, experiment.data, experiment.device
+    nets = experiment.networks()
     headroom = Headroom(experiment)
-    predicted, warning = predict(experiment, net, headroom)
-    state = TrainingState(net, config.optim, experiment.steps_per_epoch, experiment.device)
+    predicted, warning = predict(experiment, nets, headroom)
+    state, finish = states_of(experiment, nets)
     folder = resumed or create_run_folder(config)
     lock = lock or locks.enter_context(FolderLock(folder))
-    data, device = experiment.data, experiment.device
-    trainer = Trainer(state, data, config, folder, device, experiment.title, predicted, lock=lock)
+    trainer = Trainer(state, data, config, folder, device, experiment.title, predicted, lock=lock, finish=finish)
+    del state, nets  # which would keep what is given up at the finish
     notes += begin(trainer, experiment, anew, resumed)
-    announce(console, experiment, net, folder, str(device))
+    announce(console, experiment, trainer.state.net, folder, str(device))
     try:
         train(trainer, experiment, console, [*notes, *warning])
     except Interrupted as stop:
         show_interruption(stop, trainer)
         return stop.exit_code
     except MemoryError as error:
-        del trainer, state, net
+        del trainer
         raise headroom.explain(error, predicted) from None
     return 0

@@ -3,7 +3,7 @@
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,16 @@ from localprop.parallel.placement import Placement, arrange
 from localprop.planning.processes import in_flight
 from localprop.planning.simulation import simulate_step
 from localprop.report.formats import format_bytes
-from localprop.runs.common import announce, begin, command_to_resume, prepare_run, show_interruption, train, units_of
+from localprop.runs.common import (
+    announce,
+    begin,
+    command_to_resume,
+    prepare_run,
+    show_interruption,
+    states_of,
+    train,
+    units_of,
+)
 from localprop.runs.experiment import Experiment
 from localprop.runs.folder import create_run_folder, folder_of_job, starts_anew
 from localprop.runs.recorded_data import data_of_run
@@ -38,7 +47,6 @@ from localprop.system.lock import FolderLock
 from localprop.training.checkpoints.folder import has_checkpoint
 from localprop.training.outputs import CHECKPOINTS
 from localprop.training.signals import Interrupted
-from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
 
 
@@ -82,20 +90,22 @@ def _run(config: TrainConfig, resumed: Path | None, job: Job) -> int:
     config = experiment.config
     if line := difference(job.gather(data_facts(experiment.data.identity))):
         raise ParallelError(line)
-    net = experiment.localize()
+    nets = experiment.networks()
+    net = nets[0]
     seconds = _seconds(experiment, net, job)
     placement = arrange(config.run.parallel or "modules", len(net.local_modules), job.size, seconds)
     require_equal_parts(config.optim.batch_size, config.optim.micro_batches, placement.replicas)
     stage = PipelineStage(job, placement, net, config.run.trace)
     names = [_describe(net, placement, rank) for rank in range(job.size)]
     with _naming_the_process(job, names):
-        trainer, more = _build_trainer(experiment, net, placement, stage, resumed, anew, job)
+        trainer, more = _build_trainer(experiment, nets, placement, stage, resumed, anew, job)
+        del nets, net  # which would keep what is given up at the finish
         if job.rank == 0:
             describe_ranks(Ranks(names, str(trainer.folder), str(trainer.folder / CHECKPOINTS)))
     # What all processes would say, one does; that an image cannot be read is said by the process that reads it.
     console, notes = (Console(), notes + more) if stage.reports else (Console(force_interactive=False), [])
     if stage.reports:
-        announce(console, experiment, net, trainer.folder, f"{placement}, {experiment.device.type}")
+        announce(console, experiment, trainer.state.net, trainer.folder, f"{placement}, {experiment.device.type}")
     try:
         with _naming_the_process(job, names, trainer):
             train(trainer, experiment, console, notes)
@@ -115,7 +125,7 @@ def _run(config: TrainConfig, resumed: Path | None, job: Job) -> int:
 
 def _build_trainer(
     experiment: Experiment,
-    net: LocalNetwork,
+    nets: Sequence[LocalNetwork],
     placement: Placement,
     stage: PipelineStage,
     resumed: Path | None,
@@ -124,11 +134,11 @@ def _build_trainer(
 ) -> tuple[Trainer, list[str]]:
     """What trains in this process, at the place where the run begins or resumes; and lines for the user."""
     config, device = experiment.config, experiment.device
-    predicted, notes = _predict(experiment, net, placement, job)
+    predicted, notes = _predict(experiment, nets, placement, job)
     if not stage.needs_inputs:
         experiment.data.release()
-    steps = experiment.steps_per_epoch
-    state = TrainingState(net, config.optim, steps, device, stage.modules, stage.average, stage.span, stage.exchange)
+    place = {name: getattr(stage, name) for name in ("modules", "average", "span", "exchange")}
+    state, finish = states_of(experiment, nets, **place)
     lock = None
     if stage.reports:
         earlier = folder_of_job(job.name, config) if job.name and job.attempt and not resumed else None
@@ -140,7 +150,8 @@ def _build_trainer(
             raise CheckpointError(f"another process has used {resumed} meanwhile; start the same command again")
     name, anew = job.gather([str(lock.folder), anew] if lock else None)[placement.reporter]
     folder = Path(name)
-    trainer = Trainer(state, experiment.data, config, folder, device, experiment.title, predicted, stage, lock)
+    title, data = experiment.title, experiment.data
+    trainer = Trainer(state, data, config, folder, device, title, predicted, stage, lock, finish)
     return trainer, notes + begin(trainer, experiment, anew, resumed, job.name)
 
 
@@ -197,23 +208,24 @@ def _seconds(experiment: Experiment, net: LocalNetwork, job: Job) -> list[float]
     return step.module_seconds
 
 
-def _predict(experiment: Experiment, net: LocalNetwork, placement: Placement, job: Job) -> tuple[int | None, list[str]]:
+def _predict(
+    experiment: Experiment, nets: Sequence[LocalNetwork], placement: Placement, job: Job
+) -> tuple[int | None, list[str]]:
     """The largest predicted peak of a process in bytes, None where it cannot be known; and lines for the user."""
     optim, (stage, _) = experiment.config.optim, placement.place(job.rank)
     batch_size, device = optim.batch_size // placement.replicas, experiment.device.type
     own: tuple[int, int] | str
     try:
-        step = simulate_step(
-            net, optim, batch_size, experiment.input_size, device, placement.stages[stage], placement.replicas
-        )
-        own = step.peak, step.entry
+        given = optim, batch_size, experiment.input_size, device, placement.stages[stage], placement.replicas
+        steps = [simulate_step(net, *given) for net in nets]
+        own = max(step.peak for step in steps), steps[0].entry
     except PlanError as error:
         own = str(error)
     known = job.gather(own)[: len(placement.stages)]  # replicas need the same
     problems = [line for line in known if isinstance(line, str)]
     if problems:
         return None, problems[:1]
-    waiting = in_flight(net, placement.stages, [entry for _, entry in known])
+    waiting = in_flight(nets[0], placement.stages, [entry for _, entry in known])
     peaks = [peak + more for (peak, _), more in zip(known, waiting, strict=True)]
     rank = peaks.index(max(peaks))
     return peaks[rank], [

@@ -49,8 +49,10 @@ BOUNDS = {
     **dict.fromkeys(("epochs", "batch_size", "micro_batches", "modules", "img_size", "num_classes"), _COUNT),
     **dict.fromkeys(("nproc", "jobs", "steps", "val_interval", "checkpoint_steps", "checkpoint_hist"), _COUNT),
     **dict.fromkeys(("min_depth", "reach", "workers", "bad_images", "crop_pad"), Bounds(0, MOST)),
-    **dict.fromkeys(("lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "kinetic"), _FROM_0),
-    **dict.fromkeys(("drop_path", "val_split", "smoothing", "model_ema_decay"), _PART),
+    **dict.fromkeys(
+        ("lr", "finish_lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "kinetic"), _FROM_0
+    ),
+    **dict.fromkeys(("finish", "drop_path", "val_split", "smoothing", "model_ema_decay"), _PART),
     "hflip": Bounds(0, 1),
     "clip_grad": Bounds(0, above=True),
     "seed": Bounds(-(2**63), 2**64 - 1),  # what torch.manual_seed accepts

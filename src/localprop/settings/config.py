@@ -3,7 +3,7 @@
 A flag of the command line, a key of a YAML file and a field here are the same word. Field docstrings are the help.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +12,7 @@ import tyro
 from localprop.errors import ConfigError
 from localprop.registry import DATASETS, TASKS
 from localprop.settings.bounds import require_within_bounds
+from localprop.settings.finish import finish_epochs, require_finish
 from localprop.settings.recipe import Recipe
 from localprop.settings.values import (
     OptionalFloat,
@@ -94,11 +95,16 @@ class LocalConfig(Recipe):
 
     budget: OptionalStr = None
     """Memory to fit into, 8GiB or 500MiB: finds cuts and what runs again. Exact, unless local modules are asked for."""
+    finish: float = 0.0
+    """Part of the epochs, the last ones, in which the same modules are trained exactly: 0.1; 0 is off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
             parse_bytes(self.budget, "--budget")
+        if self.finish and (self.end_to_end or self.count == 1):
+            what = "--method end-to-end is exact from the first epoch on" if self.end_to_end else "there is one module"
+            raise ConfigError(f"--finish is {self.finish:g}, but {what}; leave --finish out")
 
     @property
     def recipe(self) -> Recipe:
@@ -150,6 +156,8 @@ class OptimConfig:
     """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
     lr: float = 3e-3
     """Peak learning rate."""
+    finish_lr: OptionalFloat = None
+    """Peak learning rate of the epochs of --finish, which have a schedule of their own (default: half of --lr)."""
     weight_decay: float = 0.05
     """Weight decay, not applied to biases, norms and what the model exempts."""
     sched: str = "cosine"
@@ -241,8 +249,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         optim, run = self.optim, self.run
         require_equal_parts(optim.batch_size, optim.micro_batches)
-        if optim.warmup_epochs is not None and optim.warmup_epochs > optim.epochs:
-            raise ConfigError(f"--warmup-epochs is {optim.warmup_epochs:g}, longer than --epochs {optim.epochs}")
+        require_finish(self.local.finish, optim.epochs, optim.finish_lr, run.parallel)
+        if optim.warmup_epochs is not None and optim.warmup_epochs > self.before_finish.epochs:
+            words = (
+                f"the {self.before_finish.epochs} before --finish" if self.local.finish else f"--epochs {optim.epochs}"
+            )
+            raise ConfigError(f"--warmup-epochs is {optim.warmup_epochs:g}, longer than {words}")
         if run.nproc is not None and run.parallel is None:
             raise ConfigError(f"--nproc is {run.nproc}, but nothing is parallel; add --parallel modules")
         if run.parallel == "modules" and self.local.end_to_end and (self.local.count or 1) > 1:
@@ -252,6 +264,22 @@ class TrainConfig:
             )
         if run.trace and run.parallel is None:
             raise ConfigError("--trace shows what several processes do; add --parallel modules --nproc 2")
+
+    @property
+    def finish_epochs(self) -> int:
+        """How many of the epochs, the last ones, are exact training."""
+        return finish_epochs(self.local.finish, self.optim.epochs)
+
+    @property
+    def before_finish(self) -> OptimConfig:
+        """How the epochs before these are trained; without a finish all."""
+        return replace(self.optim, epochs=self.optim.epochs - self.finish_epochs)
+
+    @property
+    def in_finish(self) -> OptimConfig:
+        """How these are trained: with a schedule of their own, and its usual warm-up."""
+        peak = self.optim.lr / 2 if self.optim.finish_lr is None else self.optim.finish_lr
+        return replace(self.optim, epochs=self.finish_epochs, lr=peak, warmup_epochs=None)
 
 
 def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) -> None:

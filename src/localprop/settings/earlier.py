@@ -17,6 +17,8 @@ NEWER: dict[str, Any] = {
     "deterministic": False,
     "reach": 0,
     "initial_checkpoint": None,
+    "finish": 0.0,
+    "finish_lr": None,
 }
 """Settings that version 0.1 did not have, and what they were then."""
 

@@ -59,6 +59,8 @@ class PlanConfig:
             raise ConfigError("--parallel needs --nproc, the number of processes")
         if not self.parallel and (self.nproc or self.bandwidth):
             raise ConfigError("--nproc and --bandwidth are for several processes; add --parallel modules")
+        if self.parallel and self.local.finish:
+            raise ConfigError("--finish trains in one process or on parts of batches; leave out --finish or --parallel")
         if self.parallel and self.local.budget is not None:
             raise ConfigError("--budget chooses for one process; leave out either --budget or --parallel")
         if self.bandwidth is not None:

@@ -36,11 +36,16 @@ class Gauge:
     def __init__(
         self, state: TrainingState, stage: Stage, device: torch.device, micro_batches: int, data: Data
     ) -> None:
-        self._state, self._stage, self._device, self._data = state, stage, device, data
+        self._stage, self._device, self._data = stage, device, data
         self._micro_batches = micro_batches
         self.peak: int | None = None
         self.reserved: int | None = None
-        self._steps = 0  # since the start of this process
+        self.follow(state)
+
+    def follow(self, state: TrainingState) -> None:
+        """From now on measures the training of this state; the peak is the largest of all so far."""
+        self._state = state
+        self._steps = 0  # of it, in this process
         self._settled = False  # whether the most has been measured
 
     def watch(self, carry: Carry, number: int, train: Callable[[Carry], object]) -> Carry:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,10 @@ class Scores:
     heads: tuple[float | None, ...]
     network: tuple[float | None, ...]
     examples: int
+
+    def among(self, modules: int) -> "Scores":
+        """The same for so many modules, where in a finish those before the last have no heads any more."""
+        return replace(self, heads=(None,) * (modules - len(self.heads)) + self.heads)
 
     def record(self) -> dict[str, Any]:
         """The same for a JSON file, by the names of the measures."""

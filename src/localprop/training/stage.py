@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from localprop.data.base import Data
@@ -26,6 +27,18 @@ class Waiting(NamedTuple):
     tensors: list[Tensor]
     most: bool
     """Whether as many wait as ever will."""
+
+
+class Finish(NamedTuple):
+    """What trains the last epochs of a run in the place of what trains those before.
+
+    Attributes:
+        first: the step after which it begins, which ends an epoch.
+        build: gives its state, as new; it is given the moving average so far.
+    """
+
+    first: int
+    build: Callable[[ModelEmaV3 | None], TrainingState]
 
 
 class Stage:

@@ -41,6 +41,8 @@ class TrainingState:
         span: given "compute" and a module, a context in which that module takes its step.
         exchange: where a head reads ahead into another process, or from one: what is exchanged with it.
         delayed: whether the host learns of NaN and infinity later and does not wait for the device; default: on CUDA.
+        first: the step of the run with which its schedules begin, from 0.
+        ema: a moving average of the backbone that goes on; default: a new one, where the settings have one.
 
     There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
     place where it is needed (epoch, batch, module).
@@ -57,10 +59,10 @@ class TrainingState:
         span: Callable[[str, int], AbstractContextManager[Any]] | None = None,
         exchange: Exchange | None = None,
         delayed: bool | None = None,
+        first: int = 0,
+        ema: ModelEmaV3 | None = None,
     ) -> None:
-        self.net = net
-        self.config = config
-        self.step = 0
+        self.net, self.config, self.step, self.first = net, config, first, first
         self.average, self.span, self.exchange = average, span, exchange
         self.modules = modules or range(len(net.local_modules))
         self.phases: Sequence[Phase] = turns(net.local_modules, self.modules)
@@ -72,7 +74,8 @@ class TrainingState:
         scaled = config.amp and config.amp_dtype == "float16"
         # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
         self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
-        self.ema = ModelEmaV3(net.backbone, decay=config.model_ema_decay) if config.model_ema else None
+        new = config.model_ema and ema is None
+        self.ema = ModelEmaV3(net.backbone, decay=config.model_ema_decay) if new else ema
         self.delayed = device.type == "cuda" if delayed is None else delayed
         trained = [optimizer for optimizer in self.optimizers if any(g["params"] for g in optimizer.param_groups)]
         masked = self.delayed and all(map(masks_its_step, trained))
@@ -132,7 +135,7 @@ class TrainingState:
         """Sets what a step depends on besides its batch: learning rates and the weight of the moving average."""
         for scheduler in self.schedulers:
             if scheduler:
-                scheduler.step_update(self.step)
+                scheduler.step_update(self.step - self.first)
         if self._rates:
             self._rates.set()
         if self._average:

@@ -1,5 +1,6 @@
 """The training loop: epochs, evaluation, checkpoints, results. It receives a built network and knows no method."""
 
+import gc
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ from localprop.training.position import Clock, Position, read_position
 from localprop.training.records import StepRecords
 from localprop.training.scores import Scores
 from localprop.training.signals import Interrupted
-from localprop.training.stage import Stage
+from localprop.training.stage import Finish, Stage
 from localprop.training.state import TrainingState, autocast
 from localprop.training.stepping.captured import use_graphs
 
@@ -48,6 +49,7 @@ class Trainer:
         predicted: predicted peak memory of a step in bytes; None if there is no prediction.
         stage: which modules are trained in this process, and what it shares with others; default: all.
         lock: on the run folder, in a process that writes into it.
+        finish: what trains the last epochs instead of `state`, if something else does.
 
     Attributes:
         last_step: the step after which training ends: the last of the last epoch, or that of `--steps`.
@@ -68,22 +70,23 @@ class Trainer:
         predicted: int | None = None,
         stage: Stage | None = None,
         lock: FolderLock | None = None,
+        finish: Finish | None = None,
     ) -> None:
         self.state, self.data, self.config, self.folder, self.device = state, data, config, folder, device
-        self.predicted = predicted
-        self.net = state.net
+        self.predicted, self.finish = predicted, finish
         self.stage = stage or Stage(state.modules)
         self.gauge = Gauge(state, self.stage, device, config.optim.micro_batches, data)
         self.steps_per_epoch = data.steps_per_epoch(config.optim.batch_size)
-        count, steps = self.net.loss_count, self.steps_per_epoch * config.optim.epochs
+        count, steps = state.net.loss_count, self.steps_per_epoch * config.optim.epochs
         self.last_step = min(steps, config.run.steps or steps)
         self.position = Position(loss_sums=[0.0] * count, layout=self.stage.name)
-        measures = self.net.task.measures
+        measures = state.net.task.measures
         self.outputs = Outputs(folder, title, data.evaluated_on, count, steps, self.steps_per_epoch, lock, measures)
         self.tests_at_end = True
         self.tested: Scores | None = None
         self._clock = Clock()
         self._records = StepRecords(state, self.stage.reports, self.outputs, self.gauge, self._clock, device, predicted)
+        self._accepted = state
         self._skipped_noted = 0
 
     def resume(self) -> list[str]:
@@ -112,6 +115,7 @@ class Trainer:
         if checkpoint is None:
             reasons = f" ({listing(notes)})" if notes else ""
             raise CheckpointError(f"{self.folder} has no valid checkpoint{reasons}; start a new run")
+        self._follow(self._accepted)
         if self.state.step > self.last_step:
             raise ConfigError(
                 f"--steps is {self.last_step}, but {self.folder} is at step {self.state.step} already; choose more "
@@ -126,17 +130,31 @@ class Trainer:
 
     def _accept(self, checkpoint: Checkpoint) -> str | None:
         """Takes a checkpoint over; says what is wrong with it where it cannot be."""
-        count, epochs = self.net.loss_count, self.config.optim.epochs
+        count, epochs = self.outputs.curve.modules, self.config.optim.epochs
         curve = LossCurve(self.steps_per_epoch * epochs, count)  # without what a bad checkpoint has left
         try:
             self.position = read_position(checkpoint.meta, checkpoint.step, count, epochs, self.steps_per_epoch)
             if "curve" in checkpoint.meta:
                 curve.load(checkpoint.meta["curve"])
             self.outputs.curve = curve
-            self.state.load(checkpoint.parts, checkpoint.step)
+            # Built anew each time: what of it a checkpoint has changed that is not taken in the end must not stay.
+            in_finish = self.finish and checkpoint.step > self.finish.first
+            self._accepted = self.finish.build(self.state.ema) if self.finish and in_finish else self.state
+            self._accepted.load(checkpoint.parts, checkpoint.step)
         except (Malformed, CheckpointError) as error:
             return str(error)
         return None
+
+    def _follow(self, state: TrainingState) -> None:
+        """Trains with this state from now on. If that is another one, what only that before it needs is free."""
+        if state is not self.state:
+            self.state, self.finish = state, None
+            self.gauge.follow(state)
+            self._records.follow(state)
+            self._accepted = state
+            gc.collect()  # or auxiliary nets and moments would wait for it, in circles of references
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     @property
     def _at_end(self) -> bool:
@@ -153,11 +171,14 @@ class Trainer:
         self._records.progress = progress
         with self.stage.signals, stops_cleanly(), one_memory_error():
             if not self._at_end:
-                use_graphs(self.state, self.config.run, self.device, self.stage.replicas > 1, progress.note)
+                self._use_graphs(progress)
             rows, epoch_ends = self.outputs.rows, self.position.batch == 0 or self._at_end
             if self.state.step and epoch_ends and (not rows or rows[-1].step < self.state.step):
                 self._finish_epoch(progress)  # stopped between the checkpoint and the evaluation
             while not self._at_end:
+                if self.finish and self.state.step == self.finish.first and self.position.batch == 0:
+                    self._follow(self.finish.build(self.state.ema))
+                    self._use_graphs(progress)
                 self._train_epoch(progress)
                 self._finish_epoch(progress)
             # Of a finished run that is resumed nothing is left to do but this.
@@ -180,7 +201,11 @@ class Trainer:
             What was found; None in a process that does not report.
         """
         data = data or self.data
-        return evaluate_network(self.state, self.stage, data, self.config, self.device, self._stop_if_asked)
+        found = evaluate_network(self.state, self.stage, data, self.config, self.device, self._stop_if_asked)
+        return found and found.among(self.outputs.curve.modules)
+
+    def _use_graphs(self, progress: Progress) -> None:
+        use_graphs(self.state, self.config.run, self.device, self.stage.replicas > 1, progress.note)
 
     def _train_epoch(self, progress: Progress) -> None:
         """Trains to the end of an epoch, or to `last_step` within it."""
@@ -189,7 +214,7 @@ class Trainer:
         if position.batch == 0:
             position.begin_epoch()
         steps = range(position.batch, min(self.steps_per_epoch, position.batch + self.last_step - self.state.step))
-        self.net.train()
+        self.state.net.train()
         self._clock.start()
         batches = self.stage.train_batches(
             self.data, position.epoch, optim.batch_size, optim.micro_batches, self.device, steps
@@ -248,28 +273,9 @@ class Trainer:
         self._clock.lap(position, training=False)
         self.gauge.note_reserved()
         if self.stage.reports:
-            row = self._row(scores)
+            row = self._records.row(position, scores, self.steps_per_epoch, self.config.optim.batch_size)
             self.outputs.add_epoch(row, last=self._at_end)
             progress.epoch(row)
-
-    def _row(self, scores: Scores | None) -> EpochRow:
-        """What an epoch came to, or its part before `last_step`."""
-        position = self.position
-        steps = position.batch or self.steps_per_epoch
-        return EpochRow(
-            epoch=position.epoch + (position.batch > 0),
-            step=self.state.step,
-            lr=self.state.lr,
-            train_losses=tuple(total / steps for total in position.loss_sums),
-            heads=scores.heads if scores else (None,) * len(position.loss_sums),
-            network=scores.network if scores else (None,) * len(self.net.task.measures),
-            examples_per_second=steps * self.config.optim.batch_size / position.epoch_seconds,
-            predicted_memory=self.predicted,
-            peak_memory=self.gauge.peak,
-            seconds=position.seconds,
-            measures=tuple(self.net.task.measures),
-            unit=self.net.task.unit,
-        )
 
     def _save(self) -> Path:
         self._records.finish(self.position)  # no state is saved before it is known to be finite
