@@ -25,8 +25,7 @@ def exactly(net: LocalNetwork) -> LocalNetwork:
         raise ConfigError("a finish trains several modules exactly, and there is one; choose more --modules")
     own = []
     for module in modules:
-        last = module is modules[-1]
-        again = [recipe.recomputation(unit, last and unit == module.units[-1]) for unit in module.units]
-        own.append(module.with_loss(module.local_loss if last else NoLoss(), again))
+        again = [recipe.recomputation(unit, unit == module.units[-1]) for unit in module.units]
+        own.append(module.with_loss(module.local_loss if module is modules[-1] else NoLoss(None), again))
     recipe = replace(recipe, method=END_TO_END, reach=0, method_kwargs={})
     return LocalNetwork(net.backbone, own, net.input_size, recipe, net.task).train(net.training)

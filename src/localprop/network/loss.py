@@ -222,7 +222,7 @@ class NoLoss(LocalLoss):
 
     uses_inputs = False
 
-    def __init__(self, spec: ModuleSpec | None = None) -> None:
+    def __init__(self, spec: ModuleSpec | None) -> None:
         super().__init__()
 
     def forward(self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor) -> tuple[Tensor, None]:

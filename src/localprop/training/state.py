@@ -44,8 +44,7 @@ class TrainingState:
         first: the step of the run with which its schedules begin, from 0.
         ema: a moving average of the backbone that goes on; default: a new one, where the settings have one.
 
-    There is no random state in it: every random number of a run is drawn from a seed made of the run's seed and the
-    place where it is needed (epoch, batch, module).
+    There is no random state in it: random numbers are drawn from seeds made of the run's seed and the place.
     """
 
     def __init__(
@@ -74,15 +73,13 @@ class TrainingState:
         scaled = config.amp and config.amp_dtype == "float16"
         # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
         self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
-        new = config.model_ema and ema is None
-        self.ema = ModelEmaV3(net.backbone, decay=config.model_ema_decay) if new else ema
+        self.ema = ema or (ModelEmaV3(net.backbone, decay=config.model_ema_decay) if config.model_ema else None)
         self.delayed = device.type == "cuda" if delayed is None else delayed
         trained = [optimizer for optimizer in self.optimizers if any(g["params"] for g in optimizer.param_groups)]
         masked = self.delayed and all(map(masks_its_step, trained))
         self.mask = Mask([list(net.local_modules[k].parameters()) for k in self.modules], device) if masked else None
-        self.steps = OptimizerSteps(
-            net, self.modules, self.optimizers, self.scalers, config.clip_grad, offload, self.mask
-        )
+        steps = (net, self.modules, self.optimizers, self.scalers)
+        self.steps = OptimizerSteps(*steps, config.clip_grad, offload, self.mask)
         self._rates = RatesOnDevice(trained, device) if self.mask else None
         self._average = AverageOnDevice(self.ema, self.mask.failed) if self.ema and self.mask else None
         self.captured: CapturedSteps | None = None
