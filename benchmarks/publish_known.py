@@ -74,24 +74,26 @@ def _suite(folder: Path) -> dict[str, Any]:
         config = record["config"]
         if config["head"] not in (None, "mlp") or config["method_kwargs"]:
             continue
-        kind = (config["method"], config["modules"] or 1, config.get("reach") or 0, config.get("kinetic") or 0.0)
+        parts = (config.get("reach") or 0, config.get("kinetic") or 0.0, config.get("finish") or 0.0)
+        kind = (config["method"], config["modules"] or 1, *parts)
         accuracy.setdefault(kind, {})[config["seed"]] = record["result"]["accuracy"]
     rows = []
-    for (method, modules, reach, kinetic), own in sorted(accuracy.items()):
-        base = accuracy.get(("end-to-end", 1, 0, kinetic), {})
+    for (method, modules, reach, kinetic, finish), own in sorted(accuracy.items()):
+        base = accuracy.get(("end-to-end", 1, 0, kinetic, 0.0), {})
         both = [seed for seed in own if seed in base]
         if method == "end-to-end" or not both:
             continue
         gap = round(mean(own[seed] - base[seed] for seed in both), 2)
-        row = {"method": method, "modules": modules, **_parts(reach, bool(kinetic)), "gaps": [gap], "seeds": len(both)}
-        rows.append(row)
+        parts = _parts(reach, bool(kinetic), finish)
+        rows.append({"method": method, "modules": modules, **parts, "gaps": [gap], "seeds": len(both)})
     config = records[0]["config"]
     size, epochs = config["img_size"], config["epochs"]
     return {"protocol": f"a small Swin, CIFAR-10, {size} px, {epochs} epochs, held-out images", "rows": rows}
 
 
-def _parts(reach: int, kinetic: bool) -> dict[str, Any]:
-    return {**({"reach": reach} if reach else {}), **({"kinetic": True} if kinetic else {})}
+def _parts(reach: int, kinetic: bool, finish: float = 0.0) -> dict[str, Any]:
+    parts: dict[str, Any] = {"reach": reach, "kinetic": kinetic, "finish": finish}
+    return {name: value for name, value in parts.items() if value}
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def collect(folder: Path, suite: str, run: SuiteRun, jobs: int) -> Record:
         run=run.name,
         axes=run.axes,
         result=_result(run, description, measures[0], last, losses),
-        cost=_cost(rows, losses) | {"jobs": jobs, "device": description["device"]},
+        cost=_cost(rows, losses, description) | {"jobs": jobs, "device": description["device"]},
         network=_network(description),
         data=_data(folder, run, description),
         config=settings_in(folder, run),
@@ -125,14 +125,29 @@ def _data(folder: Path, run: SuiteRun, description: dict[str, Any]) -> dict[str,
     }
 
 
-def _cost(rows: list[EpochRow], losses: list[list[float]]) -> dict[str, Any]:
-    last = rows[-1]
+def _cost(rows: list[EpochRow], losses: list[list[float]], description: dict[str, Any]) -> dict[str, Any]:
+    last, finish = rows[-1], description.get("finish", {}).get("after_step", math.inf)
     return {
         "predicted_memory": last.predicted_memory,
         "peak_memory": last.peak_memory,
-        # Of the means between two moments: a checkpoint, or another program, disturbs few of them.
-        "seconds_per_step": statistics.median(row[1] for row in losses),
-        "processor_seconds_per_step": statistics.median(row[2] for row in losses),
-        "images_per_second": statistics.median(row.examples_per_second for row in rows),
+        "seconds_per_step": _typical([(row[0], row[1]) for row in losses], finish),
+        "processor_seconds_per_step": _typical([(row[0], row[2]) for row in losses], finish),
+        "images_per_second": _typical([(row.step, row.examples_per_second) for row in rows], finish),
         "seconds": last.seconds,
     }
+
+
+def _typical(values: list[tuple[float, float]], finish: float) -> float:
+    """The median of (step, value) pairs; with a finish the mean of the medians before and in it, by their lengths.
+
+    Of the means between two moments: a checkpoint, or another program, disturbs few of them.
+
+    Args:
+        values: at ascending steps.
+        finish: the step after which the finish begins, whose steps take another time.
+    """
+    parts = [[value for step, value in values if (step > finish) == late] for late in (False, True)]
+    ends = [0.0, min(finish, values[-1][0]), values[-1][0]]
+    lengths = [ends[i + 1] - ends[i] for i in range(2) if parts[i]]
+    medians = [statistics.median(part) for part in parts if part]
+    return sum(m * n for m, n in zip(medians, lengths, strict=True)) / sum(lengths) if len(medians) > 1 else medians[0]

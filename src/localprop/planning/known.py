@@ -21,6 +21,7 @@ class KnownGap:
         modules: K.
         reach: blocks that heads read ahead.
         kinetic: whether the kinetic term is on, in the end-to-end training as well where that was run.
+        finish: part of the epochs, the last ones, that were exact training.
         gaps: points, one for each dataset; below zero where it is the less accurate.
         seeds: runs of each; None where nobody says.
         protocol: network, data, length and source in words.
@@ -30,6 +31,7 @@ class KnownGap:
     modules: int
     reach: int
     kinetic: bool
+    finish: float
     gaps: tuple[float, ...]
     seeds: int | None
     protocol: str
@@ -40,24 +42,28 @@ def known_gaps() -> tuple[KnownGap, ...]:
     """All of them; published ones first, then by the length of training."""
     text = Path(__file__).with_name("known.yaml").read_text(encoding="utf-8")
     return tuple(
-        KnownGap(**{"reach": 0, "kinetic": False, **row, "gaps": tuple(row["gaps"])}, protocol=group["protocol"])
+        KnownGap(
+            **{"reach": 0, "kinetic": False, "finish": 0.0, **row, "gaps": tuple(row["gaps"])},
+            protocol=group["protocol"],
+        )
         for group in yaml.safe_load(text)
         for row in group["rows"]
     )
 
 
-def cost_in_accuracy(recipe: Recipe) -> str:
+def cost_in_accuracy(recipe: Recipe, finish: float = 0.0) -> str:
     """What a resolved recipe is known to cost in accuracy, as a sentence for a user.
 
-    The gaps are those of its method, reach and kinetic term with as many modules. Where that number of modules was not
-    tried, the sentence says so and gives the nearest that was.
+    The gaps are those of its method, reach, kinetic term and finish with as many modules. Where that number of modules
+    was not tried, the sentence says so and gives the nearest that was.
     """
     modules, reach, kinetic = recipe.modules or 1, recipe.reach or 0, bool(recipe.kinetic)
     if recipe.end_to_end:
         return "it has the accuracy of end-to-end training, whose gradients it computes"
-    own = [gap for gap in known_gaps() if gap.method == recipe.method and (gap.reach, gap.kinetic) == (reach, kinetic)]
+    parts = reach, kinetic, finish
+    own = [g for g in known_gaps() if g.method == recipe.method and (g.reach, g.kinetic, g.finish) == parts]
     if not own:
-        return f"what {_words(recipe.method, reach, kinetic)} costs in accuracy has not been measured"
+        return f"what {_words(recipe.method, *parts)} costs in accuracy has not been measured"
     nearest = min({gap.modules for gap in own}, key=lambda count: (abs(count - modules), count))
     found = "; ".join(_gap_text(gap) for gap in own if gap.modules == nearest)
     if nearest == modules:
@@ -65,8 +71,9 @@ def cost_in_accuracy(recipe: Recipe) -> str:
     return f"what K={modules} costs in accuracy has not been measured; at K={nearest}: {found}"
 
 
-def _words(method: str, reach: int, kinetic: bool) -> str:
+def _words(method: str, reach: int, kinetic: bool, finish: float) -> str:
     more = [*([f"reach {reach}"] if reach else []), *(["the kinetic term"] if kinetic else [])]
+    more += [f"a finish of {finish:g}"] if finish else []
     return method + (f" with {' and '.join(more)}" if more else "")
 
 

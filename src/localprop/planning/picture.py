@@ -58,7 +58,7 @@ def _draw_steps(above: Axes, below: Axes, plan: Plan, row: PlanRow) -> None:
         axes.set_ylim(0, 1.08 * highest)
         axes.set_xlim(0, max(1.0, row.step.seconds / scale))
         axes.set_ylabel("GiB", fontsize=9, color="0.35")
-        _mark_peak(axes, own, f"{format_bytes(own.step.peak)}\n{plan.memory_ratio(own):.0%}")
+        _mark_peak(axes, own, f"{format_bytes(own.step.peak)}\n{own.step.peak / plan.baseline.peak:.0%}")
 
 
 def _draw_fronts(axes: Axes, plan: Plan) -> None:
@@ -68,11 +68,9 @@ def _draw_fronts(axes: Axes, plan: Plan) -> None:
         ("exact", _EXACT, plan.exact, plan.exact_fit),
         ("local", _LOCAL, plan.local, plan.local_fit),
     ):
-        rows = sorted(
-            {id(row): row for row in [*front, *([fit] if fit else [])]}.values(), key=lambda row: row.step.peak
-        )
+        rows = sorted({id(row): row for row in [*front, *([fit] if fit else [])]}.values(), key=lambda row: row.peak)
         times = [plan.time_ratio(row) for row in rows]
-        sizes = [row.step.peak / 2**30 for row in rows]
+        sizes = [row.peak / 2**30 for row in rows]
         axes.plot(times, sizes, color=color, marker="o", markersize=4.5, linewidth=0, label=name)
         # A setting with fewer modules may be a little slower than one with more: the line leaves it out.
         line = [i for i in range(len(rows)) if times[i] < min(times[:i], default=float("inf"))]

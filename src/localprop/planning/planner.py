@@ -9,13 +9,14 @@ from torch import nn
 
 from localprop.division.divide import division_of
 from localprop.division.division import Division
+from localprop.division.exactly import exactly
 from localprop.division.partition import most_modules
 from localprop.errors import ChainError, ConfigError, ParallelError
 from localprop.memory.cost import Costs
 from localprop.network.network import LocalNetwork
 from localprop.planning.peaks import Peak, explain_peak
 from localprop.planning.processes import Processes, pipeline, share_out
-from localprop.planning.rows import PlanRow, Setting
+from localprop.planning.rows import Finish, PlanRow, Setting
 from localprop.planning.schedules import Link
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
@@ -43,6 +44,7 @@ class Planner:
         on_setting: called before each setting is looked at.
         must_fit: whether an error is raised for a setting that the model does not allow.
         left_out: why the model does not allow a setting, by the setting's name.
+        finish: part of the epochs of local modules, the last ones, in which they are trained exactly.
     """
 
     model: nn.Module
@@ -58,6 +60,7 @@ class Planner:
     on_setting: Callable[[Setting], None] = lambda setting: None
     must_fit: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
+    finish: float = 0.0
 
     def rows(self, modules: Sequence[int | Literal["max"]]) -> list[PlanRow]:
         """End-to-end training, then the recipe with each number of modules."""
@@ -84,9 +87,9 @@ class Planner:
                 setting = self.setting(count, split)
                 known = any(row.setting == setting for row in rows)
                 row = self.row(setting) if setting.modules > 1 and not known else None
-                least = min((row.step.peak for row in rows), default=None)
+                least = min((row.peak for row in rows), default=None)
                 rows += [row] if row else []
-                if split or not row or least is None or row.step.peak < _CLEARLY * least:
+                if split or not row or least is None or row.peak < _CLEARLY * least:
                     break
                 if len(self.known(True).chain) == len(self.known(False).chain):
                     break
@@ -132,7 +135,10 @@ class Planner:
                     raise
                 not_parallel = str(error)
         units = [module.units for module in net.local_modules]
-        return PlanRow(setting, self.batch_size, given[0].micro_batches, step, units, parallel, not_parallel)
+        finish = None
+        if self.finish and divided and not net.exact:
+            finish = Finish(self.finish, simulate_step(exactly(net), *given))
+        return PlanRow(setting, self.batch_size, given[0].micro_batches, step, units, parallel, not_parallel, finish)
 
     def network(
         self, setting: Setting, micro_batches: int | None = None

@@ -72,15 +72,15 @@ class Plan:
 
     def memory_ratio(self, row: PlanRow) -> float:
         """Peak memory against end-to-end."""
-        return row.step.peak / self.baseline.step.peak
+        return row.peak / self.baseline.peak
 
     def time_ratio(self, row: PlanRow) -> float:
         """Expected time per step against end-to-end."""
-        return row.step.seconds / self.baseline.step.seconds
+        return row.seconds / self.baseline.seconds
 
     def flops_ratio(self, row: PlanRow) -> float:
         """Floating point operations per step against end-to-end."""
-        return row.step.flops / self.baseline.step.flops
+        return row.flops / self.baseline.flops
 
     def speedup(self, row: PlanRow) -> float | None:
         """Expected throughput on several processes against the same modules in one."""
@@ -113,6 +113,7 @@ def plan(
     nproc: int | None = None,
     bandwidth: float | None = None,
     explain: str | None = None,
+    finish: float = 0.0,
     show: Literal["rows", "fronts", "fits"] = "rows",
     on_setting: Callable[[Setting], None] | None = None,
     **options: Any,
@@ -139,6 +140,8 @@ def plan(
             plan what a pipeline of end-to-end training takes.
         bandwidth: bytes per second between two processes; default: an order of magnitude for the device.
         explain: name of a setting, such as "K=4" or "end-to-end"; the plan then says why its peak is where it is.
+        finish: part of the epochs of local modules, the last ones, in which the same modules are trained exactly. The
+            peak of a row is then the larger one of both, and its time the mean.
         show: "rows", end-to-end training and the numbers of modules; "fronts", these and the fastest settings for any
             memory; or "fits", only end-to-end training and what fits the budget.
         on_setting: called before each setting is looked at.
@@ -161,7 +164,7 @@ def plan(
     planner = Planner(
         model, {False: Costs(model, units)}, recipe, arguments, optim, amp_dtype, batch_size, device, nproc, link
     )
-    planner.on_setting = on_setting or planner.on_setting
+    planner.on_setting, planner.finish = on_setting or planner.on_setting, finish
     return _planned(planner, modules, budget, show, explain)
 
 
@@ -189,7 +192,7 @@ def _planned(
     rows = planner.baselines() if show == "fits" else planner.rows(modules)
     finder, fronts, fits = Finder(planner, modules, [*rows]), dict[Kind, list[PlanRow]](), _Fits()
     if budget is not None:
-        fits = _fits(finder, planner.recipe, budget)
+        fits = _fits(finder, planner, budget)
     if show == "fronts" and not planner.nproc:
         fronts = {kind: finder.front(kind) for kind in KINDS}
     shared = planner.pipeline(rows) if planner.nproc else None
@@ -215,10 +218,11 @@ class _Fits(NamedTuple):
     chosen: PlanRow | None = None
 
 
-def _fits(finder: Finder, recipe: Recipe, budget: int) -> _Fits:
+def _fits(finder: Finder, planner: Planner, budget: int) -> _Fits:
     """See `Plan`; errors as of `plan`."""
     exact, local = (finder.fitting(kind, budget) for kind in KINDS)
-    asked = recipe.asks_local or (len(finder.modules) == 1 and not recipe.end_to_end)
+    recipe, only_local = planner.recipe, planner.finish > 0
+    asked = recipe.asks_local or only_local or (len(finder.modules) == 1 and not recipe.end_to_end)
     chosen = (local or exact) if asked else (exact or local)
     if chosen is None:
         raise finder.nothing_fits("local" if asked else "exact", budget)

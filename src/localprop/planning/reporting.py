@@ -7,7 +7,7 @@ from localprop.division.resolve import resolved, with_methods_defaults
 from localprop.planning.known import cost_in_accuracy
 from localprop.planning.plans import Plan
 from localprop.planning.processes import Processes
-from localprop.planning.rows import PlanRow
+from localprop.planning.rows import Finish, PlanRow
 from localprop.planning.settings import chosen_for_plan, train_command
 from localprop.report.formats import format_bytes
 from localprop.settings.flat import to_flat
@@ -28,10 +28,11 @@ def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
             lines += ["", f"within {limit}, {kind}: nothing"]
             continue
         parts = f" in {row.micro_batches} micro-batches" if row.micro_batches > config.micro_batches else ""
-        peak, ratio = format_bytes(row.step.peak), result.time_ratio(row)
+        peaks = [row.step.peak] + ([row.finish.step.peak] if row.finish else [])
+        peak, ratio = ", in its finish ".join(map(format_bytes, peaks)), result.time_ratio(row)
         lines += ["", f"within {limit}, {kind}: {row.setting.name}{parts} takes {peak} and {ratio:.2f} of the time"]
         if kind == "local":
-            lines.append(cost_in_accuracy(resolved(row.setting.recipe, config.device)))
+            lines.append(cost_in_accuracy(resolved(row.setting.recipe, config.device), config.local.finish))
         lines.append(f"{train_command(chosen_for_plan(config, row))} --data folder:PATH")
     return lines
 
@@ -52,7 +53,11 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
             "flops_ratio": result.flops_ratio(row),
             "time_ratio": result.time_ratio(row),
             "module_units": row.module_units,
+            **({"finish": finish(row.finish)} if row.finish else {}),
         }
+
+    def finish(own: Finish) -> dict[str, Any]:
+        return {"part": own.part, "peak": own.step.peak, **own.step.parts, "flops": own.step.flops}
 
     def fitting(row: PlanRow) -> dict[str, Any]:
         return {**describe(row), "command": train_command(chosen_for_plan(config, row))}

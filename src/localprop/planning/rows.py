@@ -1,7 +1,7 @@
 """The rows of a plan: one way to train a model, and what that needs."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from localprop.errors import warn_renamed
 from localprop.planning.processes import Processes
@@ -62,6 +62,18 @@ class Setting:
         return {"setting": self.name, **{key: getattr(self, key) for key in keys}, **found}
 
 
+class Finish(NamedTuple):
+    """The last epochs of a run of local modules, which train the same modules exactly.
+
+    Attributes:
+        part: of all epochs.
+        step: memory and time of one step in them.
+    """
+
+    part: float
+    step: PredictedStep
+
+
 @dataclass(frozen=True)
 class PlanRow:
     """What one setting takes.
@@ -74,6 +86,7 @@ class PlanRow:
         module_units: names of each module's units.
         parallel: the same on several processes; None where that was not asked for, or cannot be.
         not_parallel: why it cannot be.
+        finish: the same in the finish of a run of local modules; None without one.
     """
 
     setting: Setting
@@ -83,6 +96,25 @@ class PlanRow:
     module_units: list[list[str]] = field(repr=False)
     parallel: Processes | None = None
     not_parallel: str | None = None
+    finish: Finish | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak of a run: the larger one of its step and of that in its finish."""
+        return max(self.step.peak, self.finish.step.peak if self.finish else 0)
+
+    @property
+    def seconds(self) -> float:
+        """Expected time of a step, the mean over a run."""
+        return self._mean(self.step.seconds, self.finish.step.seconds if self.finish else 0.0)
+
+    @property
+    def flops(self) -> float:
+        """Floating point operations of a step, likewise."""
+        return self._mean(self.step.flops, self.finish.step.flops if self.finish else 0.0)
+
+    def _mean(self, before: float, after: float) -> float:
+        return before + self.finish.part * (after - before) if self.finish else before
 
     @property
     def trace(self) -> PredictedStep:

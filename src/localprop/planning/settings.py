@@ -44,6 +44,7 @@ def plan_for(
         opt=optim,
         amp_dtype=getattr(torch, optim.amp_dtype) if optim.amp else None,
         budget=budget,
+        finish=local.finish,
         **recipe,
         **options,
     )
@@ -84,6 +85,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
     title = f"{backbone.model} at {height}x{width}, {batch}, {config.precision}, {config.opt}"
     reach = with_methods_defaults(config.local).reach
     title += f", reach {reach}" if reach else ""
+    title += f", finish {config.local.finish:g}" if config.local.finish else ""
     return result, title
 
 
@@ -91,10 +93,11 @@ def chosen(config: TrainConfig, row: PlanRow) -> TrainConfig:
     """The settings of a run, with a setting of a plan in them."""
     recipe = row.setting.recipe
     own = {name: getattr(recipe, name) for name in _FOUND}
-    if recipe.end_to_end:  # which has no options, and one module usually; the rest is as the user had it
-        own |= {"method_kwargs": None, "modules": None if row.setting.modules == 1 else own["modules"]}
-    local = replace(config.local, **own)
     optim = replace(config.optim, batch_size=row.batch_size, micro_batches=row.micro_batches)
+    if recipe.end_to_end:  # which has no options or finish, and one module usually; the rest is as the user had it
+        own |= {"method_kwargs": None, "modules": None if row.setting.modules == 1 else own["modules"], "finish": 0.0}
+        optim = replace(optim, finish_lr=None)
+    local = replace(config.local, **own)
     return replace(config, local=local, optim=optim)
 
 

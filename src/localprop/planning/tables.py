@@ -28,17 +28,20 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
     fits = [plan.exact_fit, plan.local_fit]
 
     def add(row: PlanRow) -> None:
-        step, count = row.step, len(row.module_units)
-        table.add_row(
-            Text(f"{row.setting.name} "),
-            f"{step.peak / 2**20:.0f}",
-            f"{100 * plan.memory_ratio(row):.0f}",
-            *(f"{step.parts[part] / 2**20:.0f}" for part in _HEADINGS),
-            f"{plan.flops_ratio(row):.2f}",
-            f"{plan.time_ratio(row):.2f}",
-            str(step.module + 1) if count > 1 else "",
-            style="bold" if any(fit is not None and fit.setting == row.setting for fit in fits) else None,
-        )
+        style = "bold" if any(fit is not None and fit.setting == row.setting for fit in fits) else None
+        lines = [(f"{row.setting.name} ", row.step)] + ([("  its finish ", row.finish.step)] if row.finish else [])
+        whole = plan.baseline.step
+        for name, step in lines:
+            table.add_row(
+                Text(name),
+                f"{step.peak / 2**20:.0f}",
+                f"{100 * step.peak / whole.peak:.0f}",
+                *(f"{step.parts[part] / 2**20:.0f}" for part in _HEADINGS),
+                f"{step.flops / whole.flops:.2f}",
+                f"{step.seconds / whole.seconds:.2f}",
+                str(step.module + 1) if len(row.module_units) > 1 else "",
+                style=style,
+            )
 
     for row in plan.rows:
         add(row)

@@ -42,9 +42,9 @@ def choose_for_budget(experiment: Experiment) -> tuple[Experiment, str]:
             f"nothing {'exact' if exact else 'local'} fits {limit} with {config.optim.batch_size // parts} images at a "
             f"time; {_told(found)}: {train_command(chosen(config, found))}"
         )
-    line = f"budget {limit}: {row.setting.name}, predicted to take {format_bytes(row.step.peak)}"
+    line = f"budget {limit}: {row.setting.name}, predicted to take {format_bytes(row.peak)}"
     if other and other.micro_batches == parts:
-        ratio = other.step.seconds / row.step.seconds
+        ratio = other.seconds / row.seconds
         asks = f"--method {Recipe.method}" if exact else f"--method {END_TO_END}"
         accuracy = cost_in_accuracy(resolved(other.setting.recipe, device))
         line += f"; {asks} would take {ratio:.2f} of its time ({other.setting.name}); {accuracy}"
@@ -59,7 +59,7 @@ def _open(local: LocalConfig) -> LocalConfig:
 
 def _told(row: PlanRow) -> str:
     parts = f" in {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
-    return f"{row.setting.name}{parts} takes {format_bytes(row.step.peak)}"
+    return f"{row.setting.name}{parts} takes {format_bytes(row.peak)}"
 
 
 class Headroom:
@@ -105,7 +105,7 @@ class Headroom:
             return OutOfMemory(f"{text}; {nothing}")
         row = (plan.exact_fit if config.local.end_to_end else plan.local_fit) or plan.choice
         assert row is not None
-        peak = format_bytes(row.step.peak)
+        peak = format_bytes(row.peak)
         return OutOfMemory(
             f"{text}; {format_bytes(limit)} can be had, this takes {peak}: {train_command(chosen(config, row))}"
         )

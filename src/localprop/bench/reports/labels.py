@@ -12,7 +12,7 @@ from localprop.settings.flat import to_flat
 DEFAULTS = to_flat(TrainConfig())
 _KINDS = ("decoder", "head", "partition")  # their values are words that need a noun: "conv decoder"
 _NAMES = {"grad_checkpointing": "checkpointing"}
-_OFF = {"reach": 0, "kinetic": 0.0}  # recorded by runs without a part
+_OFF = {"reach": 0, "kinetic": 0.0, "finish": 0.0}  # recorded by runs without a part
 
 
 def usual_values(configs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Finder:
         least = self._row(kind, way, parts)
         return PlanError(
             f"nothing fits {format_bytes(budget)}: {least.setting.name} with 1 image at a time takes "
-            f"{format_bytes(least.step.peak)}; choose a smaller model or smaller images, or raise --budget"
+            f"{format_bytes(least.peak)}; choose a smaller model or smaller images, or raise --budget"
         )
 
     def _likely(self, budget: int, least: float) -> Iterator[Parts]:
@@ -115,7 +115,7 @@ class Finder:
         What a step needs is composed of costs, for all settings at once. The one that this finds is simulated; where
         that says something else, it is looked for again.
         """
-        if kind == "exact" and self._baseline(parts.micro_batches).step.peak <= budget:
+        if kind == "exact" and self._baseline(parts.micro_batches).peak <= budget:
             return self._baseline(parts.micro_batches)
         ways, best = self._all(kind, parts), None
         assert ways is not None
@@ -125,15 +125,15 @@ class Finder:
             if way is None:
                 break
             row = self._row(kind, way, parts)
-            needed = row.step.peak - way.need
-            if row.step.peak > budget:
+            needed = row.peak - way.need
+            if row.peak > budget:
                 if way.need <= 1.002 * ways.least:
                     break
                 beside = needed
                 continue
-            if best is None or row.step.seconds < best.step.seconds:
+            if best is None or row.seconds < best.seconds:
                 best = row
-            if row.step.peak > (1 - _CLOSE) * budget or needed >= beside:
+            if row.peak > (1 - _CLOSE) * budget or needed >= beside:
                 break
             beside = needed
         return best
@@ -223,5 +223,5 @@ class Finder:
 
 def _beats(one: PlanRow, other: PlanRow) -> bool:
     """Whether one setting is better in one of memory and time, and no worse in the other."""
-    ours, theirs = ((row.step.peak, row.step.seconds) for row in (one, other))
+    ours, theirs = ((row.peak, row.seconds) for row in (one, other))
     return ours != theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
