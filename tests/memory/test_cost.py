@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import timm
@@ -11,12 +12,14 @@ from torch import nn
 
 import localprop.memory.cost
 from localprop import chain
+from localprop.division.divide import division_of
 from localprop.features import Example
 from localprop.memory.cost import Costs, End, module_end, module_peak, unit_costs
 from localprop.memory.part import Conditions, Cost
 from localprop.planning.simulation import simulate_step
 from localprop.settings.config import OptimConfig
-from tiny import SIZE, batch, build, module_peaks, split, units_of
+from localprop.settings.recipe import Recipe
+from tiny import CUTS, SIZE, batch, build, module_peaks, split, traced_once, units_of
 
 BATCH = 16
 IMAGES = BATCH * math.prod(SIZE) * 4
@@ -89,6 +92,34 @@ def test_the_largest_peak_of_exact_training_is_that_of_the_simulated_step(name, 
     # Less where a first unit takes the images in another type, and does not keep them.
     assert (1 - less) * composed <= step.peak <= 1.01 * composed
     assert peaks.index(max(peaks)) == step.module
+
+
+FROZEN = [
+    ("vit", ("patch_embed", "blocks.0")),
+    ("resnet", ("conv1", "layer1", "layer2")),
+    ("cnn", ("0",)),
+    ("vit", ("blocks.2",)),
+]
+
+
+@pytest.mark.parametrize("method", ["greedy", "end-to-end"])
+@pytest.mark.parametrize(("name", "freeze"), FROZEN)
+def test_a_module_with_frozen_units_costs_what_its_step_takes(name, freeze, method):
+    with traced_once(name):
+        recipe = Recipe(method=method, cuts=tuple(CUTS[name][2]), freeze=freeze)
+        division = division_of(build(name), recipe, input_size=SIZE, batch_size=BATCH)
+    ends = division.ends()
+    costs = [division.cost(k, start, stop, "memory") for k, (start, stop) in enumerate(pairwise([0, *ends]))]
+    net = division.build(ends)
+    step = simulate_step(net, OptimConfig(), BATCH, SIZE)
+    static = step.parts["parameters"] + step.parts["optimizer"] + IMAGES
+    crossing = BATCH * math.prod(net.local_modules[0].output_shape) * 4
+    # In exact training the images stay for the first module, which runs again.
+    beside = [0, crossing if net.exact else crossing - IMAGES]
+    peaks = [static + own + other for own, other in zip(costs, beside, strict=True)]
+    # But where nothing needs them for its backward.
+    unneeded = IMAGES if net.exact and name == "cnn" else 0
+    assert 0.97 * (max(peaks) - unneeded) <= step.peak <= 1.03 * max(peaks)
 
 
 def sequential():

@@ -17,6 +17,7 @@ from localprop import localize, plan
 from localprop.cli import main
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
 from localprop.memory.cuda import matrix_product_buffers
+from localprop.planning.settings import chosen
 from localprop.planning.simulation import simulate_step
 from localprop.planning.steps import PARTS
 from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, TrainConfig
@@ -236,6 +237,35 @@ def test_what_was_asked_for_is_chosen(options, kind, modules):
     assert result.choice is getattr(result, f"{kind}_fit")
     assert result.choice.setting.modules == modules
     assert names(result.rows) == ["end-to-end", "end-to-end + ckpt"]
+
+
+@pytest.mark.parametrize("options", [{"freeze": ("0", "3")}, {"freeze_modules": 1}], ids=str)
+def test_a_budget_knows_what_is_frozen(options):
+    model = build("cnn")
+    plain, frozen = (small_plan((2,), 16, model, **own) for own in ({}, options))
+    for less, more in zip(frozen.rows, plain.rows, strict=True):
+        assert less.step.peak < more.step.peak
+        assert less.step.seconds < more.step.seconds
+    budget = int(0.97 * frozen.baseline.step.peak)
+    result = small_plan((2,), 16, model, budget=budget, show="fits", **options)
+    for row in (result.exact_fit, result.local_fit):
+        recipe = row.setting.recipe
+        assert row.step.peak <= budget
+        assert set(recipe.freeze) <= {"0", "3", "7"}
+        assert recipe.freeze_modules == 0
+        config = chosen(TrainConfig(local=LocalConfig(freeze_modules=options.get("freeze_modules", 0))), row)
+        assert (config.local.freeze, config.local.freeze_modules) == (recipe.freeze, 0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_frozen_modules_of_an_open_number_are_planned_and_not_fitted():
+    model = build("mlp")
+    result = small_plan((2, 3), 4, model, freeze_modules=2, show="fronts")
+    assert names(result.rows) == ["end-to-end", "end-to-end + ckpt", "K=3"]
+    assert "nothing is left to train in the 2 modules" in result.left_out["K=2"]
+    with pytest.raises(ConfigError, match="freeze_modules needs their number too"):
+        small_plan((2, 3), 4, model, freeze_modules=1, budget=2**30)
 
 
 def test_less_memory_takes_no_less_time():

@@ -214,6 +214,29 @@ def test_the_predicted_peak_knows_frozen_modules_with_heads_that_read_ahead(froz
     check(net)
 
 
+FROZEN = [
+    ("vit", "feature-reconstruction", {"freeze_modules": 1}),
+    ("resnet", "greedy", {"freeze_modules": 2}),
+    ("swin", "greedy", {"freeze": ("patch_embed", "layers.0")}),
+    ("vit", "greedy", {"freeze": ("all",)}),
+    ("cnn", "greedy", {"freeze": ("3",)}),
+    ("resnet", "end-to-end", {"modules": 3, "freeze": ("conv1", "layer1")}),
+    ("vit", "end-to-end", {"modules": 2, "freeze_modules": 1}),
+    ("cnn", "end-to-end", {"freeze": ("0", "3")}),
+    ("vit", "end-to-end", {"freeze": ("patch_embed", "blocks.[01]"), "grad_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "options"), FROZEN)
+def test_the_predicted_peak_knows_what_is_frozen(name, method, options):
+    frozen = check(network(name, method, **options))
+    rest = {key: value for key, value in options.items() if "freeze" not in key}
+    whole = simulate_step(network(name, method, **rest), OptimConfig(), BATCH, SIZE)
+    assert frozen.peak < whole.peak
+    assert frozen.flops < whole.flops
+    assert frozen.parts["optimizer"] < whole.parts["optimizer"]
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", ["swin", "resnet"])
 def test_the_predicted_peak_follows_the_decoder(name, decoder):

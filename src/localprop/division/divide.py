@@ -42,7 +42,7 @@ def localize(
     std: Sequence[float] | None = None,
     **recipe: Any,
 ) -> LocalNetwork:
-    """Divides `model` into gradient-isolated local modules. The model itself is not changed.
+    """Divides `model` into gradient-isolated local modules. The model itself is not changed, but for what is frozen.
 
     Args:
         model: any image model: timm's, torchvision's, an `nn.Sequential`.
@@ -64,7 +64,8 @@ def localize(
             the model's own, else ImageNet's.
         std: likewise.
         recipe: further settings of a `localprop.Recipe`: head_kwargs, kinetic, partition, cuts, min_depth,
-            split_blocks, recompute, grad_checkpointing, recompute_units, method_kwargs.
+            split_blocks, recompute, grad_checkpointing, recompute_units, method_kwargs, freeze, freeze_modules. What is
+            frozen is frozen in the model.
 
     Raises:
         ChainError: the model cannot be cut, or not there or not so often.

@@ -1,5 +1,6 @@
 """Where a chain is cut, and the network that comes of it."""
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -7,8 +8,9 @@ import torch
 
 from localprop.division.partition import balanced, balanced_exact, module_ends, most_modules, stage_ends
 from localprop.division.places import Places
-from localprop.errors import ChainError, ConfigError, listing, suggestion
+from localprop.errors import ChainError, ConfigError, counted, listing, suggestion
 from localprop.network.kinetic import kinetic_weight
+from localprop.network.loss import Frozen
 from localprop.network.module import LocalModule
 from localprop.network.network import LocalNetwork
 
@@ -28,6 +30,7 @@ class Division(Places):
         recipe, units = self.recipe, self.units
         for name in recipe.recompute_units or {}:
             units.position(name)  # there is such a unit
+        self._require_frozen()
         self.require_slices()
         if recipe.cuts is not None:
             ends = [*(units.position(name) for name in recipe.cuts), len(units)]
@@ -41,6 +44,18 @@ class Division(Places):
             aim: Literal["memory", "time"] = "memory" if recipe.partition == "balanced" else "time"
             return self._balance(list(range(1, len(units) + 1)), aim, "units")
         raise ConfigError(f"no partition is called {recipe.partition!r}; {suggestion(recipe.partition, PARTITIONS)}")
+
+    def _require_frozen(self) -> None:
+        """Checks that what is to be frozen is there, and leaves something to train."""
+        recipe, units = self.recipe, self.units
+        for pattern in recipe.freeze or ():
+            own = replace(recipe, freeze=(pattern,))
+            if not any(own.freezes(unit.name, last=False) for unit in units):
+                units.position(pattern)  # which says what there is
+        left = any(unit.parameters for i, unit in enumerate(units) if i not in self.frozen)
+        if recipe.freeze_modules >= self.spec.count or not left:
+            what = f"the {counted(self.spec.count, 'module')}" if left else "the backbone"
+            raise ChainError(f"nothing is left to train in {what}: freeze less, or fewer modules")
 
     def _balance(self, ends: list[int], aim: Literal["memory", "time"], what: str) -> list[int]:
         """The `count` of the possible `ends` with which the largest module is smallest, auxiliary nets included."""
@@ -74,9 +89,11 @@ class Division(Places):
         first = next(self.model.parameters(), torch.empty(0))
         local_modules: list[LocalModule] = []
         shared = 0
+        first_modules = range(ends[self.recipe.freeze_modules - 1] if self.recipe.freeze_modules else 0)
         for index, (start, stop) in enumerate(pairwise([0, *ends])):
             ahead = self._ahead(stop, ends[index + 1]) if stop < len(self.units) else 0
-            loss = self.loss(index, start, stop, ahead)
+            idle = self.idle(start, stop) or (index < self.recipe.freeze_modules and not self.recipe.end_to_end)
+            loss = Frozen(self.spec) if idle else self.loss(index, start, stop, ahead)
             local_modules.append(
                 LocalModule(
                     self.model,
@@ -87,9 +104,10 @@ class Division(Places):
                     self.recipe.grad_checkpointing,
                     [self._recomputation(i, i == stop - 1) for i in range(start, stop)],
                     kinetic_weight(self.recipe.kinetic or 0.0, index, self.spec.count),
+                    [self.units[i] for i in range(start, stop) if i in self.frozen or i in first_modules],
                 )
             )
             if shared:
                 local_modules[-1].share(shared, local_modules[-2])
-            shared = ahead if ahead and self._has_head(loss) else 0
+            shared = ahead if ahead and not idle and self._has_head(loss) else 0
         return LocalNetwork(self.model, local_modules, self.units.input_size, self.recipe, self.spec.task)

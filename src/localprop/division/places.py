@@ -29,11 +29,15 @@ class Places:
     """
 
     def __init__(self, costs: Costs, recipe: Recipe, spec: ModuleSpec, step: Conditions) -> None:
-        self.costs, self.recipe, self.spec, self.step = costs, recipe, spec, step
+        self.costs, self.recipe, self.spec = costs, recipe, spec
         self.model, self.units = costs.model, costs.chain
         self._found: dict[tuple[int, int, int], LocalLoss] = {}
         self._known: dict[tuple[int, int, int, str], float] = {}
         units = self.units
+        self.frozen = frozenset(
+            i for i, unit in enumerate(self.units) if recipe.freezes(unit.name, i + 1 == len(self.units))
+        )
+        self.step = replace(step, frozen=self.frozen)
         self.layouts = [
             spec.source,
             *(
@@ -72,6 +76,22 @@ class Places:
         )
         return build_loss(self.recipe.method, spec, self.recipe.options)
 
+    def idle(self, start: int, stop: int) -> bool:
+        """Whether the module of units [start, stop) only runs in local training, because nothing in it is trained.
+
+        The last module's loss is the network's, whatever is trained.
+        """
+        local = not self.recipe.end_to_end and stop < len(self.units)
+        return local and self.frozen.issuperset(range(start, stop))
+
+    def free(self, start: int) -> int:
+        """Up to which unit none in the module that begins with unit `start` needs a gradient of its input.
+
+        That is the first trained one of the module; in exact training of all modules.
+        """
+        first = 0 if self.recipe.end_to_end else start
+        return next((i for i in range(first, len(self.units)) if i not in self.frozen), len(self.units) - 1)
+
     def require_slices(self) -> None:
         """Raises ConfigError where a unit is to run again in slices of the batch, and cannot."""
         for i, unit in enumerate(self.units):
@@ -96,12 +116,10 @@ class Places:
         key = index, start, stop, aim
         if key not in self._known:
             shared = self.shared(index, start, stop)
-            # The first unit of a module needs no gradient of its input, but for the head of the module before, or in
-            # exact training for that module.
-            first = replace(self.step, input_gradient=False)
-            free = -1 if shared else 0 if self.recipe.end_to_end else start
+            # The head of the module before needs the gradient of its input.
+            first, free = replace(self.step, input_gradient=False), -1 if shared else self.free(start)
             own = [
-                self._unit(i, i == stop - 1, i < start + shared, first if i == free else self.step)
+                self._unit(i, i == stop - 1, i < start + shared, first if i <= free else self.step)
                 for i in range(start, stop)
             ]
             if aim == "memory":
@@ -109,7 +127,9 @@ class Places:
             else:
                 # A head that reads ahead takes the time of the module whose units it reads: it is computed there.
                 reads = stop + self._read(index, start, stop)
-                parts = [*own, self._auxiliary(index, start, stop, "rest" if reads > stop else "whole")]
+                parts = [*own]
+                if not self.idle(start, stop):
+                    parts.append(self._auxiliary(index, start, stop, "rest" if reads > stop else "whole"))
                 if shared:
                     before = self._reach(self.likewise(index - 1), start, start + shared)
                     parts += [*before.units, before.head]
@@ -128,6 +148,8 @@ class Places:
         if self.recipe.end_to_end and stop < len(self.units):
             # In exact training the gradient of its output is there before it runs again.
             return End(top=self._output(stop), waiting=0, given=self._output(stop))
+        if self.idle(start, stop):
+            return End(top=0, waiting=0)
         index = self.likewise(index)
         end = stop + self._read(index, start, stop)
         if end == stop:
@@ -137,6 +159,8 @@ class Places:
 
     def auxiliary_bytes(self, index: int, start: int, stop: int) -> int:
         """Bytes of the weights of the auxiliary nets of module `index`, if it has units [start, stop)."""
+        if self.idle(start, stop):
+            return 0
         weights = self._loss(self.likewise(index), *self._alike(start, stop)).parameters()
         return sum(weight.numel() * weight.element_size() for weight in weights)
 
@@ -175,7 +199,8 @@ class Places:
 
     def _read(self, index: int, start: int, stop: int) -> int:
         """How many units the head of a module reads ahead, if the next module has as many."""
-        own = self._ahead(stop, len(self.units)) if 0 <= index < self.spec.count - 1 else 0
+        reads = 0 <= index < self.spec.count - 1 and not self.idle(start, stop)
+        own = self._ahead(stop, len(self.units)) if reads else 0
         return own if own and self._has_head(self._loss(index, start, stop)) else 0
 
     def _ahead(self, start: int, stop: int) -> int:

@@ -115,6 +115,9 @@ class _Units:
     def __init__(self, model: nn.Module, chain: Chain, conditions: Conditions) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._model, self._chain = fake_copy(model, self._mode).train(), chain
+        for i in conditions.frozen:
+            chain[i].freeze(self._model)
+            chain[i].rest(self._model)
         self._context: dict[str, Any] = {}
         dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
         with self._mode:
@@ -215,7 +218,7 @@ class Costs:
     def unit(self, i: int, conditions: Conditions) -> Cost:
         """The cost of unit i."""
         if (i, conditions) not in self._units:
-            given = conditions.batch_size, conditions.amp_dtype, conditions.device
+            given = conditions.batch_size, conditions.amp_dtype, conditions.device, conditions.frozen
             if given not in self._passes:
                 self._passes[given] = _Units(self.model, self.chain, replace(conditions, recomputation="none"))
             self._units[i, conditions] = self._passes[given].cost(i, conditions)

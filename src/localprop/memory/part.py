@@ -32,6 +32,7 @@ class Conditions:
             they need the same memory wherever a model is cut, and are left out.
         ahead: whether a head reads it ahead: its backward goes to its input alone, and what it keeps stays for another
             one. Only the time of that backward counts.
+        frozen: numbers of the chain's units that are not trained.
     """
 
     batch_size: int = 32
@@ -41,6 +42,7 @@ class Conditions:
     input_gradient: bool = True
     gradients_wait: bool = False
     ahead: bool = False
+    frozen: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

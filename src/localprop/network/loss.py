@@ -213,8 +213,8 @@ class HeadLoss(LocalLoss):
         return iter(()) if self.head is None else self.head.parameters()
 
 
-class NoLoss(LocalLoss):
-    """Of a module before the last in exact training: its gradient comes from the module behind it.
+class _Zero(LocalLoss):
+    """A loss of 0, which depends on nothing.
 
     Args:
         spec: the module it is built for, which does not matter.
@@ -226,11 +226,19 @@ class NoLoss(LocalLoss):
         super().__init__()
 
     def forward(self, output: Tensor, features: Tensor, inputs: Tensor | None, targets: Tensor) -> tuple[Tensor, None]:
-        """A loss of 0, which depends on nothing."""
+        """See `LocalLoss.forward`."""
         return output.new_zeros(()), None
 
     def predict(self, output: Tensor) -> None:
         """Nothing."""
+
+
+class NoLoss(_Zero):
+    """Of a module before the last in exact training: its gradient comes from the module behind it."""
+
+
+class Frozen(_Zero):
+    """Of a local module that only runs, because nothing in it is trained: it has no auxiliary net."""
 
 
 class TaskLoss(LocalLoss):

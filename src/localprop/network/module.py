@@ -32,6 +32,7 @@ class LocalModule(nn.Module):
         recomputation: what each unit computes again in backward: "none", "cheap", "whole" or in slices of the batch
             ("whole/4"). Units that a head reads ahead are not run again: there are two backward passes through them.
         kinetic: weight of the kinetic energy of its blocks in its loss; see `localprop.network.kinetic`.
+        frozen_units: those of its units that are frozen: see `Unit.freeze` and `Unit.rest`.
         shared: how many of its first units the head of the module before reads ahead; that head is trained with this
             module.
         gives_head: whether its own head is trained with the next module.
@@ -49,6 +50,7 @@ class LocalModule(nn.Module):
         grad_checkpointing: bool = False,
         recomputation: Sequence[Recomputation] | None = None,
         kinetic: float = 0.0,
+        frozen_units: Sequence[Unit] = (),
     ) -> None:
         super().__init__()
         # In tuples, so that the backbone is not registered a second time: its state_dict keys stay its own.
@@ -62,8 +64,19 @@ class LocalModule(nn.Module):
         inner: Recomputation = "whole" if grad_checkpointing else cheap
         self.recomputation = tuple(recomputation or [*[inner] * (len(self._units) - 1), cheap])
         self.kinetic = kinetic
+        self._resting = tuple(frozen_units)
+        for unit in self._resting:
+            unit.freeze(backbone)
+            unit.rest(backbone)
         self.shared, self.gives_head = 0, False
         self._before: tuple[HeadLoss, ...] = ()
+
+    def train(self, mode: bool = True) -> "LocalModule":
+        """See `nn.Module.train`; batch norm in its frozen units stays as in evaluation."""
+        super().train(mode)
+        for unit in self._resting:
+            unit.rest(self._backbone[0])
+        return self
 
     def share(self, count: int, before: "LocalModule") -> None:
         """Lets the head of the module before read what the first `count` units make of its output."""
@@ -77,7 +90,7 @@ class LocalModule(nn.Module):
     def with_loss(self, local_loss: LocalLoss, recomputation: Sequence[Recomputation]) -> "LocalModule":
         """A module of the same units of the same backbone, with another local loss, and no head that reads ahead."""
         own = (self._backbone[0], self._units, local_loss, self.output, self.recompute, self.grad_checkpointing)
-        return LocalModule(*own, recomputation, self.kinetic)
+        return LocalModule(*own, recomputation, self.kinetic, self._resting)
 
     @property
     def local_loss(self) -> LocalLoss:

@@ -1,6 +1,7 @@
 """Plans one setting after the other: which there are, and what each needs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ class Planner:
 
     def baselines(self) -> list[PlanRow]:
         """End-to-end training, plain and with activation checkpointing."""
-        plain = Setting(Recipe(modules=1, method="end-to-end"))
+        plain = Setting(Recipe(modules=1, method="end-to-end", freeze=self.recipe.freeze))
         again = Setting(replace(plain.recipe, grad_checkpointing=True))
         rows = [self.row(setting) for setting in (plain, again)]
         return [row for row in rows if row]
@@ -118,6 +119,10 @@ class Planner:
             micro_batches: into which the batch is divided; default: as planned for.
         """
         self.on_setting(setting)
+        with _as_before(self.model):
+            return self._row(setting, micro_batches)
+
+    def _row(self, setting: Setting, micro_batches: int | None) -> PlanRow | None:
         divided = setting.modules > 1
         try:
             net, given = self.network(setting, micro_batches)
@@ -178,8 +183,31 @@ class Planner:
             raise ConfigError(f"this plan has no setting {name!r} to explain; it has {known}; --modules plans others")
         setting = found[0].setting
         self.on_setting(setting)
-        net, given = self.network(setting, found[0].micro_batches)
-        return explain_peak(setting.name, net, *given)
+        with _as_before(self.model):
+            net, given = self.network(setting, found[0].micro_batches)
+            return explain_peak(setting.name, net, *given)
+
+    def freeze_by_name(self, modules: int | None) -> None:
+        """Names the units of the first modules that are to be frozen, with so many modules as they are usually cut.
+
+        So they are the same in every setting, end-to-end training included.
+        """
+        own = replace(self.recipe, modules=modules)
+        division = self.division(own, self.optim.micro_batches)
+        names = [unit.name for unit in division.units[: division.ends()[own.freeze_modules - 1]]]
+        self.recipe = replace(self.recipe, freeze=(*(self.recipe.freeze or ()), *names), freeze_modules=0)
+
+    def trained_bytes(self) -> int:
+        """Bytes of the weights that are trained in every setting."""
+        units = self.known(False).chain
+        frozen = {
+            id(parameter)
+            for i, unit in enumerate(units)
+            if self.recipe.freezes(unit.name, i + 1 == len(units))
+            for parameter in unit.used(self.model, nn.Module.parameters)
+        }
+        trained = (p for p in self.model.parameters() if p.requires_grad and id(p) not in frozen)
+        return sum(p.numel() * p.element_size() for p in trained)
 
     def pipeline(self, rows: list[PlanRow]) -> Processes | None:
         """End-to-end training by 1F1B on as many processes as the rows' modules are shared out to.
@@ -195,6 +223,20 @@ class Planner:
             )
         known = self.known(False)
         return pipeline(known, self.optim, self.batch_size, self.device, self.amp_dtype, self.nproc, self.link)
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Afterwards what is trained of a model, and in training mode, is what is now."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for parameter, value in trained.items():
+            parameter.requires_grad_(value)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def key(name: str) -> str:

@@ -165,6 +165,12 @@ def plan(
         model, {False: Costs(model, units)}, recipe, arguments, optim, amp_dtype, batch_size, device, nproc, link
     )
     planner.on_setting, planner.finish = on_setting or planner.on_setting, finish
+    if recipe.freeze_modules and (len(modules) == 1 or recipe.cuts is not None):
+        planner.freeze_by_name(modules[0] if len(modules) == 1 and modules[0] != "max" else None)
+    elif recipe.freeze_modules and budget is not None:
+        raise ConfigError(
+            "a budget chooses the modules, so freeze_modules needs their number too: say modules, or freeze"
+        )
     return _planned(planner, modules, budget, show, explain)
 
 
@@ -193,7 +199,7 @@ def _planned(
     finder, fronts, fits = Finder(planner, modules, [*rows]), dict[Kind, list[PlanRow]](), _Fits()
     if budget is not None:
         fits = _fits(finder, planner, budget)
-    if show == "fronts" and not planner.nproc:
+    if show == "fronts" and not planner.nproc and not planner.recipe.freeze_modules:  # which names no units
         fronts = {kind: finder.front(kind) for kind in KINDS}
     shared = planner.pipeline(rows) if planner.nproc else None
     return Plan(

@@ -22,7 +22,18 @@ from localprop.settings.values import parse_bytes
 from localprop.tracing.chains import chain
 
 # What makes a setting of a plan: the rest of its recipe is the user's.
-_FOUND = ("method", "modules", "cuts", "split_blocks", "reach", "recompute", "grad_checkpointing", "recompute_units")
+_FOUND = (
+    "method",
+    "freeze",
+    "freeze_modules",
+    "modules",
+    "cuts",
+    "split_blocks",
+    "reach",
+    "recompute",
+    "grad_checkpointing",
+    "recompute_units",
+)
 
 
 def plan_for(

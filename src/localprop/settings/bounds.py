@@ -48,7 +48,7 @@ _COUNT, _FROM_0, _PART = Bounds(1, MOST), Bounds(0), Bounds(0, 1, below=True)
 BOUNDS = {
     **dict.fromkeys(("epochs", "batch_size", "micro_batches", "modules", "img_size", "num_classes"), _COUNT),
     **dict.fromkeys(("nproc", "jobs", "steps", "val_interval", "checkpoint_steps", "checkpoint_hist"), _COUNT),
-    **dict.fromkeys(("min_depth", "reach", "workers", "bad_images", "crop_pad"), Bounds(0, MOST)),
+    **dict.fromkeys(("min_depth", "reach", "freeze_modules", "workers", "bad_images", "crop_pad"), Bounds(0, MOST)),
     **dict.fromkeys(
         ("lr", "finish_lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "kinetic"), _FROM_0
     ),

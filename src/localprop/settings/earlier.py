@@ -19,6 +19,8 @@ NEWER: dict[str, Any] = {
     "initial_checkpoint": None,
     "finish": 0.0,
     "finish_lr": None,
+    "freeze": None,
+    "freeze_modules": 0,
 }
 """Settings that version 0.1 did not have, and what they were then."""
 

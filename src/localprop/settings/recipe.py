@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,8 @@ Recomputation = str
 ("cheap", see `localprop.memory.recompute`); all of it, from its input alone ("whole"); or all of it, in slices of the
 batch, one after another ("whole/4", see `localprop.memory.slices`)."""
 _RECOMPUTATION = re.compile(r"none|cheap|whole(/([2-9]|[1-9][0-9]{1,5}))?")
+ALL = "all"
+"""What `Recipe.freeze` calls everything before the classifier."""
 END_TO_END = "end-to-end"
 """The method whose gradients are exact."""
 # Of what needs more than a line: tyro keeps a line break of a field's docstring.
@@ -29,6 +32,10 @@ _HEAD_HELP = f"What predicts the target in a module: {', '.join(HEADS)} (default
 _REACH_HELP = (
     "Blocks of the next module through which a module's head reads its output (default: 0, or what the method says: 1 "
     "for feature-reconstruction); trains better, takes more memory and time."
+)
+_FREEZE_HELP = (
+    "Names of units or blocks of units, or patterns such as blocks.[0-5], that are not trained; all is everything "
+    "before the classifier: a linear probe."
 )
 _KINETIC_HELP = (
     "Weight of each block's mean squared change of its input, halved in the second half of the modules (default: 0, or "
@@ -52,6 +59,9 @@ class Recipe:
     cuts: OptionalNames = None
     """Names of units or blocks of units to cut after, instead of --modules and --partition."""
     reach: Annotated[OptionalInt, tyro.conf.arg(metavar="INT", help_behavior_hint="", help=_REACH_HELP)] = None
+    freeze_modules: int = 0
+    """Number of first modules that are not trained: no gradient, no auxiliary net, batch norm as in evaluation."""
+    freeze: Annotated[OptionalNames, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="", help=_FREEZE_HELP)] = None
     min_depth: int = 1
     """Least number of blocks, or of parts of split ones, in a module; very shallow modules learn worse."""
     split_blocks: bool = False
@@ -66,7 +76,7 @@ class Recipe:
     """For the method, such as weight=0.5."""
 
     def __post_init__(self) -> None:
-        for name in ("modules", "reach", "min_depth"):
+        for name in ("modules", "reach", "freeze_modules", "min_depth"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 raise ConfigError(f"--{name.replace('_', '-')} is {value!r}; it must be a whole number")
@@ -146,6 +156,20 @@ class Recipe:
         default = "whole" if self.grad_checkpointing else self.cheap
         value: Recomputation = own[max(names, key=len)] if names else default
         return self.cheap if (value == "whole" and last) or (runs_again(value) and shared) else value
+
+    def freezes(self, unit: str, last: bool) -> bool:
+        """Whether `freeze` says that a unit is not trained.
+
+        Args:
+            unit: its name.
+            last: whether it is the last one of all, the classifier, which "all" leaves out.
+        """
+        parts = unit.split(".")
+        names = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        return any(
+            (pattern == ALL and not last) or any(fnmatchcase(name, pattern) for name in names)
+            for pattern in self.freeze or ()
+        )
 
     @property
     def cheap(self) -> Recomputation:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
@@ -68,6 +69,22 @@ class Unit:
                 f"the backbone was changed where unit {self.name} uses it ({error}); call localize again, after the "
                 "change"
             ) from None
+
+    def freeze(self, backbone: nn.Module) -> None:
+        """Leaves its parameters as they are: they get no gradient, and no optimizer takes them."""
+        for parameter in self.used(backbone, nn.Module.parameters):
+            parameter.requires_grad_(False)
+
+    def rest(self, backbone: nn.Module) -> None:
+        """Puts its batch norms into eval mode: they use the statistics that they have, and learn no others.
+
+        Dropout and stochastic depth stay as they are. `train` on the backbone undoes it; on a `LocalNetwork` it does
+        not.
+        """
+        for name in self.modules:
+            for module in backbone.get_submodule(name).modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
 
     def __call__(
         self, backbone: nn.Module, features: Tensor, context: dict[str, Any], grad_checkpointing: bool = False

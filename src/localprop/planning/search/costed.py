@@ -46,7 +46,8 @@ class ExactWays:
         )
         forward = [again.seconds - once.seconds for again, once in zip(whole, none, strict=True)]
         last = self.division.end(0, 0, len(units))
-        return ExactSearch(units, forward, last, self.ends, simpler=_SIMPLER * _seconds(units))
+        idle = self.division.free(0) if self.division.frozen else 0
+        return ExactSearch(units, forward, last, self.ends, simpler=_SIMPLER * _seconds(units), idle=idle)
 
     @property
     def usual(self) -> Recomputation:
@@ -139,7 +140,7 @@ def units_of(division: Division, exact: bool, sliced: bool) -> Units:
 
     Args:
         division: the division.
-        exact: whether the input of a module's first unit needs a gradient, but for the very first.
+        exact: whether the input of a module's first unit needs a gradient, where a module before is trained.
         sliced: whether units may run again in slices of the batch: those that need much at once.
     """
     costs, usual = division.costs, division.recipe.cheap
@@ -153,9 +154,11 @@ def units_of(division: Division, exact: bool, sliced: bool) -> Units:
             slices = []
         return _different({kind: costs.unit(i, replace(step, recomputation=kind)) for kind in (*kinds, *slices)})
 
-    inner = [options(i, True) for i in range(len(division.units))]
-    first = [options(i, False) if i == 0 or not exact else inner[i] for i in range(len(division.units))]
-    return Units(inner, first, last=("none", "cheap", *(f"whole/{count}" for count in _SLICES)), ahead=(usual,))
+    count, free = len(division.units), division.free(0) if exact else -1
+    inner = [options(i, i > free) for i in range(count)]
+    first = inner if exact else [options(i, False) for i in range(count)]
+    last = ("none", "cheap", *(f"whole/{count}" for count in _SLICES))
+    return Units(inner, first, last, ahead=(usual,), frozen=frozenset() if exact else division.frozen)
 
 
 def _different(options: dict[Recomputation, Cost]) -> Options:

@@ -21,6 +21,7 @@ class ExactSearch:
         ends: after how many units each module ends; None where that is open.
         most: ways that a front keeps.
         simpler: see `Runs`; ten times as much has to be brought by each module.
+        idle: number of first units that are not trained: a module of these alone runs once.
 
     Attributes:
         front: what all modules need at their peak, beside the batch, against time.
@@ -34,7 +35,9 @@ class ExactSearch:
         ends: Sequence[int] | None = None,
         most: int = MOST,
         simpler: float = 0.0,
+        idle: int = 0,
     ) -> None:
+        self._idle = idle
         self.units, self._loss, self._runs, self._more = units, loss, Runs(units, most, simpler), 10 * simpler
         self._forward = np.concatenate(([0.0], np.cumsum(forward)))
         count = len(units)
@@ -57,7 +60,8 @@ class ExactSearch:
                 after = np.zeros(len(need), np.int64)
             else:
                 need, seconds, way, after = both(own, self._fronts[stop], self.units.output(stop - 1))
-                seconds = seconds + self._forward[stop] - self._forward[start] + self._more
+                again = self._forward[stop] - self._forward[start] if stop > self._idle else 0.0
+                seconds = seconds + again + self._more
             parts.append((need, seconds, np.full(len(need), stop), after, way))
         need, seconds, choice, after, way = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         # A front has one number for each way beside `choice`: that of a pair of ways.

@@ -147,10 +147,16 @@ class Finder:
     @property
     def _weights(self) -> int:
         """Bytes of the weights that are trained."""
-        return sum(p.numel() * p.element_size() for p in self.planner.model.parameters() if p.requires_grad)
+        return self.planner.trained_bytes()
 
     def _baseline(self, parts: int) -> PlanRow:
-        return self._simulated(Setting(Recipe(modules=1, method="end-to-end", kinetic=self._kinetic)), parts)
+        return self._simulated(Setting(replace(self._exact_base, split_blocks=False)), parts)
+
+    @property
+    def _exact_base(self) -> Recipe:
+        """What all exact settings have in common."""
+        freeze = self.planner.recipe.freeze
+        return Recipe(method="end-to-end", modules=1, split_blocks=True, kinetic=self._kinetic, freeze=freeze)
 
     @property
     def _kinetic(self) -> float | None:
@@ -186,10 +192,10 @@ class Finder:
     def _base(self, kind: Kind) -> Recipe:
         """What all settings of a kind have in common."""
         if kind == "exact":
-            return Recipe(method="end-to-end", modules=1, split_blocks=True, kinetic=self._kinetic)
+            return self._exact_base
         recipe = self.planner.recipe
         if recipe.end_to_end:
-            return Recipe(split_blocks=True)
+            return Recipe(split_blocks=True, freeze=recipe.freeze)
         full = with_methods_defaults(recipe)
         # To read ahead, to move its input and to be resembled is another thing for half a block than for a whole one.
         whole = full.reach or full.kinetic or getattr(HEADS.lookup(full.head or ""), "needs_place", False)

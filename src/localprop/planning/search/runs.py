@@ -23,15 +23,17 @@ class Units:
 
     Attributes:
         inner: of each unit, where another one of its module is before it.
-        first: of each unit as the first of its module.
+        first: of each unit as the first of its module, or where all units of its module before it are frozen.
         last: what the last unit of a module may compute again.
         ahead: what a unit may compute again that the head of the module before reads.
+        frozen: numbers of the units that are not trained.
     """
 
     inner: Sequence[Options]
     first: Sequence[Options]
     last: Collection[Recomputation]
     ahead: Collection[Recomputation] = ()
+    frozen: Collection[int] = ()
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -39,6 +41,11 @@ class Units:
     def output(self, unit: int) -> int:
         """Bytes of a unit's output."""
         return next(iter(self.inner[unit].values())).output
+
+    def free(self, start: int) -> int:
+        """Of a module from unit `start` on, how many first units need no gradient of their input."""
+        stop = next((i for i in range(start, len(self)) if i not in self.frozen), len(self) - 1)
+        return stop + 1 - start
 
     def gradients(self, unit: int) -> int:
         """Bytes of the gradients of a unit's weights."""
@@ -114,10 +121,10 @@ class Runs:
 
         They differ from those inside of a run.
         """
-        count = max(shared, 1)
+        count = shared or min(self.units.free(start), stop - start)
         after, found = self._rest(start + count, stop, end), list[tuple[_Fronts, Options]]()
         for unit in reversed(range(start, start + count)):
-            options = self.units.options(unit, unit == stop - 1, unit == start, shared > 0)
+            options = self.units.options(unit, unit == stop - 1, not shared, shared > 0)
             given = 0 if unit == start else self.units.output(unit - 1)
             place = _Place(given, self._waiting(unit, stop, end), unit == stop - 1)
             after = {kept: self._before(options, after, place, end, kept) for kept in (False, True)}
