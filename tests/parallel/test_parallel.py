@@ -75,6 +75,25 @@ def test_replicas_agree_with_the_whole_batch(forker, tmp_path, kind, count, part
     assert b.peak_memory == pytest.approx(b.predicted_memory, rel=0.01)
 
 
+def test_replicas_train_exactly_in_a_finish_and_resume_there(forker, tmp_path):
+    settings = ["--method", "greedy", *CALM, "--cuts", *MODULES[2], "--experiment", "run", "--epochs", "2"]
+    settings += ["--finish", "0.5"]
+    runs = {name: tmp_path / name for name in ("one", "several")}
+    for folder in runs.values():
+        folder.mkdir()
+    assert main(["train", *settings, "--output", str(runs["one"])]) == 0
+    stopped = [*settings, "--output", str(runs["several"]), "--steps", "7"]  # five before it, and two in it
+    for words in (stopped, ["--resume", str(runs["several"] / "run")]):
+        ranks = forker.train(runs["several"], 2, *words, kind="data")
+        assert ranks.wait() == [0, 0], ranks.log.read_text()
+    one, several = (load_file(folder / "run" / "model.safetensors") for folder in runs.values())
+    for name, value in one.items():
+        assert torch.allclose(several[name], value, rtol=1e-5, atol=1e-7), name
+    a, b = (read_results(folder / "run" / "results.csv")[-1] for folder in runs.values())
+    assert b.train_losses == pytest.approx(a.train_losses, rel=1e-5, nan_ok=True)
+    assert b.peak_memory == pytest.approx(b.predicted_memory, rel=0.01)
+
+
 @pytest.mark.parametrize("steps", ["128", "256"])  # images at a time: 11 and 5 steps an epoch
 def test_what_is_on_its_way_is_measured_where_most_memory_is_in_a_process_that_receives(forker, tmp_path, steps):
     settings = flags(tmp_path, 3, "--epochs", "1", "--batch-size", steps, "--method", "greedy", "--cuts", "patch_embed")

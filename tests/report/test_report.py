@@ -321,7 +321,7 @@ def test_numbers_as_text():
         "-1e-04",
         "1.0e-04",
     ]
-    assert format_loss(math.nan) == "nan"
+    assert format_loss(math.nan) == "-"
     assert [format_speed(x) for x in (0.51, 9.97, 1234.5)] == ["0.5 images/s", "10 images/s", "1234 images/s"]
 
 

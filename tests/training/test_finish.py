@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import statistics
 import weakref
 
 import pytest
@@ -12,6 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint_states import bits
+from localprop.bench.collect import collect
+from localprop.bench.record import read_record, write_record
+from localprop.bench.reports.labels import setting_labels
+from localprop.bench.suite import SuiteRun
 from localprop.cli import main
 from localprop.division import divide
 from localprop.division.exactly import exactly
@@ -24,6 +29,8 @@ from localprop.runs.recorded_settings import read_config
 from localprop.seeding import derive_seed
 from localprop.settings.config import OptimConfig
 from localprop.training.checkpoints.loading import load_checkpoint
+from localprop.training.gauge import Gauge
+from localprop.training.outputs import Outputs
 from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
 from one_graph import one_graph
@@ -47,9 +54,11 @@ def train(output, *flags, epochs=4, finish=("--finish", "0.5")):
 
 
 @pytest.fixture
-def unplanned(monkeypatch):
-    """Runs whose memory nobody predicts, which takes as long as all the rest."""
+def bare(monkeypatch):
+    """Runs whose memory nobody predicts or measures, and whose curves nobody draws: that takes longer than the rest."""
     monkeypatch.setattr(run, "predict", lambda *_: (None, []))
+    monkeypatch.setattr(Gauge, "_due", lambda *_: False)
+    monkeypatch.setattr(Outputs, "_draw", lambda _: None)
 
 
 def parts_at(folder, step):
@@ -90,7 +99,21 @@ def test_a_run_says_what_its_last_epochs_were(finished, capsys):
     assert main(["export", str(finished)]) == 0
 
 
-@pytest.mark.usefixtures("unplanned")
+def test_a_suites_record_of_it_has_no_scores_of_modules_and_the_mean_time(finished, tmp_path):
+    record = collect(finished, "own", SuiteRun("own", {}, read_config(finished)), 1)
+    write_record(tmp_path / "own.json", record)
+    record = read_record(tmp_path / "own.json")
+    assert record.module_scores == [None, None, read_results(finished / "results.csv")[-1].headline]
+    losses = read_losses(finished / "losses.csv")
+    before, after = (statistics.median(row[1] for row in part) for part in (losses[:SWITCH], losses[SWITCH:]))
+    assert record.cost["seconds_per_step"] == pytest.approx((before + after) / 2)
+    assert [loss is None for loss in record.result["curve"]["loss"][-1]] == [True, True, False]
+    plain = record.config | {"finish": 0.0, "modules": 3}
+    labels = setting_labels([plain, plain | {"finish": 0.5}, plain | {"finish": 0.5, "finish_lr": 0.01}], ())
+    assert [short for _, short in labels] == ["K=3", "K=3, finish 0.5", "K=3, finish 0.5, finish lr 0.01"]
+
+
+@pytest.mark.usefixtures("bare")
 def test_the_epochs_before_it_are_those_of_a_run_that_ends_there(finished, tmp_path):
     assert train(tmp_path, epochs=2, finish=()) == 0
     assert bits(parts_at(tmp_path / "run", SWITCH)) == bits(parts_at(finished, SWITCH))
@@ -117,7 +140,7 @@ def test_it_is_exact_training_from_the_weights_that_it_finds(finished):
         torch.testing.assert_close(after[name]["ema"], {key: average[key] for key in after[name]["ema"]})
 
 
-@pytest.mark.usefixtures("unplanned")
+@pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("step", [SWITCH, SWITCH + 1])
 def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(finished, tmp_path, monkeypatch, step):
     taken = Progress.step
@@ -134,7 +157,7 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(finished, t
     assert_same_run(tmp_path / "run", finished)
 
 
-@pytest.mark.usefixtures("unplanned")
+@pytest.mark.usefixtures("bare")
 def test_a_run_that_stops_where_it_begins_goes_on_as_if_it_had_not(finished, tmp_path):
     assert train(tmp_path, "--steps", str(SWITCH)) == 0
     folder = tmp_path / "run"
@@ -143,7 +166,7 @@ def test_a_run_that_stops_where_it_begins_goes_on_as_if_it_had_not(finished, tmp
     assert_same_run(folder, finished)
 
 
-@pytest.mark.usefixtures("unplanned")
+@pytest.mark.usefixtures("bare")
 def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind_and_the_one_before_is_taken(finished, tmp_path, capsys):
     assert train(tmp_path, "--steps", "6") == 0
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -160,7 +183,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind_and_the_one_before
     assert_same_run(tmp_path / "run", finished)
 
 
-@pytest.mark.usefixtures("unplanned")
+@pytest.mark.usefixtures("bare")
 def test_auxiliary_nets_and_moments_are_free_in_it(tmp_path, monkeypatch):
     seen, left = [], []
     before = Trainer._train_epoch

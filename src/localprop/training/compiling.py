@@ -19,9 +19,9 @@ def compile_network(net: LocalNetwork) -> None:
     Each is compiled for the exact sizes that it meets: which sizes came before must not matter, or a resumed run would
     round differently.
     """
-    # All modules share the code of their forward, of which torch compiles 8 versions and then no more.
+    # All modules, and those of a finish, share the code of their forward, of which torch compiles 8 versions at most.
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 4 * len(net.local_modules))
+    config.recompile_limit = max(config.recompile_limit, 8 * len(net.local_modules))
     if any(module.shared for module in net.local_modules):
         # There are two backward passes through shared units. The compiler's cache may have code for them from a run
         # without reach, which overwrites in the first pass what the second needs; torch refuses to run that.
