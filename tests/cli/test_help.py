@@ -41,7 +41,7 @@ def test_no_help_text_is_broken_where_its_source_is(kind):
 
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_names_come_from_the_tables(command, capsys, monkeypatch):
-    text = " ".join(page(command, capsys, monkeypatch, 300).split())
+    text = " ".join(page(command, capsys, monkeypatch, 1000).split())
     for table in (METHODS, HEADS, DECODERS):
         assert ", ".join(table) in text
     if command == "train":

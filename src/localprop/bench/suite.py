@@ -28,6 +28,7 @@ from localprop.errors import BenchError, ConfigError, listing, shown, suggestion
 from localprop.registry import DECODERS, HEADS
 from localprop.settings.config import TrainConfig
 from localprop.settings.flat import from_flat, plain_keys, to_flat
+from localprop.settings.rates import with_usual_rates
 from localprop.settings.trust import require_typed
 from localprop.settings.values import read_yaml
 
@@ -126,7 +127,7 @@ def load_suite(name: str, changes: dict[str, Any] | None = None, words: Sequence
         raise BenchError(f"{path} has no runs: a setting has an empty list of values; give it one or more")
     if own := set(_OWN) & {key for flat in (defaults, *flats) for key in flat}:
         raise BenchError(f"{path}: {min(own)} is not for a suite to set; leave it out")
-    configs = [from_flat(defaults | flat, str(path)) for flat in flats]
+    configs = [with_usual_rates(from_flat(defaults | flat, str(path)), defaults | flat) for flat in flats]
     for flat in flats:
         require_typed({**defaults, **flat, "plugin": None}, str(path), words or ("bench", name), list(changes or {}))
     for config in configs:

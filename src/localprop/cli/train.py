@@ -11,6 +11,7 @@ from localprop.errors import ConfigError
 from localprop.settings.config import TrainConfig
 from localprop.settings.flags import parse
 from localprop.settings.flat import free, to_flat
+from localprop.settings.rates import with_usual_rates
 from localprop.settings.recipe import END_TO_END
 from localprop.settings.trust import require_typed
 
@@ -25,7 +26,8 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     words = ("train", *flags)
     config: TrainConfig = parse(TrainConfig, "train", argv, with_files(TrainConfig(), files, words))
     if config.run.resume is None:
-        return _start(_exact_unless_asked(config, typed(argv, files)), None, flags)
+        named = typed(argv, files)
+        return _start(with_usual_rates(_exact_unless_asked(config, named), named), None, flags)
     from localprop.runs.folder import newest_run, starts_anew
     from localprop.runs.recorded_settings import CONFIG, read_config
 

@@ -86,7 +86,7 @@ class Loading:
             NonFiniteWeightError: one is NaN or infinite.
         """
         own = model.state_dict()
-        head = {name for name in own if name.rpartition(".")[0] in _classifiers(model)}
+        head = {name for name in own if name.rpartition(".")[0] in classifiers(model)}
         if any(name not in tensors or tensors[name].shape != own[name].shape for name in head):
             tensors = {name: value for name, value in tensors.items() if name not in head}
         if self.tensors is not None:
@@ -124,7 +124,7 @@ class Loading:
                 raise NonFiniteWeightError(f"{self.place}: {name} is not finite; start from other weights")
 
 
-def _classifiers(model: nn.Module) -> set[str]:
+def classifiers(model: nn.Module) -> set[str]:
     """Names of the layers that give the logits: timm knows those of its models; of others it is the last linear one."""
     known = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     if known:

@@ -103,6 +103,11 @@ class LocalModule(nn.Module):
         return self._units[-1].shape
 
     @property
+    def own_units(self) -> tuple[Unit, ...]:
+        """The units."""
+        return self._units
+
+    @property
     def units(self) -> list[str]:
         """Names of the units."""
         return [unit.name for unit in self._units]

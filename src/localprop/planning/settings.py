@@ -16,6 +16,7 @@ from localprop.planning.rows import PlanRow, Setting
 from localprop.settings.config import LocalConfig, OptimConfig, TrainConfig
 from localprop.settings.flat import to_flags
 from localprop.settings.plan import PlanConfig
+from localprop.settings.rates import with_usual_rates
 from localprop.settings.recipe import Recipe
 from localprop.settings.trust import without_starting_weights
 from localprop.settings.values import parse_bytes
@@ -122,7 +123,7 @@ def chosen_for_plan(config: PlanConfig, row: PlanRow) -> TrainConfig:
         amp_dtype="float16" if config.precision == "fp16" else "bfloat16",
     )
     local = replace(config.local, budget=None)
-    return chosen(TrainConfig(backbone=config.backbone, local=local, optim=optim), row)
+    return chosen(with_usual_rates(TrainConfig(backbone=config.backbone, local=local, optim=optim), ()), row)
 
 
 def train_command(config: TrainConfig) -> str:

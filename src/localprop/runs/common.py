@@ -18,6 +18,7 @@ from localprop.runs.headroom import choose_for_budget
 from localprop.runs.recorded_data import data_of_run
 from localprop.runs.recorded_recipe import recipe_of_run
 from localprop.settings.config import DataConfig, TrainConfig
+from localprop.settings.rates import rate_notes
 from localprop.system.commands import resume_command
 from localprop.training.outputs import WEIGHTS
 from localprop.training.signals import Interrupted
@@ -41,7 +42,7 @@ def prepare_run(
         What to train, and lines for the user.
     """
     experiment = prepare(config, weights=anew)
-    notes = experiment.data.notes
+    notes = experiment.data.notes + (rate_notes(experiment.config) if anew else [])
     if resumed and not anew:
         data, more = data_of_run(resumed, experiment.data)
         recipe = recipe_of_run(resumed, config.local.recipe)

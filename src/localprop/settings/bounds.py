@@ -53,6 +53,7 @@ BOUNDS = {
         ("lr", "finish_lr", "min_lr", "weight_decay", "warmup_epochs", "mixup", "cutmix", "kinetic"), _FROM_0
     ),
     **dict.fromkeys(("finish", "drop_path", "val_split", "smoothing", "model_ema_decay"), _PART),
+    **dict.fromkeys(("backbone_lr_scale", "layer_decay"), Bounds(0, 1, above=True)),
     "hflip": Bounds(0, 1),
     "clip_grad": Bounds(0, above=True),
     "seed": Bounds(-(2**63), 2**64 - 1),  # what torch.manual_seed accepts

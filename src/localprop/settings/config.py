@@ -27,6 +27,7 @@ from localprop.system.lock import LOCK
 
 # The backbone where none is named: timm's Swin-Tiny, made small enough for images of 16 to 96 pixels.
 DEFAULT_MODEL = "swin_tiny_patch4_window7_224"
+PLACES = ("local-dir:", "hf-hub:", "hf_hub:")  # before a model's name that is the place of its weights
 SMALL_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 48, "depths": [2, 2], "num_heads": [3, 6]}
 # Of what needs more than a line: tyro keeps a line break of a field's docstring.
 _VAL_SPLIT_HELP = (
@@ -86,7 +87,7 @@ class ModelConfig:
     @property
     def starts_trained(self) -> bool:
         """Whether training starts from weights that have been trained before."""
-        return self.pretrained or self.initial_checkpoint is not None
+        return self.pretrained or self.initial_checkpoint is not None or self.model.startswith(PLACES)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,11 @@ class OptimConfig:
     opt: str = "adamw"
     """Any optimizer of timm, or adamw8bit, adamw4bit, adam8bit, adam4bit of torchao."""
     lr: float = 3e-3
-    """Peak learning rate."""
+    """Peak learning rate (with trained weights 1e-3, and a tenth of it for the backbone)."""
+    backbone_lr_scale: float = 1.0
+    """Times which --lr the backbone learns at; auxiliary nets and the classifier learn at --lr itself."""
+    layer_decay: OptionalFloat = None
+    """By what the learning rate is multiplied from each layer of the backbone to the one before: 0.75."""
     finish_lr: OptionalFloat = None
     """Peak learning rate of the epochs of --finish, which have a schedule of their own (default: half of --lr)."""
     weight_decay: float = 0.05

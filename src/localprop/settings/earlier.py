@@ -19,6 +19,8 @@ NEWER: dict[str, Any] = {
     "initial_checkpoint": None,
     "finish": 0.0,
     "finish_lr": None,
+    "backbone_lr_scale": 1.0,
+    "layer_decay": None,
     "freeze": None,
     "freeze_modules": 0,
 }

@@ -58,10 +58,12 @@ def to_flat(config: Any) -> dict[str, Any]:
 def to_flags(config: TrainConfig, always: Collection[str] = ()) -> list[str]:
     """The flags of `localprop train` that give these settings; defaults are left out, but for those in `always`.
 
-    With a budget the method is named too: without one, `train` would take exact training.
+    With a budget the method is named too: without one, `train` would take exact training. Learning rates are, where
+    training starts from trained weights: without them, it would take others.
     """
     default, words = to_flat(TrainConfig()), []
     named = {*always, "method"} if config.local.budget else {*always}
+    named |= {"lr", "backbone_lr_scale"} if config.backbone.starts_trained else set()
     for name, value in to_flat(config).items():
         if value == default[name] and name not in named:
             continue

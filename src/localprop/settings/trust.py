@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from localprop.errors import ConfigError, listing, shown
+from localprop.settings.config import PLACES
 from localprop.settings.flat import flag_words
 from localprop.system.commands import command, without_flag
 
@@ -18,8 +19,6 @@ from localprop.system.commands import command, without_flag
 _START = ("checkpoint_path", "cache_dir")
 DESCRIPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay")
 """Arguments of `timm.create_model` that describe pretrained weights."""
-# What stands before a model's name that is a place.
-_PLACES = ("local-dir:", "hf-hub:", "hf_hub:")
 _SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
 
 
@@ -98,7 +97,7 @@ def _undecided(settings: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
         yield "resume", settings["resume"], "which run is resumed"
     if "initial_checkpoint" in settings:
         yield "initial_checkpoint", settings["initial_checkpoint"], "which weights are loaded"
-    if str(settings.get("model", "")).startswith(_PLACES):
+    if str(settings.get("model", "")).startswith(PLACES):
         yield "model", settings["model"], "which weights are loaded"
     kwargs = settings.get("model_kwargs")
     if isinstance(kwargs, dict) and any(_chooses_weights(*item) for item in kwargs.items()):

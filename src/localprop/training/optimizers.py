@@ -1,16 +1,19 @@
 """The optimizer of a local module and its learning rate schedule: timm's, and low-bit ones of torchao."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from localprop.errors import ConfigError, suggestion
+from localprop.models.loading import classifiers
+from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig
 
 # timm also has step and multistep, whose usual milestones lie beyond the end of a short run.
@@ -20,8 +23,50 @@ LOW_BIT = {"adamw8bit": "AdamW8bit", "adamw4bit": "AdamW4bit", "adam8bit": "Adam
 _LOW_BIT_FROM = 4096
 
 
-def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def create_optimizers(net: LocalNetwork, modules: range, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of some modules of a network; errors as of `create_optimizer`."""
+    scales = lr_scales(net, config)
+    return [create_optimizer(net.local_modules[k], config, scales) for k in modules]
+
+
+def lr_scales(net: LocalNetwork, config: OptimConfig) -> Mapping[nn.Parameter, float]:
+    """By what the learning rate of each of the backbone's parameters is multiplied; none where all factors are 1.
+
+    `layer_decay` counts layers as `timm.optim.param_groups_layer_decay` does, over the whole backbone; of a model that
+    is not timm's the units are the layers. The classifier is no part of what `backbone_lr_scale` scales.
+    """
+    if config.backbone_lr_scale == 1 and config.layer_decay is None:
+        return {}
+    parameters = dict(net.backbone.named_parameters())
+    layers, heads = _layers(net), classifiers(net.backbone)
+    last, decay = max(layers.values(), default=0), config.layer_decay or 1.0
+    return {
+        parameter: decay ** (last - layers.get(name, last))
+        * (1.0 if name.rpartition(".")[0] in heads else config.backbone_lr_scale)
+        for name, parameter in parameters.items()
+    }
+
+
+def _layers(net: LocalNetwork) -> Mapping[str, int]:
+    """The number of each parameter's layer, from the input on, by name."""
+    matcher: Callable[..., Any] | None = getattr(net.backbone, "group_matcher", None)
+    if matcher:
+        numbers: dict[str, int] = group_parameters(net.backbone, matcher(coarse=False), reverse=True)
+        return numbers
+    units = [unit for module in net.local_modules for unit in module.own_units]
+    own = {id(p): i for i, unit in enumerate(units) for p in unit.used(net.backbone, nn.Module.parameters)}
+    return {name: own[id(p)] for name, p in net.backbone.named_parameters() if id(p) in own}
+
+
+def create_optimizer(
+    module: nn.Module, config: OptimConfig, scales: Mapping[nn.Parameter, float] | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of one local module; no weight decay on biases, norms and `module.no_weight_decay()`.
+
+    Args:
+        module: the module.
+        config: the settings.
+        scales: see `lr_scales`. A group of parameters has its factor as `lr_scale`, which timm's schedules know.
 
     Raises:
         ConfigError: no optimizer of that name, or the library it needs is missing.
@@ -29,7 +74,7 @@ def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opti
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return torch.optim.SGD([{"params": []}], lr=config.lr)  # nothing to step, but a learning rate to schedule
     if config.opt in LOW_BIT:
-        return _low_bit(module, config)
+        return _low_bit(module, config, scales)
     known = [str(name) for name in list_optimizers()]
     if config.opt not in known:
         hint = suggestion(config.opt, [*known, *LOW_BIT])
@@ -41,6 +86,8 @@ def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opti
     # Needed for CUDA graphs; without them it changes nothing.
     chosen["capturable"] = chosen["fused"] and "capturable" in options and device.type == "cuda"
     given: dict[str, Any] = {name: True for name, value in chosen.items() if value}
+    if scales:
+        given["param_group_fn"] = lambda own: _groups(own, config, scales)
     try:
         optimizer = create_optimizer_v2(module, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **given)
     except (AssertionError, ImportError) as error:
@@ -48,6 +95,23 @@ def create_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Opti
     if isinstance(optimizer, torch.optim.SGD) and chosen["fused"] and config.amp and config.amp_dtype == "float16":
         _begin_momentum(optimizer)
     return optimizer
+
+
+def _groups(
+    module: nn.Module, config: OptimConfig, scales: Mapping[nn.Parameter, float] | None
+) -> list[dict[str, Any]]:
+    """The parameters in groups of one weight decay and one factor of the learning rate."""
+    exempt: set[str] = getattr(module, "no_weight_decay", set)()
+    groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=exempt)
+    if not scales:
+        return groups
+    divided = []
+    for group in groups:
+        own: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            own.setdefault(scales.get(parameter, 1.0), []).append(parameter)
+        divided += [{**group, "params": params, "lr_scale": scale} for scale, params in own.items()]
+    return divided
 
 
 def _begin_momentum(optimizer: torch.optim.SGD) -> None:
@@ -135,6 +199,9 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, step
         step_on_epochs=False,
         updates_per_epoch=1,
     )
+    if scheduler is None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     return scheduler
 
 
@@ -152,7 +219,9 @@ def fill_tables(opt: str) -> None:
         _low_bit(module, OptimConfig(opt=opt)).step()
 
 
-def _low_bit(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def _low_bit(
+    module: nn.Module, config: OptimConfig, scales: Mapping[nn.Parameter, float] | None = None
+) -> torch.optim.Optimizer:
     try:
         import torchao.optim
     except ImportError as error:
@@ -180,6 +249,4 @@ def _low_bit(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
                 for group, rate in zip(self.param_groups, rates, strict=True):
                     group["lr"] = rate
 
-    exempt: set[str] = getattr(module, "no_weight_decay", set)()
-    groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=exempt)
-    return LowBit(groups, lr=config.lr, weight_decay=config.weight_decay)
+    return LowBit(_groups(module, config, scales), lr=config.lr, weight_decay=config.weight_decay)

@@ -19,7 +19,7 @@ from localprop.settings.config import OptimConfig
 from localprop.system.reading import Malformed
 from localprop.training.checkpoints.parts import load_part, part_name, part_of
 from localprop.training.checkpoints.restoring import check_part
-from localprop.training.optimizers import RatesOnDevice, create_optimizer, create_scheduler, masks_its_step
+from localprop.training.optimizers import RatesOnDevice, create_optimizers, create_scheduler, masks_its_step
 from localprop.training.stepping.captured import CapturedSteps
 from localprop.training.stepping.exchange import Exchange
 from localprop.training.stepping.mask import Mask
@@ -65,7 +65,7 @@ class TrainingState:
         self.average, self.span, self.exchange = average, span, exchange
         self.modules = modules or range(len(net.local_modules))
         self.phases: Sequence[Phase] = turns(net.local_modules, self.modules)
-        self.optimizers = [create_optimizer(net.local_modules[k], config) for k in self.modules]
+        self.optimizers = create_optimizers(net, self.modules, config)
         self.schedulers = [create_scheduler(optimizer, config, steps_per_epoch) for optimizer in self.optimizers]
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
         offloads = config.offload_optimizer and device.type == "cuda"
