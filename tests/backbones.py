@@ -36,9 +36,9 @@ TIMM = {
     "cait_xxs24_224": (6, {"img_size": 64, "depth": 3}),
     "xcit_nano_12_p16_224": (10, {"img_size": 64, "depth": 3}),
     "mvitv2_tiny": (12, {"img_size": 64}),
-    "pvt_v2_b0": (13, {}),
-    "davit_tiny": (17, {}),
-    "hiera_tiny_224": (14, {"img_size": 64}),
+    "pvt_v2_b0": (10, {"depths": (1, 1, 2, 1)}),
+    "davit_tiny": (15, {"depths": (1, 1, 2, 1)}),
+    "hiera_tiny_224": (7, {"img_size": 64, "stages": (1, 1, 2, 1)}),
     "volo_d1_224": (23, {"img_size": 64}),
     "nest_tiny": (16, {"img_size": 64}),
     "maxvit_nano_rw_256": (7, {"img_size": 64, "depths": (1, 1, 2, 1)}),
@@ -47,12 +47,14 @@ TIMM = {
     "poolformer_s12": (17, {}),
     "convnext_tiny": (10, {"depths": (1, 1, 2, 1)}),
     "resnet18": (10, {}),
-    "resnet50": (18, {}),
+    "resnet50": (7, {"layers": (1, 1, 2, 1)}),
     "efficientnet_b0": (19, {}),
 }
+# Patch, width, depths, heads and window; image, patch, layers, heads, width and width of an MLP.
+SWIN_T, VIT_B = ([4, 4], 96, [1, 1, 2, 1], [3, 6, 12, 24], [7, 7]), (64, 16, 3, 3, 96, 192)
 OTHERS = {
-    "torchvision swin_t": (17, lambda: torchvision.models.swin_t(num_classes=5, dropout=0.1)),
-    "torchvision vit_b_16": (14, lambda: torchvision.models.vit_b_16(num_classes=5, image_size=64, dropout=0.1)),
+    "torchvision swin_t": (10, lambda: torchvision.models.SwinTransformer(*SWIN_T, dropout=0.1, num_classes=5)),
+    "torchvision vit_b_16": (5, lambda: torchvision.models.VisionTransformer(*VIT_B, dropout=0.1, num_classes=5)),
     "sequential": (5, _sequential),
 }
 

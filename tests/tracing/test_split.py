@@ -25,17 +25,17 @@ SPLIT = {
     "cait_xxs24_224": 9,
     "xcit_nano_12_p16_224": 18,
     "mvitv2_tiny": 22,
-    "pvt_v2_b0": 21,
-    "davit_tiny": 53,
-    "hiera_tiny_224": 26,
+    "pvt_v2_b0": 15,
+    "davit_tiny": 45,
+    "hiera_tiny_224": 12,
     "volo_d1_224": 41,
     "nest_tiny": 28,
     "maxvit_nano_rw_256": 17,
     "coatnet_nano_rw_224": 11,
     "mixer_s16_224": 18,
     "efficientnet_b0": 37,
-    "torchvision swin_t": 29,
-    "torchvision vit_b_16": 26,
+    "torchvision swin_t": 15,
+    "torchvision vit_b_16": 8,
 }
 SIZE = (3, 16, 16)
 
