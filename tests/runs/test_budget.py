@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from localprop.cli import main
+from localprop.cli import train as train_command
 from localprop.errors import PlanError
 from localprop.report.progress import Progress
 from localprop.report.results import read_results
@@ -210,3 +211,14 @@ def test_another_error_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingState, "train_step", fail)
     with pytest.raises(RuntimeError, match="something else"):
         train(tmp_path, "--modules", "2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"),
+    [([], "end-to-end"), (["--finish", "0.1"], "feature-reconstruction"), (["--lr", "1"], "end-to-end")],
+)
+def test_a_finish_asks_for_local_modules(monkeypatch, flags, method):
+    seen = []
+    monkeypatch.setattr(train_command, "_start", lambda config, *_: seen.append(config))
+    train_command.prepare(["--budget", "8MiB", *flags])
+    assert seen[0].local.method == method

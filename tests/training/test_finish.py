@@ -227,6 +227,17 @@ def test_what_runs_again_is_what_the_recipe_says():
     assert exactly(net).local_modules[1].recomputation[0] == "whole"
 
 
+def test_what_is_frozen_stays_so():
+    net = split("resnet", freeze_modules=1).train()
+    own = exactly(net)
+    assert [module.frozen for module in own.local_modules] == [True, False, False]
+    before = {name: buffer.clone() for name, buffer in net.backbone.named_buffers()}
+    own.train().backward(*batch(), seed=1)
+    changed = [name for name, buffer in net.backbone.named_buffers() if not torch.equal(before[name], buffer)]
+    assert changed
+    assert all(name.startswith(("layer2", "layer3", "layer4")) for name in changed)
+
+
 @pytest.mark.parametrize("settings", [{"amp": True}, {"amp": True, "amp_dtype": "float16", "lr": 1e-4}, LIVELY])
 def test_both_parts_are_captured_anew_with_the_bits_of_eager_steps(settings):
     results = []

@@ -53,12 +53,25 @@ def draw_curves(
         left.set_yscale("log")
     epochs = np.array([row.step / steps_per_epoch if steps_per_epoch else row.epoch for row in rows])
     _draw_panel(left, epochs, losses, format_loss)
+    _mark_finish(left, epochs, losses)
     # Not every epoch is evaluated, and the network's score is there whenever one was.
     evaluated = np.isfinite(scores[-1])
     if evaluated.any():
         _draw_panel(right, epochs[evaluated], scores[:, evaluated], headline.text)
     with written_aside(path) as aside:
         figure.savefig(aside, format="png")
+
+
+def _mark_finish(axes: Axes, epochs: np.ndarray, losses: np.ndarray) -> None:
+    """Marks where modules before the last have lost their losses, to be trained exactly."""
+    exact = np.isnan(losses[0])
+    if exact.any() and not exact.all() and not np.isnan(losses[-1]).any():
+        start = epochs[~exact][-1]
+        axes.axvline(start, color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate(
+            "exact", (start, 1.0), xycoords=("data", "axes fraction"), xytext=(2, 0), textcoords="offset points",
+            fontsize=7.5, color="0.5", va="bottom",
+        )  # fmt: skip
 
 
 def _draw_panel(axes: Axes, epochs: np.ndarray, values: np.ndarray, text: Callable[[float], str]) -> None:
