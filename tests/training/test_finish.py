@@ -158,11 +158,12 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(finished, t
 
 
 @pytest.mark.usefixtures("bare")
-def test_a_run_that_stops_where_it_begins_goes_on_as_if_it_had_not(finished, tmp_path):
+def test_a_run_that_stops_where_it_begins_goes_on_as_if_it_had_not(finished, tmp_path, capsys):
     assert train(tmp_path, "--steps", str(SWITCH)) == 0
     folder = tmp_path / "run"
     assert None not in read_results(folder / "results.csv")[-1].heads
     assert main(["train", "--resume", str(folder)]) == 0
+    assert f"checkpoints/step-{SWITCH:08d}, at epoch 3, batch 1" in "".join(capsys.readouterr().out.split("\n"))
     assert_same_run(folder, finished)
 
 
