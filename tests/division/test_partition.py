@@ -229,3 +229,29 @@ def test_exact_training_is_cut_where_its_peak_is_lowest(name, modules):
     blocks = [unit.name for unit in units if unit.depth]
     peaks = [peak(cuts=list(cuts)) for cuts in itertools.combinations(blocks[:-1], modules - 1)]
     assert min(peaks) <= peak(modules=modules) <= 1.01 * min(peaks)
+
+
+@pytest.mark.parametrize(("name", "modules"), [("resnet", 3), ("swin", 2)])
+def test_exact_training_is_cut_between_stages_where_its_peak_is_lowest(name, modules):
+    def peak(**options):
+        return simulate_step(cut(name, method="end-to-end", **options), OptimConfig(opt="sgd"), 32, SIZE).peak
+
+    units = units_of(name)
+    ends = stage_ends(units)
+    stages = [units[end - 1].name for end in ends[:-1]]
+    assert set(ends_of(cut(name, modules, method="end-to-end", partition="stage"))) <= set(ends)
+    peaks = [peak(cuts=list(cuts)) for cuts in itertools.combinations(stages, modules - 1)]
+    assert min(peaks) <= peak(modules=modules, partition="stage") <= 1.01 * min(peaks)
+
+
+@pytest.mark.parametrize("name", ["resnet", "swin"])
+def test_exact_training_by_compute_makes_the_slowest_module_fastest(name):
+    """Both turns of a module counted."""
+
+    def slowest(net):
+        return max(simulate_step(net, OptimConfig(opt="sgd"), 32, SIZE).module_seconds)
+
+    units = units_of(name)
+    times = {end: slowest(cut(name, cuts=[units[end - 1].name], method="end-to-end")) for end in range(1, len(units))}
+    chosen = ends_of(cut(name, 2, min_depth=0, partition="compute", method="end-to-end"))[0]
+    assert times[chosen] <= 1.02 * min(times.values())

@@ -15,7 +15,7 @@ from localprop.memory.tracker import Tracker
 PRODUCTS = Products(large=1e6, batched=1e5, convolution=2e5, attention=5e5)
 HALF = Products(large=4e6, batched=4e5, convolution=8e5, attention=2e6)
 FREE = Host(forward=0.0, backward=0.0, hooked=0.0, again=0.0, given=0.0)
-DEVICE = Machine(PRODUCTS, HALF, bandwidth=1e5, kernel=0.0, host=FREE, cuda=True, link=1.0)
+DEVICE = Machine(PRODUCTS, HALF, bandwidth=1e5, kernel=0.0, host=FREE, cuda=True, link=1.0, host_link=1.0)
 
 
 def counted(machine, run):

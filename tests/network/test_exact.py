@@ -17,7 +17,7 @@ from localprop.network.carry import Carry
 from localprop.tracing.constants import KeepConstants
 from localprop.tracing.copies import fake_copy
 from one_graph import one_graph
-from tiny import SIZE, assert_same, batch, build, gradients, split
+from tiny import CLASSES, SIZE, assert_same, batch, build, gradients, split
 
 
 def network(name, **options):
@@ -181,6 +181,22 @@ def test_after_the_first_forward_only_the_boundary_is_there(kinetic):
             before = tracker.used
             fake.run_phase(phase, carry)
             assert tracker.used - before == carry.features.untyped_storage().nbytes()
+
+
+def test_a_batch_norm_of_several_modules_takes_in_batches_in_the_order_of_a_forward():
+    norm = nn.BatchNorm2d(4, affine=False)
+    layers = [nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), norm]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 26 * 26, CLASSES))
+    own, other = (
+        localize(copy.deepcopy(model), method="end-to-end", cuts=["0", "3"], input_size=SIZE).train() for _ in range(2)
+    )
+    for part in range(2):
+        images, labels = batch(seed=part)
+        own.backward(images, labels, seed=part, parts=2)
+        one_graph(other, images, labels, part, 2)
+    assert_same(gradients(own), gradients(other))
+    assert_same(dict(own.named_buffers()), dict(other.named_buffers()))
+    assert own.backbone[1].num_batches_tracked == 6
 
 
 def test_a_gradient_of_the_images_is_that_of_one_graph():

@@ -189,6 +189,9 @@ def test_batch_norm_on_a_single_value_is_one_line():
     net = localize(build("resnet"), method="greedy", cuts=["layer2"], input_size=SIZE)  # 1 x 1 pixel at its end
     assert "batch norm" in one_line(net.backward, *batch(1), kind=ConfigError)
     assert "batch norm" in one_line(simulate_step, net, OptimConfig(micro_batches=4), 4, SIZE, kind=ConfigError)
+    # Units that a head reads ahead are the next module's.
+    net = localize(build("resnet"), method="greedy", cuts=["layer2"], reach=1, input_size=SIZE)
+    assert one_line(net.backward, *batch(1), kind=ConfigError).startswith("module 2 of 2 (layer3.0 ")
     plain = build("cnn")
     net = localize(copy.deepcopy(plain), 1, "end-to-end", input_size=SIZE, criterion=F.cross_entropy)
     torch.manual_seed(3)

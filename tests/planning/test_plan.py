@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -13,10 +14,17 @@ import timm
 import torch
 from torch import nn
 
-from localprop import localize, plan
+from localprop import Plan, chain, localize, plan
 from localprop.cli import main
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
+from localprop.memory.cost import Costs
 from localprop.memory.cuda import matrix_product_buffers
+from localprop.planning.planner import Planner
+from localprop.planning.reporting import plan_lines
+from localprop.planning.rows import PlanRow, Setting, told_apart
+from localprop.planning.schedules import Link
+from localprop.planning.search.finder import Finder
+from localprop.planning.search.trials import Terms, Trials
 from localprop.planning.settings import chosen
 from localprop.planning.simulation import simulate_step
 from localprop.planning.steps import PARTS
@@ -24,6 +32,7 @@ from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, Tra
 from localprop.settings.flags import parse
 from localprop.settings.flat import to_flags
 from localprop.settings.plan import PlanConfig
+from localprop.settings.recipe import Recipe
 from localprop.settings.values import parse_bytes
 from tiny import CLASSES, SIZE, build
 
@@ -279,6 +288,111 @@ def test_less_memory_takes_no_less_time():
     assert times == sorted(times)
 
 
+def finder(model, batch_size=8, device="cpu", **changes):
+    """What searches settings of a model."""
+    units, optim = chain(model, SIZE), OptimConfig(**changes)
+    planner = Planner(
+        model, {False: Costs(model, units)}, Recipe(), {}, optim, None, batch_size, device, None, Link(1.0)
+    )
+    return Finder(Trials(planner, (1,), []))
+
+
+def test_states_in_8_bits_are_for_where_nothing_else_fits(monkeypatch):
+    """Nothing is divided into more parts afterwards that would fit with the optimizer that was asked for."""
+    own, tried = finder(build("mlp"), 4), []
+    low = own.trials.baseline(Terms(opt="adamw8bit"))
+    assert low.step == small_plan((1,), 4, build("mlp"), opt="adamw8bit", show="fits").baseline.step
+    assert low.step.parts["optimizer"] < 0.5 * own.trials.baseline(Terms()).step.parts["optimizer"]
+    monkeypatch.setattr(
+        own, "_fastest", lambda kind, budget, terms: tried.append(terms) or (low if terms.opt else None)
+    )
+    assert own.fitting("exact", 2**30) is low
+    assert [terms[:3] for terms in tried] == [
+        (None, False, None), (None, True, None), (2, False, None), (4, False, None), (None, False, "adamw8bit")
+    ]  # fmt: skip
+    assert not low.setting.same_numbers
+    lines = plan_lines(PlanConfig(batch_size=4), Plan([low], budget=2**30, exact_fit=low))
+    told = lines.index("nothing fits otherwise: adamw8bit rounds its states to 8 bits, which is other training")
+    assert "--opt adamw8bit" in lines[told + 1]
+    assert finder(build("mlp"), opt="lion").trials.optimizers == (None,)
+
+
+def weighty():
+    """A model whose weights take more than all else."""
+    layers = [nn.Linear(192, 192) for _ in range(4)]
+    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), *layers, nn.Linear(192, CLASSES))
+
+
+def test_states_rest_on_the_host_where_that_is_what_fits():
+    own = finder(weighty(), 2, "cuda")
+    step = own.trials.baseline(Terms()).step
+    # Two weights fit, with the states of their optimizer; all gradients, or all states and one gradient, do not.
+    row = own.fitting("exact", step.peak - int(1.2 * step.parts["parameters"]))
+    setting = row.setting
+    assert setting.offload
+    assert setting.same_numbers
+    assert setting.name.endswith(", offload")
+    assert row.step.peak <= step.peak - 1.2 * step.parts["parameters"]
+    net = localize(weighty(), cuts=setting.recipe.cuts, split_blocks=True, method="end-to-end", input_size=SIZE)
+    assert row.step == simulate_step(net, OptimConfig(offload_optimizer=True), 2, SIZE, "cuda")
+    assert "--offload-optimizer" in plan_lines(PlanConfig(batch_size=2), Plan([row], budget=2**30, exact_fit=row))[3]
+    assert finder(weighty(), 2, "cpu").trials.offloads == finder(weighty(), offload_optimizer=True).trials.offloads
+
+
+@pytest.mark.parametrize(("away", "graphs", "taken"), [(0.9, 1.0, True), (0.9, 0.8, False), (0.99, 1.0, False)])
+def test_states_rest_on_the_host_where_that_is_faster_than_cuda_graphs(monkeypatch, away, graphs, taken):
+    own = finder(weighty(), 2, "cuda")
+    row = own.trials.baseline(Terms())
+    two = replace(row.setting, recipe=replace(row.setting.recipe, modules=2))
+    rows = {
+        False: replace(row, setting=two, step=replace(row.step, seconds=1.0, device_seconds=graphs)),
+        True: replace(row, setting=replace(two, offload=True), step=replace(row.step, seconds=away)),
+    }
+    monkeypatch.setattr(own, "_fastest", lambda kind, budget, terms: rows[terms.offload])
+    monkeypatch.setattr("localprop.planning.search.finder._worth", lambda way, usual: True)
+    assert own.fitting("exact", row.step.peak) is rows[taken]
+
+
+def test_micro_batches_are_named_where_they_are_faster(monkeypatch):
+    monkeypatch.setattr("localprop.planning.search.finder._WORTH", 100.0)
+    whole = small_plan((1,), 16, show="fits").baseline.step.peak
+    result = small_plan((1,), 16, budget=int(0.6 * whole), show="fits")
+    divided, count = result.divided_fit, result.divided_fit.micro_batches
+    assert divided.setting.name == f"end-to-end in {count} micro-batches"
+    assert divided.step.peak <= result.budget
+    fewer = OptimConfig(micro_batches=count // 2)
+    net = localize(build("vit"), 1, "end-to-end", input_size=SIZE)
+    assert simulate_step(net, fewer, 16, SIZE).peak > result.budget
+    assert result.exact_fit.setting.same_numbers
+    config = PlanConfig(batch_size=16)
+    (told,) = [line for line in plan_lines(config, result) if f"in {count} micro-batches, whose gradients" in line]
+    assert f"--micro-batches {count}" in told
+
+
+def test_micro_batches_are_not_named_where_they_are_slower_or_other_batches(monkeypatch):
+    own = finder(build("mlp"), 16)
+    row = own.trials.baseline(Terms())
+    monkeypatch.setattr(own.trials, "baseline", lambda terms: row)
+    slow = replace(row, step=replace(row.step, seconds=2 * row.step.seconds))
+    assert own.divided(row.step.peak, slow) is row
+    assert own.divided(row.step.peak, row) is None
+    assert own.divided(row.step.peak - 1, slow) is None
+    assert own.divided(row.step.peak, replace(slow, setting=replace(row.setting, opt="adamw8bit"))) is None
+    own.trials.planner.model = nn.Sequential(nn.BatchNorm2d(3))
+    assert own.divided(row.step.peak, slow) is None
+
+
+def test_settings_of_the_same_name_are_told_apart():
+    step = small_plan((1,), 2, build("mlp")).baseline.step
+    cuts = [("a",), ("b",), ("a",), ("c",)]
+    rows = [PlanRow(Setting(Recipe(cuts=own), again=0), 2, 1, step, []) for own in cuts]
+    named = told_apart(rows)
+    assert [named[id(row)].setting.name for row in rows] == [
+        "K=2, fitted", "K=2, fitted (2)", "K=2, fitted", "K=2, fitted (3)"
+    ]  # fmt: skip
+    assert [named[id(row)].setting for row in rows] == [row.setting for row in rows]
+
+
 def test_a_budget_chooses_what_runs_again():
     with pytest.raises(ConfigError, match="a budget chooses which units run again"):
         small_plan((2,), model=build("mlp"), budget=2**30, grad_checkpointing=True)
@@ -286,7 +400,8 @@ def test_a_budget_chooses_what_runs_again():
 
 def test_a_budget_below_a_single_image_is_an_error_of_one_line():
     with pytest.raises(
-        PlanError, match=r"nothing fits 0.1 MiB: K=2, fitted with 1 image at a time takes [\d.]+ MiB; .* --budget"
+        PlanError,
+        match=r"nothing fits 0.1 MiB: K=2, fitted, adamw8bit with 1 image at a time takes [\d.]+ MiB; .* --budget",
     ):
         small_plan((2,), 4, build("mlp"), budget=100_000)
 

@@ -13,9 +13,11 @@ from localprop.planning.search.exact import ExactSearch
 from localprop.planning.search.fronts import front
 from localprop.planning.search.local import LocalSearch, Module
 from localprop.planning.search.runs import Runs, Units
+from localprop.planning.search.ways import States
 
 KINDS = ("none", "cheap", "whole")
 LAST = ("none", "cheap")
+NOTHING = States()
 
 
 def random_cost(draw, output, gradients):
@@ -100,17 +102,18 @@ def test_one_module_is_the_best_of_all_ways_to_recompute_its_units(seed):
                 assert sum(cost.seconds for cost in own) + auxiliary.seconds == pytest.approx(found.seconds[way])
 
 
-def every_local(units, count, module):
+def every_local(units, count, module, states=NOTHING):
     for division in divisions(len(units), count):
         modules = [module(index, *pair) for index, pair in enumerate(division)]
-        beside = sum(own.beside for own in modules)
+        beside = sum(own.beside for own in modules) * (1 + states.always)
         best = []
         for (start, stop), own in zip(division, modules, strict=True):
             ways = []
             for names in choices(units, start, stop, own.shared):
                 costs = costs_of(units, start, names, own.shared)
                 seconds = sum(cost.seconds for cost in costs) + own.end.seconds
-                ways.append((module_peak(costs, own.end, own.shared), seconds))
+                kept = states.own * (own.weights + own.beside)
+                ways.append((kept + module_peak(costs, own.end, own.shared), seconds))
             best.append([(need, fastest(ways, need)) for need in sorted({need for need, _ in ways})])
         yield beside, best
 
@@ -125,7 +128,7 @@ def auxiliary_nets(draw, size, reach=False, most=0):
             ahead = reach and stop < size
             beyond = Reach([units.inner[stop]["cheap"]], heads[stop]) if ahead else None
             end = module_end(auxiliaries[start], units.output(stop - 1), beyond)
-            return Module(end, int(reach and start > 0), weights[start])
+            return Module(end, int(reach and start > 0), weights[start], 3 * (stop - start) + start)
 
         return module
 
@@ -176,21 +179,53 @@ def test_weights_of_auxiliary_nets_count(seed):
                 check_local(units, way, module, limit)
 
 
-def check_local(units, way, module, limit):
+@pytest.mark.parametrize("seed", range(8))
+def test_states_on_the_host_are_those_of_one_local_module(seed):
+    """Nothing is always kept of auxiliary nets here, so the search is exact."""
+    draw, states = random.Random(seed), States(own=1.5)
+    units = random_units(draw, 5)
+    module = auxiliary_nets(draw, 5)(units)
+    for count in (1, 2, 4):
+        search = LocalSearch(Runs(units), count, module, range(6), lambda index: index).keeping(states)
+        known = list(every_local(units, count, module, states))
+        for limit in range(20, 250, 9):
+            sums = ([fastest(ways, limit) for ways in modules] for _, modules in known)
+            best = min((sum(own) for own in sums if None not in own), default=None)
+            way = search.fastest(limit)
+            assert (way and way.seconds) == (best and pytest.approx(best))
+            if way:
+                check_local(units, way, module, limit, states)
+        assert search.fastest(search.least()) is not None
+        assert search.fastest(0.98 * search.least()) is None
+
+
+def test_what_is_always_kept_of_auxiliary_nets_counts():
+    draw, states = random.Random(0), States(always=2.0)
+    units = random_units(draw, 5)
+    module = auxiliary_nets(draw, 5, most=20)(units)
+    search = LocalSearch(Runs(units), 3, module, range(6), lambda index: index).keeping(states)
+    found = [way for limit in range(20, 400, 9) if (way := search.fastest(limit))]
+    for way in found:
+        check_local(units, way, module, 400, states)
+    assert len(found) > 20
+
+
+def check_local(units, way, module, limit, states=NOTHING):
     """A way needs what it says."""
     seconds = beside = peak = 0
     pairs = itertools.pairwise([0, *way.ends])
     for index, ((start, stop), names) in enumerate(zip(pairs, way.recomputation, strict=True)):
         own = module(index, start, stop)
         costs = costs_of(units, start, names, own.shared)
-        peak = max(peak, module_peak(costs, own.end, own.shared))
+        kept = states.own * (own.weights + own.beside)
+        peak = max(peak, kept + module_peak(costs, own.end, own.shared))
         seconds += sum(cost.seconds for cost in costs) + own.end.seconds
-        beside += own.beside
+        beside += own.beside * (1 + states.always)
     assert peak + beside == way.need <= limit
     assert seconds == pytest.approx(way.seconds)
 
 
-def every_exact(units, forward, loss):
+def every_exact(units, forward, loss, own):
     """Needs and times of all exact ways: each module's boundaries, the gradient of its output, and its own peak."""
     size = len(units)
     for division in divisions(size):
@@ -204,23 +239,26 @@ def every_exact(units, forward, loss):
             for names in choices(units, start, stop):
                 costs = [(units.first if start + i == 0 else units.inner)[start + i][n] for i, n in enumerate(names)]
                 seconds = sum(cost.seconds for cost in costs) + end.seconds + again
-                ways.append((boundaries + module_peak(costs, end), seconds))
+                ways.append((boundaries + sum(own[start:stop]) + module_peak(costs, end), seconds))
             modules.append([(need, fastest(ways, need)) for need in sorted({need for need, _ in ways})])
             boundaries += output
         yield modules
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_exact_training_is_the_best_of_all_divisions(seed):
+@pytest.mark.parametrize("own", [[0] * 5, [7, 0, 12, 30, 4]], ids=["", "states on the host"])
+def test_exact_training_is_the_best_of_all_divisions(seed, own):
     draw = random.Random(seed)
     units = random_units(draw, 5, first_differs=False)
     forward = [draw.random() for _ in range(5)]
     loss = End(draw.randint(0, 20), draw.randint(0, 5), 0, draw.random())
-    search = ExactSearch(units, forward, loss)
-    known = list(every_exact(units, forward, loss))
+    outputs = [units.output(i) for i in range(5)]
+    ends = {stop: loss if stop == 5 else End(outputs[stop - 1], 0, outputs[stop - 1]) for stop in range(1, 6)}
+    search = ExactSearch(Runs(units), forward, ends.__getitem__, own=own)
+    known = list(every_exact(units, forward, loss, own))
     for limit in range(10, 150, 7):
         sums = ([fastest(ways, limit) for ways in modules] for modules in known)
-        best = min((sum(own) for own in sums if None not in own), default=None)
+        best = min((sum(times) for times in sums if None not in times), default=None)
         number = search.front.within(limit)
         if best is None:
             assert number is None
@@ -230,12 +268,13 @@ def test_exact_training_is_the_best_of_all_divisions(seed):
         assert way.need <= limit
         seconds, needs, boundaries = 0, [], 0
         for (start, stop), names in zip(itertools.pairwise([0, *way.ends]), way.recomputation, strict=True):
-            end = loss if stop == 5 else End(units.output(stop - 1), 0, units.output(stop - 1))
             costs = [(units.first if start + i == 0 else units.inner)[start + i][n] for i, n in enumerate(names)]
             seconds += (
-                sum(cost.seconds for cost in costs) + end.seconds + (0 if stop == 5 else sum(forward[start:stop]))
+                sum(cost.seconds for cost in costs)
+                + ends[stop].seconds
+                + (0 if stop == 5 else sum(forward[start:stop]))
             )
-            needs.append(boundaries + module_peak(costs, end))
+            needs.append(boundaries + sum(own[start:stop]) + module_peak(costs, ends[stop]))
             boundaries += units.output(stop - 1)
         assert way.need == max(needs)
         assert way.seconds == pytest.approx(seconds)

@@ -3,6 +3,7 @@
 import copy
 import sys
 import weakref
+from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -19,6 +20,7 @@ from localprop.errors import PlanError
 from localprop.memory.cost import Costs
 from localprop.memory.kernels import kernels_of
 from localprop.memory.measure import measured, plain_tensors
+from localprop.memory.speed import MACHINES
 from localprop.memory.tracker import Tracker
 from localprop.network.carry import Carry
 from localprop.planning.simulation import simulate_own_step, simulate_step
@@ -307,6 +309,22 @@ def test_attention_keeps_no_probabilities_where_cuda_does_not():
         assert differentiable
         assert cuda < probabilities
         assert (cpu > probabilities) == masked
+
+
+@pytest.mark.parametrize("method", ["greedy", "end-to-end"])
+def test_a_step_waits_for_the_states_that_come_from_the_host(monkeypatch, method):
+    """Each module's state goes out while that of the next comes in; the first waits for what the step before left."""
+    slow = replace(MACHINES["cuda"], host_link=1e6)
+    monkeypatch.setitem(MACHINES, "cuda", slow)
+    net, config = split("mlp", 3, method), OptimConfig(offload_optimizer=True)
+    here = simulate_step(net, replace(config, offload_optimizer=False), 4, SIZE, "cuda")
+    away = simulate_step(net, config, 4, SIZE, "cuda")
+    state = here.parts["optimizer"]
+    assert away.seconds == pytest.approx(2 * state / 1e6, rel=0.05)
+    assert here.seconds < 0.1 * away.seconds
+    one = localize(build("mlp"), 1, "end-to-end", input_size=SIZE)
+    steps = [simulate_step(one, replace(config, offload_optimizer=own), 4, SIZE, "cuda") for own in (False, True)]
+    assert steps[0].seconds == steps[1].seconds  # there is no other module whose memory it could take
 
 
 def test_memory_is_that_of_the_largest_module_not_of_the_sum():

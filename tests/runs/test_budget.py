@@ -11,17 +11,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from localprop import Plan, plan
 from localprop.cli import main
 from localprop.cli import train as train_command
 from localprop.errors import PlanError
 from localprop.report.progress import Progress
 from localprop.report.results import read_results
 from localprop.runs.headroom import choose_for_budget
-from localprop.settings.config import LocalConfig, TrainConfig
+from localprop.settings.config import LocalConfig, RunConfig, TrainConfig
 from localprop.settings.flags import parse
 from localprop.settings.flat import to_flags
 from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
+from tiny import build
 
 MIB = 2**20
 SMALL = ["--model", "test_vit", "--model-kwargs", "patch_size=4", "depth=2", "embed_dim=32", "num_heads=2"]
@@ -119,16 +121,28 @@ def test_what_fits_is_planned_for_the_device_that_trains(monkeypatch, device, as
     planned = []
 
     def plan_for(*arguments, **options):
-        planned.append(options["device"])
+        planned.append((options["device"], options["offload"]))
         raise PlanError("enough")
 
     monkeypatch.setattr("localprop.runs.headroom.plan_for", plan_for)
-    config = TrainConfig(local=LocalConfig(budget="1GiB"))
     backbone, size = torch.nn.Linear(1, 1), (3, 8, 8)
-    experiment = SimpleNamespace(config=config, device=torch.device(device), backbone=backbone, input_size=size)
-    with pytest.raises(PlanError, match="enough"):
+    for graphs in ("auto", "on"):
+        config = TrainConfig(local=LocalConfig(budget="1GiB"), run=RunConfig(cuda_graphs=graphs))
+        experiment = SimpleNamespace(config=config, device=torch.device(device), backbone=backbone, input_size=size)
+        with pytest.raises(PlanError, match="enough"):
+            choose_for_budget(experiment)
+    assert planned == [(assumed, True), (assumed, False)]
+
+
+def test_a_budget_never_changes_the_optimizer(monkeypatch):
+    backbone, size = build("mlp"), (3, 32, 32)
+    row = plan(backbone, 4, modules=(1,), method="end-to-end", input_size=size).baseline
+    low = replace(row, setting=replace(row.setting, opt="adamw8bit"))
+    monkeypatch.setattr("localprop.runs.headroom.plan_for", lambda *args, **options: Plan([row], exact_fit=low))
+    config = TrainConfig(local=LocalConfig(method="end-to-end", budget="1MiB"))
+    experiment = SimpleNamespace(config=config, device=torch.device("cpu"), backbone=backbone, input_size=size)
+    with pytest.raises(PlanError, match=r"nothing exact fits 1.0 MiB .*; end-to-end, adamw8bit takes .* adamw8bit"):
         choose_for_budget(experiment)
-    assert planned == [assumed]
 
 
 def test_a_resumed_run_does_not_choose_again(tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ class Machine:
         host: what the host needs.
         cuda: whether it is a CUDA GPU, which computes while the host calls what comes next.
         link: bytes per second to another process.
+        host_link: bytes per second between the device and pinned memory of the host.
     """
 
     single: Products
@@ -82,6 +83,7 @@ class Machine:
     host: Host
     cuda: bool
     link: float
+    host_link: float
 
 
 class Clock:
@@ -108,6 +110,12 @@ class Clock:
     def seconds(self) -> float:
         """Seconds until everything so far is done."""
         return max(self._host, self._device)
+
+    def wait(self, until: float) -> None:
+        """Lets what is launched from now on begin at this second at the earliest."""
+        self._device = max(self._device, until)
+        if not self.machine.cuda:
+            self._host = max(self._host, until)
 
     def count(self, func: Any, inputs: Sequence[Tensor], flops: int, moved: int) -> None:
         """Adds an operation.
@@ -168,6 +176,7 @@ MACHINES = {
         host=Host(forward=20e-6, backward=20e-6, hooked=10e-6, again=700e-6, given=1e-6),
         cuda=False,
         link=1e9,  # an order of magnitude: its loopback
+        host_link=8e9,  # the same memory
     ),
     "cuda": Machine(
         single=Products(large=4.87e13, batched=1.36e13, convolution=1.24e14, attention=4.87e13),
@@ -177,6 +186,7 @@ MACHINES = {
         host=Host(forward=16.5e-6, backward=25e-6, hooked=20e-6, again=780e-6, given=3.2e-6),
         cuda=True,
         link=5e10,  # an order of magnitude: NVLink or PCIe
+        host_link=2.5e10,  # an order of magnitude: PCIe 4 with 16 lanes
     ),
 }
 

@@ -5,6 +5,7 @@ module up, each one runs again, with its graph and with the same random numbers,
 its output. Its optimizer steps, and its memory is free, before the next one begins.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from localprop.memory.recompute import recomputing
 from localprop.network.carry import Carry
 from localprop.network.loss import NoLoss
-from localprop.network.module import LocalModule
+from localprop.network.module import LocalModule, Place
 from localprop.network.phase import Handed, Phase, Scaling, at_own_scale, backward, counted, lower_scale
 
 
@@ -38,7 +39,8 @@ def run_exact(module: LocalModule, phase: Phase, carry: Carry, scaling: Scaling)
     if phase.kind == "first":
         _run_first(module, carry)
     else:
-        _run_again(module, carry, scaling, first=phase.module == 0)
+        with _as_then(module):
+            _run_again(module, carry, scaling, first=phase.module == 0)
     return None
 
 
@@ -111,17 +113,47 @@ def _pass_on(gradient: list[Tensor], module: LocalModule, carry: Carry, scaling:
         lower_scale(module.trained() if scaling.scaler else (), carry.gradient, scaling)
 
 
+def note_common_buffers(modules: Sequence[LocalModule]) -> None:
+    """Tells each module which of its buffers others use, too."""
+    used = [module.buffers_used for module in modules]
+    counts = Counter(name for own in used for name in own)
+    for module, own in zip(modules, used, strict=True):
+        module.common = frozenset(name for name in own if counts[name] > 1)
+
+
 @contextmanager
 def _as_it_was(module: LocalModule) -> Iterator[None]:
-    """Restores the buffers that a forward changes, such as batch norm's statistics: the next forward changes them."""
-    places = module.buffer_places()
-    before = [buffer for _, _, buffer in places]
-    copies = [buffer.clone() for buffer in before]
+    """Restores the buffers that a forward changes, such as batch norm's statistics: the next forward changes them.
+
+    Those that other modules use, too, stay as this forward leaves them, so that all change them in their order.
+    """
+    common, own = module.buffer_places()
+    module.begun = [buffer.clone() for _, _, buffer in common]
+    copies = [buffer.clone() for _, _, buffer in own]
     yield
+    _restore(own, copies)
+
+
+@contextmanager
+def _as_then(module: LocalModule) -> Iterator[None]:
+    """Lets a module begin with the buffers with which it began before, and leaves those of others as they are now.
+
+    That is until its backward is over: autograd watches what batch norm has read.
+    """
+    common, _ = module.buffer_places() if module.begun else ([], [])
+    now = [buffer.clone() for _, _, buffer in common]
+    _restore(common, module.begun)
+    module.begun = []
+    yield
+    _restore(common, now)
+
+
+def _restore(places: list[Place], values: list[Tensor]) -> None:
+    """Puts buffers back, with these values."""
     # All: a batch norm does not count as a change in place.
-    if before:
+    if places:
         with torch.no_grad():
-            torch._foreach_copy_(before, copies)
+            torch._foreach_copy_([buffer for _, _, buffer in places], values)
     for owner, name, buffer in places:
         owner._buffers[name] = buffer
 

@@ -14,6 +14,8 @@ from localprop.network.loss import HeadLoss, LocalLoss
 from localprop.settings.recipe import Recomputation, runs_again
 from localprop.tracing.units import Unit
 
+Place = tuple[nn.Module, str, Tensor]
+"""Of a buffer: the module that has it, its name there, and the buffer."""
 BEFORE = "before."
 """Begins the names of what a module trains of the module before: the head that reads ahead."""
 _HEAD = "head."
@@ -36,6 +38,8 @@ class LocalModule(nn.Module):
         shared: how many of its first units the head of the module before reads ahead; that head is trained with this
             module.
         gives_head: whether its own head is trained with the next module.
+        common: names of the buffers that other modules use, too, in exact training.
+        begun: of these, in exact training, what they were before the first forward, until the second one.
     """
 
     auxiliary: LocalLoss
@@ -69,6 +73,8 @@ class LocalModule(nn.Module):
             unit.freeze(backbone)
             unit.rest(backbone)
         self.shared, self.gives_head = 0, False
+        self.common: frozenset[str] = frozenset()
+        self.begun: list[Tensor] = []
         self._before: tuple[HeadLoss, ...] = ()
 
     def train(self, mode: bool = True) -> "LocalModule":
@@ -203,11 +209,13 @@ class LocalModule(nn.Module):
         """Whether any parameter of its share of the backbone is to be trained."""
         return any(parameter.requires_grad for parameter in self._each(nn.Module.parameters))
 
-    def buffer_places(self) -> list[tuple[nn.Module, str, Tensor]]:
-        """The backbone's buffers that the units use, each with the module that has it and its name there."""
-        used = self._used(nn.Module.buffers)
-        held = ((own, name, buffer) for own in self._backbone[0].modules() for name, buffer in own._buffers.items())
-        return [(own, name, buffer) for own, name, buffer in held if buffer is not None and id(buffer) in used]
+    def buffer_places(self) -> tuple[list[Place], list[Place]]:
+        """The places of the backbone's buffers that the units use: of those that others use, too, and of the rest."""
+        used, backbone = self._used(nn.Module.buffers), self._backbone[0]
+        common = {id(backbone.get_buffer(name)) for name in self.common}
+        held = ((own, name, buffer) for own in backbone.modules() for name, buffer in own._buffers.items())
+        places = [(own, name, buffer) for own, name, buffer in held if buffer is not None and id(buffer) in used]
+        return [own for own in places if id(own[2]) in common], [own for own in places if id(own[2]) not in common]
 
     def trained(self) -> list[Tensor]:
         """The parameters of its units and of its local loss that are to be trained."""

@@ -59,11 +59,11 @@ def run_phase(modules: Sequence[LocalModule], phase: Phase, carry: Carry, scalin
         ConfigError: batch norm is to train on a single value per channel.
     """
     k, kind = phase
-    module = modules[k]
-    place = f"module {k + 1} of {len(modules)} ({module.units[0]} ... {module.units[-1]})"
-    with batch_norm_told(place, len(carry.targets)):
+    module, images = modules[k], len(carry.targets)
+    with batch_norm_told(_place(modules, k), images):
         if kind == "ahead":
-            return _read_ahead(module, modules[k + 1], carry, scaling)
+            told = batch_norm_told(_place(modules, k + 1), images)  # whose units run
+            return _read_ahead(module, modules[k + 1], carry, scaling, told)
         if kind == "backward":
             _pass_back(module, carry, scaling)
             return None
@@ -75,6 +75,11 @@ def run_phase(modules: Sequence[LocalModule], phase: Phase, carry: Carry, scalin
             _run(module, carry, scaling)
             return None
         return _run_whole(module, carry, scaling)
+
+
+def _place(modules: Sequence[LocalModule], k: int) -> str:
+    units = modules[k].units
+    return f"module {k + 1} of {len(modules)} ({units[0]} ... {units[-1]})"
 
 
 def _run_whole(module: LocalModule, carry: Carry, scaling: Scaling) -> Tensor | None:
@@ -112,15 +117,17 @@ def _run(module: LocalModule, carry: Carry, scaling: Scaling) -> None:
     _isolate(carry, output)
 
 
-def _read_ahead(module: LocalModule, following: LocalModule, carry: Carry, scaling: Scaling) -> Tensor | None:
+def _read_ahead(
+    module: LocalModule, following: LocalModule, carry: Carry, scaling: Scaling, told: AbstractContextManager[None]
+) -> Tensor | None:
     """Runs the units that a module's head reads ahead, and the head; backward to the module's output and to the head.
 
-    If the module is frozen, its head only predicts.
+    If the module is frozen, its head only predicts. The units run where it is `told` whose batch norm cannot train.
     """
     loss, trains = module.local_loss, not module.frozen
     assert isinstance(loss, HeadLoss)
     leaf = carry.features.detach().requires_grad_(trains)
-    with torch.set_grad_enabled(trains or not following.frozen), recomputing(following.recompute):
+    with told, torch.set_grad_enabled(trains or not following.frozen), recomputing(following.recompute):
         seen = following(leaf, carry.context, 0, following.shared, carry.energies)
     # The head has a graph of its own, so that what it keeps is gone before the backward of the units.
     read = seen.detach().requires_grad_(trains)

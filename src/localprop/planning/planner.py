@@ -43,6 +43,7 @@ class Planner:
         nproc: number of processes that modules are shared out to, if any.
         link: between two processes.
         on_setting: called before each setting is looked at.
+        offload: whether optimizer states may rest on the host where nobody asked for it.
         must_fit: whether an error is raised for a setting that the model does not allow.
         left_out: why the model does not allow a setting, by the setting's name.
         finish: part of the epochs of local modules, the last ones, in which they are trained exactly.
@@ -59,6 +60,7 @@ class Planner:
     nproc: int | None
     link: Link
     on_setting: Callable[[Setting], None] = lambda setting: None
+    offload: bool = True
     must_fit: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
     finish: float = 0.0
@@ -111,21 +113,16 @@ class Planner:
             self.costs[split] = Costs(self.model, chain(self.model, size, split_blocks=split))
         return self.costs[split]
 
-    def row(self, setting: Setting, micro_batches: int | None = None) -> PlanRow | None:
-        """What a setting takes; None where the model does not have so many modules.
-
-        Args:
-            setting: the setting.
-            micro_batches: into which the batch is divided; default: as planned for.
-        """
+    def row(self, setting: Setting) -> PlanRow | None:
+        """What a setting takes; None where the model does not have so many modules."""
         self.on_setting(setting)
         with _as_before(self.model):
-            return self._row(setting, micro_batches)
+            return self._row(setting)
 
-    def _row(self, setting: Setting, micro_batches: int | None) -> PlanRow | None:
+    def _row(self, setting: Setting) -> PlanRow | None:
         divided = setting.modules > 1
         try:
-            net, given = self.network(setting, micro_batches)
+            net, given = self.network(setting)
         except ChainError as error:
             if not divided or self.must_fit:
                 raise
@@ -145,11 +142,9 @@ class Planner:
             finish = Finish(self.finish, simulate_step(exactly(net), *given))
         return PlanRow(setting, self.batch_size, given[0].micro_batches, step, units, parallel, not_parallel, finish)
 
-    def network(
-        self, setting: Setting, micro_batches: int | None = None
-    ) -> tuple[LocalNetwork, tuple[OptimConfig, int, tuple[int, int, int], str]]:
-        """The network of a setting, and what else `simulate_step` is given; arguments as of `row`."""
-        optim = replace(self.optim, micro_batches=micro_batches or self.optim.micro_batches)
+    def network(self, setting: Setting) -> tuple[LocalNetwork, tuple[OptimConfig, int, tuple[int, int, int], str]]:
+        """The network of a setting, and what else `simulate_step` is given."""
+        optim = optim_of(setting, self.optim)
         division = self.division(setting.recipe, optim.micro_batches)
         with torch.random.fork_rng(devices=[]):  # weights of auxiliary nets are drawn
             net = division.build(division.ends())
@@ -184,7 +179,7 @@ class Planner:
         setting = found[0].setting
         self.on_setting(setting)
         with _as_before(self.model):
-            net, given = self.network(setting, found[0].micro_batches)
+            net, given = self.network(setting)
             return explain_peak(setting.name, net, *given)
 
     def freeze_by_name(self, modules: int | None) -> None:
@@ -237,6 +232,16 @@ def _as_before(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(value)
         for module, mode in modes.items():
             module.training = mode
+
+
+def optim_of(setting: Setting, asked: OptimConfig) -> OptimConfig:
+    """The settings of a step that were asked for, with those that are the planner's choice."""
+    return replace(
+        asked,
+        micro_batches=setting.micro_batches or asked.micro_batches,
+        opt=setting.opt or asked.opt,
+        offload_optimizer=setting.offload or asked.offload_optimizer,
+    )
 
 
 def key(name: str) -> str:

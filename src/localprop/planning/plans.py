@@ -15,10 +15,11 @@ from localprop.memory.speed import MACHINES
 from localprop.planning.peaks import Peak
 from localprop.planning.planner import Planner, key
 from localprop.planning.processes import Processes
-from localprop.planning.rows import PlanRow, Setting
+from localprop.planning.rows import PlanRow, Setting, told_apart
 from localprop.planning.schedules import Link
 from localprop.planning.search.costed import KINDS, Kind
 from localprop.planning.search.finder import Finder
+from localprop.planning.search.trials import Trials
 from localprop.settings.config import OptimConfig, require_equal_parts
 from localprop.settings.recipe import Recipe
 from localprop.tracing.chains import chain
@@ -38,9 +39,11 @@ class Plan:
             both; end-to-end training is one. Empty where they were not asked for, or several processes were.
         local: likewise, of local modules.
         budget: bytes that the peak must stay below, where given.
-        exact_fit: the fastest exact setting that fits the budget, with as few micro-batches as can be; None if there
-            is none, or no budget.
+        exact_fit: the fastest exact setting that fits the budget. It divides the batch into micro-batches, and takes
+            another optimizer, only where nothing fits without. None if there is none, or no budget.
         local_fit: likewise, of local modules.
+        divided_fit: end-to-end training in micro-batches, where that fits the budget and is faster than `exact_fit`;
+            else None. Its gradients are the same up to rounding.
         choice: of these two the one that was asked for: the local one, where its method, number of modules, cuts or
             reach was; else the exact one; the other where there is no such one.
         pipeline: end-to-end training by 1F1B on as many processes as `PlanRow.parallel` has; None where that was not
@@ -55,6 +58,7 @@ class Plan:
     budget: int | None = None
     exact_fit: PlanRow | None = None
     local_fit: PlanRow | None = None
+    divided_fit: PlanRow | None = None
     choice: PlanRow | None = None
     pipeline: Processes | None = None
     explained: Peak | None = None
@@ -115,6 +119,7 @@ def plan(
     explain: str | None = None,
     finish: float = 0.0,
     show: Literal["rows", "fronts", "fits"] = "rows",
+    offload: bool = True,
     on_setting: Callable[[Setting], None] | None = None,
     **options: Any,
 ) -> Plan:
@@ -144,6 +149,7 @@ def plan(
             peak of a row is then the larger one of both, and its time the mean.
         show: "rows", end-to-end training and the numbers of modules; "fronts", these and the fastest settings for any
             memory; or "fits", only end-to-end training and what fits the budget.
+        offload: whether the fastest settings for CUDA may have the optimizer's states on the host.
         on_setting: called before each setting is looked at.
         options: further arguments of `localize`: settings of a `localprop.Recipe`, num_classes, criterion, ...
 
@@ -164,7 +170,8 @@ def plan(
     planner = Planner(
         model, {False: Costs(model, units)}, recipe, arguments, optim, amp_dtype, batch_size, device, nproc, link
     )
-    planner.on_setting, planner.finish = on_setting or planner.on_setting, finish
+    planner.on_setting, planner.offload = on_setting or planner.on_setting, offload
+    planner.finish = finish
     if recipe.freeze_modules and (len(modules) == 1 or recipe.cuts is not None):
         planner.freeze_by_name(modules[0] if len(modules) == 1 and modules[0] != "max" else None)
     elif recipe.freeze_modules and budget is not None:
@@ -196,31 +203,35 @@ def _planned(
 ) -> Plan:
     """The plan of what a planner plans; see `plan`."""
     rows = planner.baselines() if show == "fits" else planner.rows(modules)
-    finder, fronts, fits = Finder(planner, modules, [*rows]), dict[Kind, list[PlanRow]](), _Fits()
+    finder, fronts, fits = Finder(Trials(planner, modules, [*rows])), dict[Kind, list[PlanRow]](), _Fits()
     if budget is not None:
         fits = _fits(finder, planner, budget)
     if show == "fronts" and not planner.nproc and not planner.recipe.freeze_modules:  # which names no units
         fronts = {kind: finder.front(kind) for kind in KINDS}
-    shared = planner.pipeline(rows) if planner.nproc else None
+    apart = told_apart([*rows, *itertools.chain(*fronts.values()), *filter(None, fits)])
+    fits = _Fits(*(row and apart[id(row)] for row in fits))
+    exact, local = ([apart[id(row)] for row in fronts.get(kind, [])] for kind in KINDS)
     return Plan(
         rows,
-        fronts.get("exact", []),
-        fronts.get("local", []),
+        exact,
+        local,
         budget,
         fits.exact,
         fits.local,
+        fits.divided,
         fits.chosen,
-        shared,
-        planner.explained([*rows, *itertools.chain(*fronts.values()), *filter(None, fits[:2])], explain),
+        planner.pipeline(rows) if planner.nproc else None,
+        planner.explained(list(apart.values()), explain),
         planner.left_out,
     )
 
 
 class _Fits(NamedTuple):
-    """The fastest settings that fit a budget, and which of them was asked for."""
+    """The fastest settings that fit a budget, and which of them was asked for; see `Plan`."""
 
     exact: PlanRow | None = None
     local: PlanRow | None = None
+    divided: PlanRow | None = None
     chosen: PlanRow | None = None
 
 
@@ -228,8 +239,8 @@ def _fits(finder: Finder, planner: Planner, budget: int) -> _Fits:
     """See `Plan`; errors as of `plan`."""
     exact, local = (finder.fitting(kind, budget) for kind in KINDS)
     recipe, only_local = planner.recipe, planner.finish > 0
-    asked = recipe.asks_local or only_local or (len(finder.modules) == 1 and not recipe.end_to_end)
+    asked = recipe.asks_local or only_local or (len(finder.trials.modules) == 1 and not recipe.end_to_end)
     chosen = (local or exact) if asked else (exact or local)
     if chosen is None:
         raise finder.nothing_fits("local" if asked else "exact", budget)
-    return _Fits(exact, local, chosen)
+    return _Fits(exact, local, finder.divided(budget, exact) if exact else None, chosen)

@@ -27,14 +27,33 @@ def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
         if row is None:
             lines += ["", f"within {limit}, {kind}: nothing"]
             continue
-        parts = f" in {row.micro_batches} micro-batches" if row.micro_batches > config.micro_batches else ""
         peaks = [row.step.peak] + ([row.finish.step.peak] if row.finish else [])
         peak, ratio = ", in its finish ".join(map(format_bytes, peaks)), result.time_ratio(row)
-        lines += ["", f"within {limit}, {kind}: {row.setting.name}{parts} takes {peak} and {ratio:.2f} of the time"]
+        lines += ["", f"within {limit}, {kind}: {row.setting.name} takes {peak} and {ratio:.2f} of the time"]
         if kind == "local":
             lines.append(cost_in_accuracy(resolved(row.setting.recipe, config.device), config.local.finish))
-        lines.append(f"{train_command(chosen_for_plan(config, row))} --data folder:PATH")
+        lines += [line for line in (changed_numbers(row), f"{_command(config, row)} --data folder:PATH") if line]
+        if kind == "exact" and (divided := result.divided_fit):
+            lines.append(f"{faster_divided(divided, row)}: {_command(config, divided)} --data folder:PATH")
     return lines
+
+
+def _command(config: PlanConfig, row: PlanRow) -> str:
+    return train_command(chosen_for_plan(config, row))
+
+
+def changed_numbers(row: PlanRow) -> str:
+    """What is not as it was asked for and changes numbers, as a sentence; empty where nothing is."""
+    parts, opt = row.setting.micro_batches, row.setting.opt
+    found = [f"{parts} micro-batches add gradients up in another order"] if parts else []
+    found += [f"{opt} rounds its states to 8 bits, which is other training"] if opt else []
+    return f"nothing fits otherwise: {', and '.join(found)}" if found else ""
+
+
+def faster_divided(row: PlanRow, other: PlanRow) -> str:
+    """What micro-batches would bring against another setting, as a sentence."""
+    ratio = row.step.seconds / other.step.seconds
+    return f"{row.setting.name}, whose gradients are the same up to rounding, takes {ratio:.2f} of its time"
 
 
 def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
@@ -60,7 +79,7 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
         return {"part": own.part, "peak": own.step.peak, **own.step.parts, "flops": own.step.flops}
 
     def fitting(row: PlanRow) -> dict[str, Any]:
-        return {**describe(row), "command": train_command(chosen_for_plan(config, row))}
+        return {**describe(row), "command": _command(config, row)}
 
     report: dict[str, Any] = {
         "config": to_flat(config),
@@ -77,7 +96,8 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
     if result.explained:
         report["explained"] = {**asdict(result.explained), "module": result.explained.module + 1}
     if result.choice is not None:
-        found = {"exact_fit": result.exact_fit, "local_fit": result.local_fit, "choice": result.choice}
+        names = ("exact_fit", "local_fit", "divided_fit", "choice")
+        found = {name: getattr(result, name) for name in names}
         report |= {"budget": result.budget, **{name: row and fitting(row) for name, row in found.items()}}
     return report
 

@@ -1,6 +1,7 @@
 """The rows of a plan: one way to train a model, and what that needs."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from localprop.errors import warn_renamed
@@ -17,11 +18,19 @@ class Setting:
         recipe: what the network is made of, with a number of modules.
         largest: whether there cannot be more modules.
         again: how many units run again in backward, where that and the cuts are the planner's choice; else None.
+        micro_batches: into which the batch is divided, where that is the planner's choice; else None.
+        opt: the optimizer, likewise.
+        offload: whether optimizer states rest on the host, though nobody asked for it.
+        number: which of a plan's settings with the same name it is.
     """
 
     recipe: Recipe
     largest: bool = False
     again: int | None = None
+    micro_batches: int | None = None
+    opt: str | None = None
+    offload: bool = False
+    number: int = field(default=1, compare=False)
 
     @property
     def modules(self) -> int:
@@ -49,15 +58,25 @@ class Setting:
         kind = "exact " if self.recipe.end_to_end else ""
         words = ["end-to-end" if self.modules == 1 else f"{kind}K={self.modules}"]
         if self.again is not None:
-            return words[0] + (f" + ckpt {self.again}" if self.again else ", fitted")
-        words += ["split"] if self.split_blocks else []
-        words += ["max"] if self.largest else []
-        return ", ".join(words) + (" + ckpt" if self.grad_checkpointing else "")
+            name = words[0] + (f" + ckpt {self.again}" if self.again else ", fitted")
+        else:
+            words += ["split"] if self.split_blocks else []
+            words += ["max"] if self.largest else []
+            name = ", ".join(words) + (" + ckpt" if self.grad_checkpointing else "")
+        name += f" ({self.number})" if self.number > 1 else ""
+        name += f" in {self.micro_batches} micro-batches" if self.micro_batches else ""
+        return name + (f", {self.opt}" if self.opt else "") + (", offload" if self.offload else "")
+
+    @property
+    def same_numbers(self) -> bool:
+        """Whether it trains with the optimizer that was asked for, on the whole batch at once."""
+        return self.micro_batches is None and self.opt is None
 
     def described(self) -> dict[str, Any]:
         """Name and settings, for a JSON file. A setting that is not there is off."""
         keys = ("modules", "method", "split_blocks", "grad_checkpointing", "largest")
         found = {name: getattr(self.recipe, name) for name in ("cuts", "recompute_units")}
+        found |= {"opt": self.opt, "offload_optimizer": self.offload}
         found = {name: value for name, value in found.items() if value}
         return {"setting": self.name, **{key: getattr(self, key) for key in keys}, **found}
 
@@ -121,3 +140,16 @@ class PlanRow:
         """The old name of `step`; it stays for one version."""
         warn_renamed("PlanRow.trace", "PlanRow.step")
         return self.step
+
+
+def told_apart(rows: Iterable[PlanRow]) -> dict[int, PlanRow]:
+    """The rows by their `id`, those of different settings with a name of their own each."""
+    settings: dict[str, list[Setting]] = {}
+    found = {}
+    for row in rows:
+        known = settings.setdefault(row.setting.name, [])
+        if row.setting not in known:
+            known.append(row.setting)
+        number = known.index(row.setting) + 1
+        found[id(row)] = row if number == 1 else replace(row, setting=replace(row.setting, number=number))
+    return found

@@ -11,6 +11,7 @@ from torch import nn
 from localprop.division.resolve import with_methods_defaults
 from localprop.models.backbone import create_backbone
 from localprop.models.sources import with_source
+from localprop.planning.planner import optim_of
 from localprop.planning.plans import MODULES, Plan, plan
 from localprop.planning.rows import PlanRow, Setting
 from localprop.settings.config import LocalConfig, OptimConfig, TrainConfig
@@ -110,7 +111,7 @@ def chosen(config: TrainConfig, row: PlanRow) -> TrainConfig:
         own |= {"method_kwargs": None, "modules": None if row.setting.modules == 1 else own["modules"], "finish": 0.0}
         optim = replace(optim, finish_lr=None)
     local = replace(config.local, **own)
-    return replace(config, local=local, optim=optim)
+    return replace(config, local=local, optim=optim_of(row.setting, optim))
 
 
 def chosen_for_plan(config: PlanConfig, row: PlanRow) -> TrainConfig:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -111,7 +112,8 @@ def record_step(
             state.average = partial(average, count=replicas, start=lambda flat: lambda: None)
         if parts > 2:  # the middle ones find gradients of the first, and leave them to the last
             tracker.label(_gradients(state), "gradients")
-        with _watched(state, tracker, marks):
+        copies = _Copies(state, tracker) if config.offload_optimizer else None
+        with _watched(state, tracker, marks, copies):
             carry = _loaded(tracker, arrive)
             entry = total_bytes([carry.features, carry.targets, *plain_tensors(carry.context)])
             batch = _whole_batch(state, carry, parts)
@@ -175,10 +177,12 @@ def _whole_batch(state: TrainingState, carry: Carry, parts: int) -> list[Tensor]
 
 
 @contextmanager
-def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark]) -> Iterator[None]:
+def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark], copies: "_Copies | None") -> Iterator[None]:
     """Tells the tracker which tensors are gradients; notes in `marks` what `Record.marks` has."""
 
     def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if copies:
+            copies.wait()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         tracker.label([p.grad for p in parameters if p.grad is not None], "gradients")
 
@@ -186,6 +190,8 @@ def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark]) -> Itera
 
     def marking(phase: Phase, losses: Sequence[Tensor], last: bool) -> None:
         finish(phase, losses, last)
+        if copies and last and phase.done:
+            copies.send(phase.module - state.modules.start)
         if _is_marked(phase):
             marks.append(Mark(len(tracker.events), tracker.seconds, tracker.flops, tracker.clock.busy))
 
@@ -196,3 +202,30 @@ def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark]) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Copies:
+    """When optimizer states that rest on the host are on the device: see `localprop.training.stepping.offload`.
+
+    A module's state comes in from the moment when the one before has stepped, and goes out from the moment when it has
+    stepped itself. All copies wait for each other. Those that the step before has left to do come first.
+    """
+
+    def __init__(self, state: TrainingState, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._sizes = [total_bytes(plain_tensors(list(own.state.values()))) for own in state.optimizers]
+        done = [phase.module - state.modules.start for phase in state.phases if phase.done]
+        self._next = dict(pairwise(done))
+        self._there = self._copied(0.0, self._sizes[done[-1]] + self._sizes[done[0]] if len(done) > 1 else 0)
+
+    def _copied(self, begin: float, size: int) -> float:
+        return begin + size / self._tracker.machine.host_link
+
+    def wait(self) -> None:
+        """Waits until the state of the module is there that is the next to step."""
+        self._tracker.clock.wait(self._there)
+
+    def send(self, k: int) -> None:
+        """Begins to send the state of a module out, and that of the next one in."""
+        if k in self._next:
+            self._there = self._copied(self._tracker.seconds, self._sizes[k] + self._sizes[self._next[k]])

@@ -10,6 +10,7 @@ from localprop.memory.measure import available, most_taken, total_bytes
 from localprop.memory.speed import assumed
 from localprop.network.network import LocalNetwork
 from localprop.planning.known import cost_in_accuracy
+from localprop.planning.reporting import faster_divided
 from localprop.planning.rows import PlanRow
 from localprop.planning.settings import chosen, plan_for, train_command
 from localprop.planning.simulation import simulate_step
@@ -27,23 +28,27 @@ def choose_for_budget(experiment: Experiment) -> tuple[Experiment, str]:
         The experiment with it, and a line that tells of it and of the other kind.
 
     Raises:
-        PlanError: nothing fits, or with more micro-batches only, which is the user's choice to make.
+        PlanError: nothing fits, or only what changes numbers, which is the user's choice to make: more micro-batches,
+            another optimizer.
     """
     config, budget = experiment.config, parse_bytes(experiment.config.local.budget or "")
     device, parts = assumed(experiment.device.type), config.optim.micro_batches
     backbone, size = experiment.backbone, experiment.input_size
-    result = plan_for(backbone, config.local, config.optim, size, budget, device=device, show="fits")
+    offload = config.run.cuda_graphs != "on"  # which needs the optimizer's states in one place
+    result = plan_for(backbone, config.local, config.optim, size, budget, device=device, show="fits", offload=offload)
     exact = config.local.end_to_end
     row, other = (result.exact_fit, result.local_fit) if exact else (result.local_fit, result.exact_fit)
     limit = format_bytes(budget)
-    if row is None or row.micro_batches > parts:
-        found = next(own for own in (other, row) if own and (row is None or own.micro_batches == parts or own is row))
+    if row is None or not row.setting.same_numbers:
+        found = next(own for own in (other, row) if own and (row is None or own.setting.same_numbers or own is row))
         raise PlanError(
             f"nothing {'exact' if exact else 'local'} fits {limit} with {config.optim.batch_size // parts} images at a "
             f"time; {_told(found)}: {train_command(chosen(config, found))}"
         )
     line = f"budget {limit}: {row.setting.name}, predicted to take {format_bytes(row.peak)}"
-    if other and other.micro_batches == parts:
+    if exact and (divided := result.divided_fit):
+        line += f"; {faster_divided(divided, row)}: --micro-batches {divided.micro_batches}"
+    if other and other.setting.same_numbers:
         ratio = other.seconds / row.seconds
         asks = f"--method {Recipe.method}" if exact else f"--method {END_TO_END}"
         accuracy = cost_in_accuracy(resolved(other.setting.recipe, device))
@@ -58,8 +63,7 @@ def _open(local: LocalConfig) -> LocalConfig:
 
 
 def _told(row: PlanRow) -> str:
-    parts = f" in {row.micro_batches} micro-batches" if row.micro_batches > 1 else ""
-    return f"{row.setting.name}{parts} takes {format_bytes(row.peak)}"
+    return f"{row.setting.name} takes {format_bytes(row.peak)}"
 
 
 class Headroom:

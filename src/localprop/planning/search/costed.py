@@ -1,9 +1,12 @@
 """The searches of a model: its units and auxiliary nets with their costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
+
+from torch import nn
 
 from localprop.division.division import Division
 from localprop.division.partition import module_ends, stage_ends
@@ -11,7 +14,7 @@ from localprop.memory.part import Cost
 from localprop.planning.search.exact import ExactSearch
 from localprop.planning.search.local import Fronts, LocalSearch, Module
 from localprop.planning.search.runs import Options, Runs, Units
-from localprop.planning.search.ways import Way
+from localprop.planning.search.ways import States, Way
 from localprop.settings.recipe import Recomputation
 
 Kind = Literal["exact", "local"]
@@ -37,37 +40,44 @@ class ExactWays:
     division: Division
     sliced: bool = False
     ends: Sequence[int] | None = None
+    _searches: dict[float, ExactSearch] = field(default_factory=dict, init=False)
 
     @cached_property
-    def _search(self) -> ExactSearch:
+    def _runs(self) -> Runs:
         units = units_of(self.division, True, self.sliced)
-        whole, none = (
-            self.division.costs.units(replace(self.division.step, recomputation=k)) for k in ("whole", "none")
-        )
-        forward = [again.seconds - once.seconds for again, once in zip(whole, none, strict=True)]
-        last = self.division.end(0, 0, len(units))
-        idle = self.division.free(0) if self.division.frozen else 0
-        return ExactSearch(units, forward, last, self.ends, simpler=_SIMPLER * _seconds(units), idle=idle)
+        return Runs(units, simpler=_SIMPLER * _seconds(units))
+
+    def _search(self, states: States) -> ExactSearch:
+        if states.own not in self._searches:
+            division = self.division
+            whole, none = (division.costs.units(replace(division.step, recomputation=k)) for k in ("whole", "none"))
+            forward = [again.seconds - once.seconds for again, once in zip(whole, none, strict=True)]
+            own = [states.own * weights for weights in _weights(division)]
+            more = 10 * _SIMPLER * _seconds(self._runs.units)
+            idle = division.free(0) if division.frozen else 0
+            self._searches[states.own] = ExactSearch(
+                self._runs, forward, lambda stop: division.end(0, 0, stop), self.ends, own, more, idle
+            )
+        return self._searches[states.own]
 
     @property
     def usual(self) -> Recomputation:
         """What a unit computes again that a recipe does not name."""
         return self.division.recipe.cheap
 
-    @property
-    def least(self) -> float:
+    def least(self, states: States) -> float:
         """The fewest bytes for which there is a way."""
-        return float(self._search.front.need[0])
+        return float(self._search(states).front.need[0])
 
-    @property
-    def most(self) -> float:
+    def most(self, states: States) -> float:
         """The bytes that the fastest way needs."""
-        return float(self._search.front.need[-1])
+        return float(self._search(states).front.need[-1])
 
-    def fastest(self, limit: float) -> Way | None:
+    def fastest(self, limit: float, states: States) -> Way | None:
         """The fastest way within a limit in bytes; None if there is none."""
-        number = self._search.front.within(limit)
-        return None if number is None else self._search.way(number)
+        search = self._search(states)
+        number = search.front.within(limit)
+        return None if number is None else search.way(number)
 
 
 @dataclass
@@ -76,15 +86,14 @@ class LocalWays:
 
     Args:
         divisions: of each number of modules that may be taken.
-        factor: bytes that a byte of an auxiliary net's weights takes in all, with the optimizer's state.
         sliced: whether units may run again in slices of the batch.
         ends: after how many units each module ends; None where that is open.
     """
 
     divisions: Sequence[Division]
-    factor: float
     sliced: bool = False
     ends: Sequence[int] | None = None
+    _kept: dict[States, list[LocalSearch]] = field(default_factory=dict, init=False)
 
     @cached_property
     def _searches(self) -> list[LocalSearch]:
@@ -97,10 +106,15 @@ class LocalWays:
         units, least = division.units, division.recipe.min_depth
         places = stage_ends(units) if division.recipe.partition == "stage" else range(1, len(units) + 1)
         ends = self.ends or module_ends(units, places, least)
+        weights = [0, *accumulate(_weights(division))]
 
         def module(index: int, start: int, stop: int) -> Module:
-            beside = self.factor * division.auxiliary_bytes(index, start, stop)
-            return Module(division.end(index, start, stop), division.shared(index, start, stop), round(beside))
+            return Module(
+                division.end(index, start, stop),
+                division.shared(index, start, stop),
+                division.auxiliary_bytes(index, start, stop),
+                weights[stop] - weights[start],
+            )
 
         def allowed(start: int, stop: int) -> bool:
             return self.ends is not None or sum(unit.depth for unit in units[start:stop]) >= least
@@ -112,22 +126,32 @@ class LocalWays:
         """What a unit computes again that a recipe does not name."""
         return self.divisions[0].recipe.cheap
 
-    @cached_property
-    def least(self) -> float:
+    def _keeping(self, states: States) -> list[LocalSearch]:
+        if states not in self._kept:
+            self._kept[states] = [search.keeping(states) for search in self._searches]
+        return self._kept[states]
+
+    def least(self, states: States) -> float:
         """About the fewest bytes for which there is a way."""
-        return min(search.least() for search in self._searches)
+        return min(search.least() for search in self._keeping(states))
 
-    @cached_property
-    def most(self) -> float:
+    def most(self, states: States) -> float:
         """About the bytes that the fastest way needs."""
-        way = self.fastest(2.0**50)
-        return way.need if way else self.least
+        way = self.fastest(2.0**50, states)
+        return way.need if way else self.least(states)
 
-    def fastest(self, limit: float) -> Way | None:
+    def fastest(self, limit: float, states: States) -> Way | None:
         """The fastest way within a limit in bytes; of nearly equally fast ones that with the fewest modules."""
-        all_found = [(search, found) for search in self._searches if (found := search.found(limit))]
+        all_found = [(search, found) for search in self._keeping(states) if (found := search.found(limit))]
         best = min((found.seconds for _, found in all_found), default=0.0)
         return next((search.way(found) for search, found in all_found if found.seconds <= _EQUAL * best), None)
+
+
+def _weights(division: Division) -> list[int]:
+    """Bytes of each unit's weights that are trained."""
+    own = [{id(p): p for p in unit.used(division.model, nn.Module.parameters)}.values() for unit in division.units]
+    sizes = [sum(p.numel() * p.element_size() for p in parameters if p.requires_grad) for parameters in own]
+    return [0 if i in division.frozen else size for i, size in enumerate(sizes)]
 
 
 def _seconds(units: Units) -> float:

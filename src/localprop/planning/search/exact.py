@@ -1,13 +1,13 @@
 """The fastest exact training within any memory: where the chain is cut, and what each unit computes again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from localprop.memory.cost import End
-from localprop.planning.search.fronts import MOST, Front, both, front
-from localprop.planning.search.runs import Runs, Units
+from localprop.planning.search.fronts import Front, both, front
+from localprop.planning.search.runs import Runs
 from localprop.planning.search.ways import Way
 
 
@@ -15,12 +15,12 @@ class ExactSearch:
     """Exact training in modules: forward keeps their inputs; then, from the last one up, forward again and backward.
 
     Args:
-        units: the costs; the input of every unit but the first needs a gradient.
+        runs: of the chain's units; the input of every unit but the first needs a gradient.
         forward: seconds of each unit's forward.
-        loss: what comes after the last unit.
+        end: what comes after the forward of a module that ends after so many units.
         ends: after how many units each module ends; None where that is open.
-        most: ways that a front keeps.
-        simpler: see `Runs`; ten times as much has to be brought by each module.
+        own: of each unit, bytes that are in use only while its module is trained.
+        more: seconds that each further module has to bring.
         idle: number of first units that are not trained: a module of these alone runs once.
 
     Attributes:
@@ -29,32 +29,35 @@ class ExactSearch:
 
     def __init__(
         self,
-        units: Units,
+        runs: Runs,
         forward: Sequence[float],
-        loss: End,
+        end: Callable[[int], End],
         ends: Sequence[int] | None = None,
-        most: int = MOST,
-        simpler: float = 0.0,
+        own: Sequence[float] | None = None,
+        more: float = 0.0,
         idle: int = 0,
     ) -> None:
         self._idle = idle
-        self.units, self._loss, self._runs, self._more = units, loss, Runs(units, most, simpler), 10 * simpler
-        self._forward = np.concatenate(([0.0], np.cumsum(forward)))
-        count = len(units)
+        self.units, self._runs, self._end, self._more = runs.units, runs, end, more
+        count = len(self.units)
+        self._forward, self._own = (
+            np.concatenate(([0.0], np.cumsum(each))) for each in (forward, own or [0.0] * count)
+        )
         self._ends, self._fixed = list(ends or range(1, count + 1)), ends is not None
         self._fronts: dict[int, Front] = {}
         # Of each front, for each way: the way in which its first module is trained.
         self._ways: dict[int, np.ndarray] = {}
         for start in reversed([0, *self._ends[:-1]]):
-            self._fronts[start], self._ways[start] = self._suffix(start, most)
+            self._fronts[start], self._ways[start] = self._suffix(start)
         self.front = self._fronts[0]
 
-    def _suffix(self, start: int, most: int) -> tuple[Front, np.ndarray]:
+    def _suffix(self, start: int) -> tuple[Front, np.ndarray]:
         """The front of the units from `start` on, beside the inputs of modules up to there."""
         parts = []
         later = [end for end in self._ends if end > start]
         for stop in later[:1] if self._fixed else later:
             own = self._runs.front(start, stop, self._end(stop))
+            own = own._replace(need=own.need + (self._own[stop] - self._own[start]))
             if stop == len(self.units):
                 need, seconds, way = own.need, own.seconds, np.arange(len(own.need))
                 after = np.zeros(len(need), np.int64)
@@ -65,15 +68,8 @@ class ExactSearch:
             parts.append((need, seconds, np.full(len(need), stop), after, way))
         need, seconds, choice, after, way = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         # A front has one number for each way beside `choice`: that of a pair of ways.
-        best = front(need, seconds, choice, np.arange(len(need)), most)
+        best = front(need, seconds, choice, np.arange(len(need)), self._runs.most)
         return Front(best.need, best.seconds, best.choice, after[best.after]), way[best.after]
-
-    def _end(self, stop: int) -> End:
-        """What comes after the forward of a module: the gradient of its output is there already."""
-        if stop == len(self.units):
-            return self._loss
-        output = self.units.output(stop - 1)
-        return End(top=output, waiting=0, given=output)
 
     def way(self, number: int) -> Way:
         """A way of `front`."""

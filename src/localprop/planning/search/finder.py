@@ -1,20 +1,16 @@
 """Finds the fastest settings within a budget, and those that no other beats; each of them is simulated."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from localprop.division.partition import most_modules
-from localprop.division.resolve import with_methods_defaults
+from torch import nn
+
 from localprop.errors import PlanError
-from localprop.heads import HEADS
-from localprop.planning.planner import Planner
-from localprop.planning.rows import PlanRow, Setting
-from localprop.planning.search.costed import ExactWays, Kind, LocalWays
-from localprop.planning.search.names import recipe_of
+from localprop.planning.rows import PlanRow
+from localprop.planning.search.costed import Kind
+from localprop.planning.search.trials import Terms, Trials
 from localprop.planning.search.ways import Way
 from localprop.report.formats import format_bytes
-from localprop.settings.recipe import Recipe
 
 _ROUNDS = 5
 _CLOSE = 0.01
@@ -23,24 +19,12 @@ _POINTS = 3
 """Settings of a front that are simulated, beside the fastest."""
 _NEARLY = 1.02
 """What is called the least memory, against what that is."""
-_MOST = 16
-"""Modules: more bring little but auxiliary nets."""
 _DEEPEST = 4
 """How much less memory slices may be expected to need at most."""
 _LIKELY = 1.15
 """Against the budget, what a setting may be expected to need that is looked at with more micro-batches."""
-
-
-class Parts(NamedTuple):
-    """How a batch is divided.
-
-    Attributes:
-        micro_batches: into so many, which go through all modules one after another.
-        sliced: whether units may run again in slices of these.
-    """
-
-    micro_batches: int
-    sliced: bool = False
+_WORTH = 0.98
+"""Part of the time that is left at most by what is not as usual: states on the host, or micro-batches."""
 
 
 @dataclass
@@ -48,86 +32,147 @@ class Finder:
     """Finds settings of one model.
 
     Args:
-        planner: simulates them.
-        modules: the numbers of modules that were asked for.
-        rows: what has been simulated.
+        trials: the settings that there are, and simulated steps of them.
     """
 
-    planner: Planner
-    modules: Sequence[int | Literal["max"]]
-    rows: list[PlanRow]
-    _ways: dict[tuple[Kind, Parts], ExactWays | LocalWays | None] = field(default_factory=dict)
+    trials: Trials
 
     def front(self, kind: Kind) -> list[PlanRow]:
         """Settings from the one with the least memory to the fastest, none of which is beaten by another in both."""
-        parts = Parts(self.planner.optim.micro_batches)
-        ways = self._all(kind, parts)
+        usual, trials = Terms(), self.trials
+        ways = trials.ways(kind, usual)
         if ways is None:
             return []
+        all_terms = [usual._replace(offload=offload) for offload in trials.offloads]
+        # Bytes beside what is always in use on the usual terms.
+        beside = [trials.static(terms) - trials.static(usual) for terms in all_terms]
+        states = [trials.states(terms) for terms in all_terms]
         # The very least takes much time for little.
-        least = _NEARLY * ways.least
-        limits = [least * max(ways.most / least, 1.0) ** (i / _POINTS) for i in range(_POINTS + 1)]
-        found = [way for limit in limits if (way := ways.fastest(1.001 * limit))]
-        rows = [self._row(kind, way, parts) for way in found]
+        least = min(_NEARLY * ways.least(own) + more for own, more in zip(states, beside, strict=True))
+        most = max(ways.most(states[0]) / least, 1.0)
+        rows = []
+        for limit in (1.001 * least * most ** (i / _POINTS) for i in range(_POINTS + 1)):
+            found = [ways.fastest(limit - more, own) for own, more in zip(states, beside, strict=True)]
+            for terms, way in zip(all_terms, found, strict=True):
+                if way and (not terms.offload or _worth(way, found[0])):
+                    rows.append(trials.row(kind, way, terms))
         best = [row for row in rows if not any(_beats(other, row) for other in rows)]
         return [row for i, row in enumerate(best) if row not in best[:i]]
 
     def fitting(self, kind: Kind, budget: int) -> PlanRow | None:
         """The fastest setting of a kind within `budget` bytes.
 
-        The batch is divided only where nothing fits without: first into slices in which single units run again, then
-        into as few micro-batches as can be. None where the model allows no setting of this kind, or where nothing fits
-        even with one image at a time.
+        On CUDA the optimizer's states may rest on the host. The batch is divided only where nothing fits without: first
+        into slices in which single units run again, then into as few micro-batches as can be. Only where that does not
+        help either, the optimizer keeps its states in 8 bits. None where the model allows no setting of this kind, or
+        where nothing fits even so, with one image at a time.
         """
-        ways = self._all(kind, Parts(self.planner.optim.micro_batches))
-        if ways is None:
+        if self.trials.ways(kind, Terms()) is None:
             return None
-        found = (self._fastest(kind, budget, parts) for parts in self._likely(budget, ways.least))
+        found = (
+            self._on(kind, budget, terms)
+            for opt in self.trials.optimizers
+            for terms in self._likely(kind, budget, Terms(opt=opt))
+        )
         return next((row for row in found if row), None)
+
+    def divided(self, budget: int, other: PlanRow) -> PlanRow | None:
+        """End-to-end training in the fewest micro-batches that fit a budget, if it is faster than another setting.
+
+        None, too, where the model has batch norm, for which micro-batches are other batches.
+        """
+        trials = self.trials
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        if not other.setting.same_numbers or any(isinstance(m, batch_norm) for m in trials.planner.model.modules()):
+            return None
+        usual = trials.baseline(Terms())
+        moving = usual.step.peak - trials.static(Terms())
+        for count in self._counts():
+            terms = Terms(count)
+            if trials.held(Terms()) + moving * trials.parts(Terms()) / count > _LIKELY * budget:
+                continue
+            row = trials.baseline(terms)
+            if row.step.seconds > _WORTH * other.step.seconds:
+                return None
+            if row.step.peak <= budget:
+                return row
+        return None
 
     def nothing_fits(self, kind: Kind, budget: int) -> PlanError:
         """What is said where nothing fits."""
-        parts = Parts(self.planner.batch_size)
-        ways = self._all(kind, parts)
+        trials, images = self.trials, self.trials.planner.batch_size
+        one = Terms(images if images > trials.parts(Terms()) else None)
+        all_terms = [one._replace(opt=opt, offload=own) for opt in trials.optimizers for own in trials.offloads]
+        kind = kind if trials.ways(kind, one) else "exact"
+        ways = trials.ways(kind, one)
         assert ways is not None
-        way = ways.fastest(1.001 * ways.least)
+        terms = min(all_terms, key=lambda terms: trials.static(terms) + ways.least(trials.states(terms)))
+        way = ways.fastest(1.001 * ways.least(trials.states(terms)), trials.states(terms))
         assert way is not None
-        least = self._row(kind, way, parts)
+        least = trials.row(kind, way, terms)
+        name = replace(least.setting, micro_batches=None).name
         return PlanError(
-            f"nothing fits {format_bytes(budget)}: {least.setting.name} with 1 image at a time takes "
+            f"nothing fits {format_bytes(budget)}: {name} with 1 image at a time takes "
             f"{format_bytes(least.peak)}; choose a smaller model or smaller images, or raise --budget"
         )
 
-    def _likely(self, budget: int, least: float) -> Iterator[Parts]:
-        """How the batch may be divided so that something may fit, in the order in which that is tried."""
-        first, images = self.planner.optim.micro_batches, self.planner.batch_size
-        weights = sum(self._baseline(first).step.parts[part] for part in ("parameters", "optimizer"))
-        yield Parts(first)
-        if weights + least / _DEEPEST < _LIKELY * budget:
-            yield Parts(first, sliced=True)
-        for count in (count for count in range(first + 1, images + 1) if images % count == 0):
-            if count == images or weights + least * first / count < _LIKELY * budget:
-                yield Parts(count)
+    def _counts(self) -> list[int]:
+        """Numbers of micro-batches above the one that was asked for."""
+        images = self.trials.planner.batch_size
+        return [count for count in range(self.trials.parts(Terms()) + 1, images + 1) if images % count == 0]
 
-    def _fastest(self, kind: Kind, budget: int, parts: Parts) -> PlanRow | None:
-        """The fastest setting within `budget` bytes with the batch in `parts`; None if there is none.
+    def _likely(self, kind: Kind, budget: int, first: Terms) -> Iterator[Terms]:
+        """How the batch may be divided so that something may fit, in the order in which that is tried."""
+        trials, images, parts = self.trials, self.trials.planner.batch_size, self.trials.parts(first)
+        ways = trials.ways(kind, first)
+        assert ways is not None
+        all_terms = [first._replace(offload=offload) for offload in trials.offloads]
+
+        def least(division: float) -> float:
+            """About what is needed at least where a part of the batch is at work."""
+            return min(trials.held(own) + ways.least(trials.states(own)) / division for own in all_terms)
+
+        yield first
+        if least(_DEEPEST) < _LIKELY * budget:
+            yield first._replace(sliced=True)
+        for count in self._counts():
+            if count == images or least(count / parts) < _LIKELY * budget:
+                yield first._replace(micro_batches=count)
+
+    def _on(self, kind: Kind, budget: int, terms: Terms) -> PlanRow | None:
+        """The fastest setting within `budget` bytes on terms on which states may rest on the host."""
+        usual = self._fastest(kind, budget, terms)
+        if (usual and usual.setting.modules == 1) or len(self.trials.offloads) == 1:
+            return usual
+        ways, away = self.trials.ways(kind, terms), terms._replace(offload=True)
+        assert ways is not None
+        expected = [ways.fastest(budget - self.trials.static(own), self.trials.states(own)) for own in (terms, away)]
+        if usual and not (expected[1] and _worth(expected[1], expected[0])):
+            return usual
+        other = self._fastest(kind, budget, away)
+        # States on the host rule out CUDA graphs, without which the usual way would be slower.
+        return other if other and (not usual or other.seconds < _WORTH * usual.step.device_seconds) else usual
+
+    def _fastest(self, kind: Kind, budget: int, terms: Terms) -> PlanRow | None:
+        """The fastest setting within `budget` bytes on some terms; None if there is none.
 
         What a step needs is composed of costs, for all settings at once. The one that this finds is simulated; where
         that says something else, it is looked for again.
         """
-        if kind == "exact" and self._baseline(parts.micro_batches).peak <= budget:
-            return self._baseline(parts.micro_batches)
-        ways, best = self._all(kind, parts), None
+        trials = self.trials
+        if kind == "exact" and trials.baseline(terms).peak <= budget:
+            return trials.baseline(terms)
+        ways, states, best = trials.ways(kind, terms), trials.states(terms), None
         assert ways is not None
-        beside: float = self._static(parts.micro_batches)
+        least, beside = ways.least(states), float(trials.static(terms))
         for _ in range(_ROUNDS):
-            way = ways.fastest(budget - beside) or (None if best else ways.fastest(1.001 * ways.least))
+            way = ways.fastest(budget - beside, states) or (None if best else ways.fastest(1.001 * least, states))
             if way is None:
                 break
-            row = self._row(kind, way, parts)
+            row = trials.row(kind, way, terms)
             needed = row.peak - way.need
             if row.peak > budget:
-                if way.need <= 1.002 * ways.least:
+                if way.need <= 1.002 * least:
                     break
                 beside = needed
                 continue
@@ -138,93 +183,10 @@ class Finder:
             beside = needed
         return best
 
-    def _static(self, parts: int) -> int:
-        """About the bytes that are in use whatever is trained: weights, the optimizer's state, the batch."""
-        step = self._baseline(parts).step
-        whole = step.parts["parameters"] + step.parts["optimizer"] + step.entry
-        return whole + (self._weights + step.entry * parts if parts > 1 else 0)
 
-    @property
-    def _weights(self) -> int:
-        """Bytes of the weights that are trained."""
-        return self.planner.trained_bytes()
-
-    def _baseline(self, parts: int) -> PlanRow:
-        return self._simulated(Setting(replace(self._exact_base, split_blocks=False)), parts)
-
-    @property
-    def _exact_base(self) -> Recipe:
-        """What all exact settings have in common."""
-        freeze = self.planner.recipe.freeze
-        return Recipe(method="end-to-end", modules=1, split_blocks=True, kinetic=self._kinetic, freeze=freeze)
-
-    @property
-    def _kinetic(self) -> float | None:
-        """Weight of the kinetic term in exact training, where that is what was asked for."""
-        recipe = self.planner.recipe
-        return recipe.kinetic or None if recipe.end_to_end else None
-
-    def _row(self, kind: Kind, way: Way, parts: Parts) -> PlanRow:
-        base = self._base(kind)
-        ways = self._all(kind, parts)
-        assert ways is not None
-        if kind == "exact" and len(way.ends) == 1 and not any(value != ways.usual for value in way.recomputation[0]):
-            return self._baseline(parts.micro_batches)
-        names = [unit.name for unit in self.planner.known(base.split_blocks).chain]
-        again = sum(value not in ("none", "cheap") for module in way.recomputation for value in module)
-        return self._simulated(Setting(recipe_of(way, base, names, ways.usual), again=again), parts.micro_batches)
-
-    def _simulated(self, setting: Setting, parts: int) -> PlanRow:
-        for row in self.rows:
-            if (row.setting, row.micro_batches) == (setting, parts):
-                return row
-        found = self.planner.row(setting, parts)
-        assert found is not None  # it is one of those that the model allows
-        self.rows.append(found)
-        return found
-
-    def _all(self, kind: Kind, parts: Parts) -> ExactWays | LocalWays | None:
-        """All ways of a kind, with the batch in `parts`; None where the model does not allow it."""
-        if (kind, parts) not in self._ways:
-            self._ways[kind, parts] = self._exact(parts) if kind == "exact" else self._local(parts)
-        return self._ways[kind, parts]
-
-    def _base(self, kind: Kind) -> Recipe:
-        """What all settings of a kind have in common."""
-        if kind == "exact":
-            return self._exact_base
-        recipe = self.planner.recipe
-        if recipe.end_to_end:
-            return Recipe(split_blocks=True, freeze=recipe.freeze)
-        full = with_methods_defaults(recipe)
-        # To read ahead, to move its input and to be resembled is another thing for half a block than for a whole one.
-        whole = full.reach or full.kinetic or getattr(HEADS.lookup(full.head or ""), "needs_place", False)
-        return replace(recipe, split_blocks=recipe.split_blocks or not whole)
-
-    def _exact(self, parts: Parts) -> ExactWays:
-        recipe, base, ends = self.planner.recipe, self._base("exact"), None
-        asked = self.modules[0] if len(self.modules) == 1 else None
-        if recipe.end_to_end and (asked or recipe.cuts):
-            count = None if recipe.cuts or asked == "max" else asked
-            ends = self.planner.division(replace(base, modules=count, cuts=recipe.cuts), parts.micro_batches).ends()
-        return ExactWays(self.planner.division(base, parts.micro_batches), parts.sliced, ends)
-
-    def _local(self, parts: Parts) -> LocalWays | None:
-        base = self._base("local")
-        units, ends = self.planner.known(base.split_blocks).chain, None
-        most = most_modules(units, range(1, len(units) + 1), base.min_depth)
-        open_ = len(self.modules) > 1 or self.planner.recipe.end_to_end
-        asked = range(2, _MOST + 1) if open_ else self.modules
-        counts = [most if count == "max" else count for count in asked]
-        counts = [count for count in counts if 1 < count <= most]
-        if base.cuts is not None:
-            ends, counts = [*map(units.position, base.cuts), len(units)], [len(base.cuts) + 1]
-        if not counts:
-            return None
-        divisions = [self.planner.division(replace(base, modules=count), parts.micro_batches) for count in counts]
-        optimizer = self._baseline(parts.micro_batches).step.parts["optimizer"]
-        factor = 1 + optimizer / max(self._weights, 1) + (parts.micro_batches > 1)
-        return LocalWays(divisions, factor, parts.sliced, ends)
+def _worth(way: Way, usual: Way | None) -> bool:
+    """Whether a way promises enough against the usual one, if there is that."""
+    return usual is None or way.seconds < _WORTH * usual.seconds
 
 
 def _beats(one: PlanRow, other: PlanRow) -> bool:

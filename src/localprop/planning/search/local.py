@@ -1,6 +1,7 @@
 """The fastest local training within any memory: where the chain is cut, and what each unit computes again."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from localprop.memory.cost import End
 from localprop.planning.search.fronts import Indices, Numbers
 from localprop.planning.search.runs import Runs
-from localprop.planning.search.ways import Way
+from localprop.planning.search.ways import States, Way
 
 _ROUNDS = 8
 
@@ -19,12 +20,14 @@ class Module(NamedTuple):
     Attributes:
         end: what comes after the forward of its last unit.
         shared: how many of its first units the head of the module before reads.
-        beside: bytes that its auxiliary nets take all the time: weights, and what the optimizer keeps of them.
+        beside: bytes of its auxiliary nets' weights.
+        weights: bytes of its units' weights, as far as they are trained.
     """
 
     end: End
     shared: int
     beside: int
+    weights: int = 0
 
 
 class Fronts(NamedTuple):
@@ -33,7 +36,8 @@ class Fronts(NamedTuple):
     Attributes:
         start: (runs,) first unit of each.
         stop: (runs,) unit after its last.
-        beside: (runs,) as of `Module`.
+        beside: (runs,) bytes that auxiliary nets take all the time.
+        weights: (runs,) bytes of all weights that are trained.
         need: (runs, ways) bytes, ascending, and infinite where a front has fewer ways.
         seconds: (runs, ways) likewise.
     """
@@ -41,6 +45,7 @@ class Fronts(NamedTuple):
     start: Indices
     stop: Indices
     beside: Numbers
+    weights: Numbers
     need: Numbers
     seconds: Numbers
 
@@ -110,7 +115,19 @@ class LocalSearch:
             need[i, : len(found.need)] = found.need
             seconds[i, : len(found.need)] = found.seconds
         start, stop = np.array(pairs, np.int64).reshape(-1, 2).T
-        return Fronts(start, stop, np.array([own.beside for own in modules], float), need, seconds)
+        beside = np.array([own.beside for own in modules], float)
+        return Fronts(start, stop, beside, beside + [own.weights for own in modules], need, seconds)
+
+    def keeping(self, states: States) -> "LocalSearch":
+        """The same search where more than its weights and its gradients is kept of a module."""
+        other = copy(self)
+        other._fronts = {
+            kind: own._replace(
+                beside=own.beside * (1 + states.always), need=own.need + states.own * own.weights[:, None]
+            )
+            for kind, own in self._fronts.items()
+        }
+        return other
 
     def fastest(self, limit: float) -> Way | None:
         """The fastest way that needs no more than `limit` bytes, auxiliary nets included; None if there is none."""

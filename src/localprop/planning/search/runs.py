@@ -85,8 +85,8 @@ class Runs:
     """
 
     def __init__(self, units: Units, most: int = MOST, simpler: float = 0.0) -> None:
-        self.units = units
-        self._most, self._simpler = most, simpler
+        self.units, self.most = units, most
+        self._simpler = simpler
         self._rests: dict[tuple[int, End], list[_Fronts]] = {}
         self._gradients = [0]
         for i in range(len(units)):
@@ -175,4 +175,4 @@ class Runs:
             seconds = rest.seconds + cost.seconds + (self._simpler if number else 0.0)
             ways.append((need, seconds, np.full(len(need), number), np.arange(len(need))))
         need, seconds, choice, following = (np.concatenate(parts) for parts in zip(*ways, strict=True))
-        return front(need, seconds, choice, following, self._most)
+        return front(need, seconds, choice, following, self.most)

@@ -1,8 +1,20 @@
-"""One way to train: where the chain is cut, and what each unit computes again."""
+"""One way to train: where the chain is cut, and what each unit computes again; and what is kept beside weights."""
 
 from typing import NamedTuple
 
 from localprop.settings.recipe import Recomputation
+
+
+class States(NamedTuple):
+    """What is kept beside a weight from step to step, or between micro-batches, in bytes for each of the weight's.
+
+    Attributes:
+        always: in use all the time.
+        own: in use only while the weight's module is trained: else it rests on the host.
+    """
+
+    always: float = 0.0
+    own: float = 0.0
 
 
 class Way(NamedTuple):
