@@ -25,6 +25,8 @@ PUBLIC_MODULES = {
     "localprop.bench.reports.publish": {"publish"},
     "localprop.network.carry": {"Carry"},
     "localprop.parallel.placement": {"IN_FLIGHT"},
+    "localprop.memory.speed": {"product"},
+    "localprop.memory.tracker": {"work"},
     "localprop.planning.simulation": {"simulate_own_step"},
     "localprop.planning.known": {"known_gaps"},
     "localprop.planning.schedules": {

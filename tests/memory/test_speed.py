@@ -1,6 +1,8 @@
 """The time that operations are expected to take, on machines with round numbers."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from localprop.memory.recompute import recomputing
-from localprop.memory.speed import Clock, Host, Machine, Products
+from localprop.memory.speed import MACHINES, Clock, Host, Machine, Products
 from localprop.memory.tracker import Tracker
 
 PRODUCTS = Products(large=1e6, batched=1e5, convolution=2e5, attention=5e5)
 HALF = Products(large=4e6, batched=4e5, convolution=8e5, attention=2e6)
 FREE = Host(forward=0.0, backward=0.0, hooked=0.0, again=0.0, given=0.0)
+RATES = Path(__file__).parents[2] / "benchmarks" / "results" / "rates_cpu.json"
 DEVICE = Machine(PRODUCTS, HALF, bandwidth=1e5, kernel=0.0, host=FREE, cuda=True, link=1.0, host_link=1.0)
 
 
@@ -36,6 +39,28 @@ def test_products_take_the_time_of_their_kind_and_precision():
     assert of(torch.mm, (100, 50), (50, 20), dtype=torch.bfloat16) == pytest.approx(0.05, rel=1e-4)
     assert of(torch.bmm, (4, 10, 5), (4, 5, 10)) == pytest.approx(2 * 4 * 10 * 5 * 10 / 1e5, rel=1e-4)
     assert of(torch.conv2d, (1, 3, 8, 8), (5, 3, 1, 1)) == pytest.approx(2 * 64 * 3 * 5 / 2e5, rel=1e-4)
+
+
+def test_the_attention_of_a_cpu_counts_its_products():
+    shape = (2, 3, 16, 8)
+    tensors = [torch.empty(shape, requires_grad=True) for _ in range(3)]
+
+    def run():
+        nn.functional.scaled_dot_product_attention(*(tensor * 1 for tensor in tensors)).sum().backward()
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Tracker(DEVICE) as tracker:
+        run()
+    # Two products of forward; one of them again in backward, and four gradients.
+    assert tracker.flops == 7 * 2 * 2 * 3 * 16 * 16 * 8
+
+
+def test_the_rates_of_a_cpu_are_those_that_were_measured():
+    """By `benchmarks/rates.py`, to two digits."""
+    measured, cpu = json.loads(RATES.read_text())["rates"], MACHINES["cpu"]
+    assert {"bandwidth", "single.large", "single.batched", "half.large"} <= measured.keys()
+    for name, rate in measured.items():
+        known = cpu.bandwidth if name == "bandwidth" else cpu.rate(*name.split("."))
+        assert known == pytest.approx(rate, rel=0.03), name
 
 
 def test_whatever_else_takes_as_long_as_its_bytes_move_and_nothing_is_shorter_than_a_kernel():

@@ -4,19 +4,22 @@ import re
 import shlex
 import signal
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
-from localprop import Plan, plan
+from localprop import Plan, localize, plan
 from localprop.cli import main
 from localprop.cli import train as train_command
 from localprop.errors import PlanError
 from localprop.report.progress import Progress
 from localprop.report.results import read_results
+from localprop.runs.common import announce, not_run_again
 from localprop.runs.headroom import choose_for_budget
 from localprop.settings.config import LocalConfig, RunConfig, TrainConfig
 from localprop.settings.flags import parse
@@ -132,6 +135,22 @@ def test_what_fits_is_planned_for_the_device_that_trains(monkeypatch, device, as
         with pytest.raises(PlanError, match="enough"):
             choose_for_budget(experiment)
     assert planned == [(assumed, True), (assumed, False)]
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [({"blocks.2": "whole"}, True), ({"blocks.0": "whole"}, False), ({"blocks.2": "cheap"}, False), (None, False)],
+)
+def test_units_that_a_head_reads_ahead_and_that_are_to_run_again_are_told(named, told):
+    options = {"cuts": ["blocks.1"], "reach": 1, "recompute_units": named, "grad_checkpointing": True}
+    net = localize(build("vit"), method="greedy", input_size=(3, 32, 32), **options)
+    assert not_run_again(net) == ["blocks.2"] * told
+    console = Console(record=True, width=200, quiet=True)
+    console.out = lambda text, **_: lines.append(text)
+    lines = []
+    experiment = SimpleNamespace(title="x", data=SimpleNamespace(img_size=32), config=SimpleNamespace(finish_epochs=0))
+    announce(console, experiment, net, Path("run"), "cpu")
+    assert any("does not run blocks.2 again" in line for line in lines) == told
 
 
 def test_a_budget_never_changes_the_optimizer(monkeypatch):

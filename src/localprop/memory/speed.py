@@ -33,14 +33,6 @@ class Products:
     convolution: float
     attention: float
 
-    def of(self, packet: Any) -> float:
-        """That of an operation."""
-        if packet in _BATCHED:
-            return self.batched
-        if packet in _CONVOLUTIONS:
-            return self.convolution
-        return self.attention if "attention" in packet.__name__ else self.large
-
 
 @dataclass(frozen=True)
 class Host:
@@ -84,6 +76,24 @@ class Machine:
     cuda: bool
     link: float
     host_link: float
+
+    def rate(self, precision: str, kind: str) -> float:
+        """Floating point operations per second, of what `product` says of an operation."""
+        rate: float = getattr(getattr(self, precision), kind)
+        return rate
+
+
+def product(func: Any, inputs: Sequence[Tensor]) -> tuple[str, str]:
+    """The precision ("single", "half") and the kind of an operation with floating point operations; see `Products`."""
+    half = next((t.dtype in _HALF for t in inputs if t.is_floating_point()), False)
+    packet, kind = func.overloadpacket, "large"
+    if packet in _BATCHED:
+        kind = "batched"
+    elif packet in _CONVOLUTIONS:
+        kind = "convolution"
+    elif "attention" in packet.__name__:
+        kind = "attention"
+    return "half" if half else "single", kind
 
 
 class Clock:
@@ -137,12 +147,10 @@ class Clock:
             self._host += took
 
     def _kernel(self, func: Any, inputs: Sequence[Tensor], flops: int, moved: int) -> float:
-        machine, rate = self.machine, 1.0
-        if flops:
-            half = next((t.dtype in _HALF for t in inputs if t.is_floating_point()), False)
-            rate = (machine.half if half else machine.single).of(func.overloadpacket)
+        machine = self.machine
         shortest = 0.0 if self._in_a_list(func) else machine.kernel
-        return shortest + max(flops / rate, moved / machine.bandwidth)
+        computed = flops / machine.rate(*product(func, inputs)) if flops else 0.0
+        return shortest + max(computed, moved / machine.bandwidth)
 
     def _called(self, func: Any, inputs: Sequence[Tensor]) -> float:
         """Seconds until the host has called an operation."""
@@ -161,22 +169,23 @@ class Clock:
         return self.machine.cuda and func.overloadpacket is _aten.linalg_vector_norm
 
 
-# "cpu" is one thread of a server (Intel Xeon with AMX). Its rates are those of a profile of end-to-end training of
-# Swin-Tiny and ViT-S at batch 8, so benchmarks/results/clock_cpu.json, which compares settings, checks them.
+# "cpu" is one thread of a server (Intel Xeon with AMX), beside other work. Its rates are those of
+# benchmarks/results/rates_cpu.json: each operation of end-to-end training of Swin-Tiny and ViT-S at batch 8. So
+# benchmarks/results/clock_cpu.json, which compares settings, checks them.
 # "cuda" is an NVIDIA H200 with its host, in eager steps. Its numbers are fitted to the times of Swin-Tiny at 224 px in
 # benchmarks/results/gpu_ba3b577, in which float32 is without TF32, as PyTorch has it for all but convolutions.
 # On paper an H200 does 67 TFLOP/s in float32, 990 in bfloat16, and moves 4.8 TB/s; PyTorch's eager kernels come to
 # less. Other GPUs and hosts differ: one that is measured is one more entry.
 MACHINES = {
     "cpu": Machine(
-        single=Products(large=1.17e11, batched=1.25e10, convolution=1e11, attention=6.7e10),
-        half=Products(large=3.9e11, batched=9e10, convolution=1e11, attention=1.5e11),
-        bandwidth=8e9,
+        single=Products(large=1.0e11, batched=1.1e10, convolution=6.7e10, attention=5.6e10),
+        half=Products(large=3.6e11, batched=5.3e10, convolution=5.1e10, attention=3.8e10),
+        bandwidth=6.8e9,
         kernel=2e-6,
         host=Host(forward=20e-6, backward=20e-6, hooked=10e-6, again=700e-6, given=1e-6),
         cuda=False,
         link=1e9,  # an order of magnitude: its loopback
-        host_link=8e9,  # the same memory
+        host_link=6.8e9,  # the same memory
     ),
     "cuda": Machine(
         single=Products(large=4.87e13, batched=1.36e13, convolution=1.24e14, attention=4.87e13),

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,13 @@ from localprop.memory.cuda import cuda_workspace, matrix_product_buffers, rounde
 from localprop.memory.layers import Layers
 from localprop.memory.speed import MACHINES, Clock, Machine
 from localprop.memory.workspace import workspace
+
+_aten = torch.ops.aten
+# The CPU's attention has no count of its own; its arguments begin as those of CUDA's.
+_LIKE = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -179,12 +186,26 @@ class Tracker(TorchDispatchMode):
         self.events.append(Event(change, self.seconds, backward))
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor]) -> None:
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        sources = {t.untyped_storage()._cdata for t in inputs}
-        if not func._schema.is_mutable and all(t.untyped_storage()._cdata in sources for t in outputs):
-            return  # a view
-        moved = sum(t.numel() * t.element_size() for t in [*inputs, *outputs])
-        count = flop_registry.get(func.overloadpacket)
-        flops = count(*args, **kwargs, out_val=result) if count else 0
-        self.flops += flops
-        self.clock.count(func, inputs, flops, moved)
+        found = work(func, args, kwargs, result, outputs)
+        if found is not None:
+            self.flops += found.flops
+            self.clock.count(func, *found)
+
+
+class Work(NamedTuple):
+    """What an operation reads, its floating point operations, and the bytes that it reads and writes."""
+
+    inputs: list[Tensor]
+    flops: int
+    moved: int
+
+
+def work(func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor]) -> Work | None:
+    """The work of an operation whose result has these tensors; None of one that gives another view of an input."""
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    sources = {t.untyped_storage()._cdata for t in inputs}
+    if not func._schema.is_mutable and all(t.untyped_storage()._cdata in sources for t in outputs):
+        return None
+    moved = sum(t.numel() * t.element_size() for t in [*inputs, *outputs])
+    count = flop_registry.get(_LIKE.get(func.overloadpacket, func.overloadpacket))
+    return Work(inputs, count(*args, **kwargs, out_val=result) if count else 0, moved)

@@ -113,12 +113,13 @@ def _pass_on(gradient: list[Tensor], module: LocalModule, carry: Carry, scaling:
         lower_scale(module.trained() if scaling.scaler else (), carry.gradient, scaling)
 
 
-def note_common_buffers(modules: Sequence[LocalModule]) -> None:
-    """Tells each module which of its buffers others use, too."""
-    used = [module.buffers_used for module in modules]
+def knowing_common_buffers(modules: Sequence[LocalModule]) -> Sequence[LocalModule]:
+    """The modules; in exact training each is told which of its buffers others use, too."""
+    used = [module.buffers_used for module in modules] if is_exact(modules) else []
     counts = Counter(name for own in used for name in own)
-    for module, own in zip(modules, used, strict=True):
+    for module, own in zip(modules, used, strict=False):
         module.common = frozenset(name for name in own if counts[name] > 1)
+    return modules
 
 
 @contextmanager

@@ -73,8 +73,7 @@ class LocalModule(nn.Module):
             unit.freeze(backbone)
             unit.rest(backbone)
         self.shared, self.gives_head = 0, False
-        self.common: frozenset[str] = frozenset()
-        self.begun: list[Tensor] = []
+        self.common, self.begun = frozenset[str](), list[Tensor]()
         self._before: tuple[HeadLoss, ...] = ()
 
     def train(self, mode: bool = True) -> "LocalModule":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from localprop.errors import ChainError, ConfigError, warn_renamed
 from localprop.network.capture import CapturedBackward
 from localprop.network.carry import Carry
-from localprop.network.exact import is_exact, note_common_buffers
+from localprop.network.exact import is_exact, knowing_common_buffers
 from localprop.network.graphs import CudaGraphPool
 from localprop.network.loss import NoLoss
 from localprop.network.module import LocalModule
@@ -51,9 +51,7 @@ class LocalNetwork(nn.Module):
         self._task = (task or Classification(),)
         self.input_size = input_size
         self.backbone = backbone
-        self.local_modules = nn.ModuleList(local_modules)  # type: ignore[assignment]
-        if self.exact:
-            note_common_buffers(local_modules)
+        self.local_modules = nn.ModuleList(knowing_common_buffers(local_modules))  # type: ignore[assignment]
         self.register_load_state_dict_pre_hook(_name_criteria)
 
     @property

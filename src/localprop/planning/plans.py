@@ -136,8 +136,7 @@ def plan(
         method: how the modules learn.
         input_size: (channels, height, width) of the images; default: what the model says of itself.
         opt: name of an optimizer, or all settings of the optimizer.
-        micro_batches: equal parts of a batch that go through the modules one after the other; default: as `opt` says,
-            or one.
+        micro_batches: equal parts of a batch, trained one after the other; default: as `opt` says, or one.
         amp_dtype: type of automatic mixed precision; default: none.
         budget: bytes; the plan then has the fastest exact and the fastest local setting that fit, and a `choice`.
         device: "cpu" or "cuda": whose kernels and speed to assume.
@@ -170,8 +169,7 @@ def plan(
     planner = Planner(
         model, {False: Costs(model, units)}, recipe, arguments, optim, amp_dtype, batch_size, device, nproc, link
     )
-    planner.on_setting, planner.offload = on_setting or planner.on_setting, offload
-    planner.finish = finish
+    planner.on_setting, planner.offload, planner.finish = on_setting or planner.on_setting, offload, finish
     if recipe.freeze_modules and (len(modules) == 1 or recipe.cuts is not None):
         planner.freeze_by_name(modules[0] if len(modules) == 1 and modules[0] != "max" else None)
     elif recipe.freeze_modules and budget is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from localprop.errors import ConfigError, counted, printable
+from localprop.errors import ConfigError, counted, listing, printable
 from localprop.network.network import LocalNetwork
 from localprop.report.progress import Progress
 from localprop.report.summary import final_table, next_steps
@@ -19,6 +19,7 @@ from localprop.runs.recorded_data import data_of_run
 from localprop.runs.recorded_recipe import recipe_of_run
 from localprop.settings.config import DataConfig, TrainConfig
 from localprop.settings.rates import rate_notes
+from localprop.settings.recipe import runs_again
 from localprop.system.commands import resume_command
 from localprop.training.outputs import WEIGHTS
 from localprop.training.signals import Interrupted
@@ -112,6 +113,18 @@ def announce(console: Console, experiment: Experiment, net: LocalNetwork, folder
         modules = f"{counted(count, 'module')}, trained exactly in the last {counted(own, 'epoch')}"
     console.out(printable(f"{experiment.title} at {side}x{side}: {modules}, {place}"), highlight=False)
     console.out(printable(f"run folder: {folder}"), highlight=False)
+    if units := not_run_again(net):
+        line = f"--recompute-units: backward does not run {listing(units)} again, which a head reads ahead (--reach)"
+        console.out(printable(line), highlight=False)
+
+
+def not_run_again(net: LocalNetwork) -> list[str]:
+    """The units that `recompute_units` would let run again, if no head read them ahead."""
+    if net.recipe is None or not net.recipe.recompute_units:
+        return []
+    named = replace(net.recipe, grad_checkpointing=False)  # which never means these
+    ahead = (unit for module in net.local_modules for unit in module.units[: module.shared])
+    return [unit for unit in ahead if runs_again(named.recomputation(unit, last=False))]
 
 
 def train(trainer: Trainer, experiment: Experiment, console: Console, notes: list[str]) -> None:
