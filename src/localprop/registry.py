@@ -97,6 +97,8 @@ METHODS = Registry(
         "greedy": "localprop.methods.greedy:Greedy",
         "trgl": "localprop.methods.trgl:Trgl",
         "auglocal": "localprop.methods.auglocal:AugLocal",
+        "lopt": "localprop.methods.lopt:Lopt",
+        "distance": "localprop.methods.distance:Distance",
         "end-to-end": "localprop.methods.end_to_end:EndToEnd",
     },
 )

@@ -75,7 +75,15 @@ def check(net, **settings):
 
 
 PLAIN = [(name, "feature-reconstruction") for name in MODELS]
-PLAIN += [("vit", "greedy"), ("cnn", "greedy"), ("resnet", "infopro"), ("mlp", "infopro"), ("vit", "end-to-end")]
+PLAIN += [
+    ("vit", "lopt"),
+    ("resnet", "distance"),
+    ("vit", "greedy"),
+    ("cnn", "greedy"),
+    ("resnet", "infopro"),
+    ("mlp", "infopro"),
+    ("vit", "end-to-end"),
+]
 FULL = [
     ("swin", "feature-reconstruction"),
     ("cnn", "infopro"),

@@ -47,7 +47,7 @@ def localize(
     Args:
         model: any image model: timm's, torchvision's, an `nn.Sequential`.
         modules: number of local modules, K; default 4, or 1 for end-to-end.
-        method: how modules learn: feature-reconstruction, infopro, greedy, trgl, auglocal, end-to-end.
+        method: how modules learn: feature-reconstruction, infopro, greedy, trgl, auglocal, lopt, distance, end-to-end.
         decoder: what rebuilds a target: conv, deconv, pixel-shuffle, transformer, infopro.
         head: what predicts the target in a module: linear, mlp, conv, successor; default: mlp, or what the method says.
         costs: the model's chain and what is known of its costs, from an earlier call; default: found now.

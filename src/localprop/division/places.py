@@ -12,7 +12,7 @@ from localprop.heads.common import Place
 from localprop.memory.cost import Costs, End, Part, Reach, module_end, module_peak
 from localprop.memory.part import Conditions, Cost
 from localprop.memory.slices import slice_size
-from localprop.methods import build_loss, varying
+from localprop.methods import METHODS, build_loss, varying
 from localprop.network.loss import HeadLoss, LocalLoss, ModuleSpec
 from localprop.settings.recipe import Recipe, Recomputation, runs_again
 from localprop.tracing.private import Weights
@@ -72,6 +72,7 @@ class Places:
             following=tuple(zip(self.units[stop:], self.layouts[stop + 1 :], strict=True)),
             place=Place(self.model, self.units, self.layouts, stop + ahead, index, self.spec.count, weights),
             ahead=self.layouts[stop + ahead] if ahead else None,
+            span=(start, stop),
             **changes,
         )
         return build_loss(self.recipe.method, spec, self.recipe.options)
@@ -186,6 +187,8 @@ class Places:
         return self._found[key]
 
     def _alike(self, start: int, stop: int) -> tuple[int, int]:
+        if getattr(METHODS[self.recipe.method], "needs_units", False):
+            return start, stop
         # Of units with equal outputs any stands for all: their auxiliary nets cost the same, but for a head that
         # resembles what follows.
         return self._representative(start), stop if self._placed else self._representative(stop)

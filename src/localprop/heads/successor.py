@@ -5,10 +5,9 @@ whose loss is computed by layers like those that follow learns features that the
 """
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localprop.errors import ChainError, ConfigError, first_line
@@ -16,10 +15,10 @@ from localprop.features import Layout
 from localprop.heads.common import Place
 from localprop.registry import HEADS
 from localprop.tracing.copies import fake_copy
-from localprop.tracing.private import BatchSize, handed_along, is_trained, private_units, writers
+from localprop.tracing.private import PrivateChain, is_trained, writers
 
 
-class SuccessorHead(nn.Module):
+class SuccessorHead(PrivateChain):
     """Copies of some later blocks, of the units between that change the shape, and of the classifier.
 
     Of the n blocks that follow, d are picked evenly, the last among them: number round(n/d i) for i = 1 ... d. d falls
@@ -49,14 +48,13 @@ class SuccessorHead(nn.Module):
         tau: float = 0.5,
         copy: bool | None = None,
     ) -> None:
-        super().__init__()
         if depth < 1:
             raise ConfigError(f"head successor: depth is {depth}; it must be at least 1")
         if not 0 <= tau <= 1:
             raise ConfigError(f"head successor: tau is {tau:g}; it must be between 0 and 1")
         if not isinstance(copy, bool | None):
             raise ConfigError(f"head successor: copy is {copy!r}; it is True or False")
-        self._layout, self._place_name = layout, place.units[place.position - 1].name
+        place_name = place.units[place.position - 1].name
         classifier = len(place.units) - 1
         chosen = _chosen(place, depth_at(depth, tau, place.index, place.count))
         if num_outputs is None:
@@ -64,15 +62,12 @@ class SuccessorHead(nn.Module):
         copied = is_trained(place.model) if copy is None else copy
         try:
             order = sorted(writers(place.units, chosen, place.position))
-            handed = handed_along(place.model, place.units, place.position, order, place.units.input_size)
-            weights = place.weights or ("copied" if copied else "new")
-            self.net, self._units = private_units(place.model, [place.units[i] for i in order], weights)
+            super().__init__(
+                place.model, place.units, place.position, order, place.weights or ("copied" if copied else "new")
+            )
         except (ChainError, AttributeError) as error:
-            raise self._refusal(error) from None
-        self._handed: dict[bool, dict[str, Any]] = {mode: {} for mode in handed}
-        for mode, values in handed.items():
-            for name, value in values.items():
-                self._keep(mode, name, value)
+            raise _refusal(place_name, error) from None
+        self._place_name = place_name
         self.projection = None
         if num_outputs is not None:
             self.projection = HEADS["linear"](place.layouts[classifier], num_outputs)
@@ -81,27 +76,8 @@ class SuccessorHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps features in their own layout to (batch, num_outputs), or to the network's prediction."""
-        values = {name: self._value(own, features) for name, own in self._handed[self.training].items()}
-        for unit in self._units:
-            features = unit(self.net, features, values)
+        features = super().forward(features)
         return features if self.projection is None else self.projection(features)
-
-    def extra_repr(self) -> str:
-        """The units that it copies, on which its cost depends."""
-        return ", ".join(unit.name for unit in self._units)
-
-    def _keep(self, mode: bool, name: str, value: Any) -> None:
-        """Keeps a value of earlier units; tensors as buffers, which move with the head and are not saved."""
-        if isinstance(value, Tensor):
-            key = f"handed_{'train' if mode else 'eval'}_{name}"
-            self.register_buffer(key, value, persistent=False)
-            value = _Buffer(key)
-        self._handed[mode][name] = value
-
-    def _value(self, kept: Any, features: Tensor) -> Any:
-        if isinstance(kept, _Buffer):
-            return getattr(self, kept)
-        return len(features) if isinstance(kept, BatchSize) else kept
 
     def _try(self, place: Place, expected: tuple[int, ...]) -> None:
         """Runs a copy on fake tensors, in both modes."""
@@ -115,17 +91,13 @@ class SuccessorHead(nn.Module):
                 if output.shape != (2, *expected):
                     raise ChainError(f"it gives {tuple(output.shape[1:])} and not {expected}")
         except Exception as error:  # a model's own code may raise anything
-            raise self._refusal(error) from error
-
-    def _refusal(self, error: Exception) -> ConfigError:
-        return ConfigError(
-            f"head successor cannot be built behind unit {self._place_name} ({first_line(error)[:150]}); choose "
-            "another head"
-        )
+            raise _refusal(self._place_name, error) from error
 
 
-class _Buffer(str):
-    """The name of a buffer in which a value is kept."""
+def _refusal(place: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"head successor cannot be built behind unit {place} ({first_line(error)[:150]}); choose another head"
+    )
 
 
 def depth_at(depth: int, tau: float, index: int, count: int) -> int:

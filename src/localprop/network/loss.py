@@ -36,6 +36,7 @@ class ModuleSpec:
         place: where the head stands, for heads that resemble what follows.
         head_options: the head's options.
         ahead: layout of what the head reads, where that is not the module's output; see `Recipe.reach`.
+        span: number of the module's first unit, and of the unit after its last, in `place.units`.
     """
 
     index: int
@@ -53,6 +54,7 @@ class ModuleSpec:
     place: Place | None = None
     head_options: dict[str, Any] = field(default_factory=dict, hash=False)
     ahead: Layout | None = None
+    span: tuple[int, int] = (0, 0)
 
     @property
     def last(self) -> bool:
@@ -106,11 +108,15 @@ class LocalLoss(nn.Module, ABC):
     Attributes:
         uses_inputs: whether the loss looks at the network's inputs (other than as the input of the first module). Where
             no later module's does, they are freed.
+        rate: times which the learning rate of the module's share of the backbone is.
+        needs_units: whether it is made of the module's own units (`ModuleSpec.span`), on which its cost then depends.
         defaults: settings of a `localprop.Recipe`, head, kinetic or reach, that the method has where the user says
             nothing.
     """
 
     uses_inputs: bool = True
+    rate: float = 1.0
+    needs_units: ClassVar[bool] = False
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from localprop.errors import ChainError
 from localprop.tracing.copies import HOOKS
-from localprop.tracing.units import Unit
+from localprop.tracing.units import Chain, Unit
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -61,6 +61,59 @@ def private_units(model: nn.Module, units: Iterable[Unit], weights: Weights) -> 
         if weights == "new":
             _begin_norms_anew(root)
     return root.train(model.training), tuple(replace(unit, switches=()) for unit in units)
+
+
+class PrivateChain(nn.Module):
+    """Private copies of some units of a chain, which run one after the other, with what earlier units hand along.
+
+    Args:
+        model: the model; it is not changed.
+        units: its chain.
+        start: before it, values are constants; see `handed_along`.
+        chosen: places of the units from `start` on that are copied, in order.
+        weights: see `private_units`.
+
+    Raises:
+        ChainError: a value that a unit reads differs from batch to batch.
+        AttributeError: a part of the model is not where the chain says.
+    """
+
+    def __init__(self, model: nn.Module, units: Chain, start: int, chosen: Sequence[int], weights: Weights) -> None:
+        super().__init__()
+        handed = handed_along(model, units, start, chosen, units.input_size)
+        self.net, self._units = private_units(model, [units[i] for i in chosen], weights)
+        self._handed: dict[bool, dict[str, Any]] = {mode: {} for mode in handed}
+        for mode, values in handed.items():
+            for name, value in values.items():
+                self._keep(mode, name, value)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Runs the units on features as the first of them takes them."""
+        values = {name: self._value(own, features) for name, own in self._handed[self.training].items()}
+        for unit in self._units:
+            features = unit(self.net, features, values)
+        return features
+
+    def extra_repr(self) -> str:
+        """The units that it copies, on which its cost depends."""
+        return ", ".join(unit.name for unit in self._units)
+
+    def _keep(self, mode: bool, name: str, value: Any) -> None:
+        """Keeps a value of earlier units; tensors as buffers, which move with the copies and are not saved."""
+        if isinstance(value, Tensor):
+            key = f"handed_{'train' if mode else 'eval'}_{name}"
+            self.register_buffer(key, value, persistent=False)
+            value = _Buffer(key)
+        self._handed[mode][name] = value
+
+    def _value(self, kept: Any, features: Tensor) -> Any:
+        if isinstance(kept, _Buffer):
+            return getattr(self, kept)
+        return len(features) if isinstance(kept, BatchSize) else kept
+
+
+class _Buffer(str):
+    """The name of a buffer in which a value is kept."""
 
 
 def is_trained(model: nn.Module) -> bool:

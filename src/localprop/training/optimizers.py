@@ -33,9 +33,17 @@ def lr_scales(net: LocalNetwork, config: OptimConfig) -> Mapping[nn.Parameter, f
     """By what the learning rate of each of the backbone's parameters is multiplied; none where all factors are 1.
 
     `layer_decay` counts layers as `timm.optim.param_groups_layer_decay` does, over the whole backbone; of a model that
-    is not timm's the units are the layers. The classifier is no part of what `backbone_lr_scale` scales.
+    is not timm's the units are the layers. The classifier is no part of what `backbone_lr_scale` scales. A local loss
+    may have a `rate` for its module's share.
     """
-    if config.backbone_lr_scale == 1 and config.layer_decay is None:
+    slow = {
+        parameter: module.local_loss.rate
+        for module in net.local_modules
+        if module.local_loss.rate != 1
+        for unit in module.own_units
+        for parameter in unit.used(net.backbone, nn.Module.parameters)
+    }
+    if config.backbone_lr_scale == 1 and config.layer_decay is None and not slow:
         return {}
     parameters = dict(net.backbone.named_parameters())
     layers, heads = _layers(net), classifiers(net.backbone)
@@ -43,6 +51,7 @@ def lr_scales(net: LocalNetwork, config: OptimConfig) -> Mapping[nn.Parameter, f
     return {
         parameter: decay ** (last - layers.get(name, last))
         * (1.0 if name.rpartition(".")[0] in heads else config.backbone_lr_scale)
+        * slow.get(parameter, 1.0)
         for name, parameter in parameters.items()
     }
 
