@@ -214,7 +214,9 @@ def test_a_file_does_not_choose_weights_to_start_from(here, run, capsys):
         typed = refused(["train", "-c", "theirs.yaml"], capsys)
         assert typed[-2:] == [f"--{name.replace('_', '-')}", value]
         Path("suite.yaml").write_text(yaml.safe_dump({"settings": settings, "runs": [{}]}))
-        assert refused(["bench", "suite.yaml", "--list"], capsys)
+        typed = refused(["bench", "suite.yaml", "--list"], capsys)
+        assert typed[-2:] == ["--set", f"{name}={value!r}"]
+        assert main(typed) == 0
     shutil.rmtree(run / "checkpoints")
     (run / "results.csv").unlink()
     change(run, initial_checkpoint="/x.pth")

@@ -80,7 +80,7 @@ def _typed(words: Sequence[str], found: Sequence[tuple[str, Any, str]]) -> list[
     """The words of a command, with the settings that were found."""
     result = list(words)
     for name, value, _ in found:
-        if words[0] == "bench" and name == "model_kwargs":
+        if words[0] == "bench" and name in ("model", "model_kwargs", "initial_checkpoint"):
             rest, pairs = without_flag(result, "--set")
             result = [*rest, "--set", *pairs, f"{name}={value!r}"]
         else:
