@@ -12,9 +12,10 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -23,19 +24,20 @@ from measuring import batch_of, local_step, prime
 from torch.nn import functional as F
 
 import localprop
+from localprop.memory.speed import MACHINES
 
 SWIN, VIT = "swin_tiny_patch4_window7_224", "vit_small_patch16_224"
 PLAIN, CHECKPOINTED = {"modules": 1}, {"modules": 1, "grad_checkpointing": True}
 LOCAL = {
     "end-to-end": PLAIN,
     "timm's checkpointing": CHECKPOINTED,
-    "K=2": {"modules": 2},
-    "K=4": {"modules": 4},
+    "K=2": {"modules": 2, "reach": 0},
+    "K=4": {"modules": 4, "reach": 0},
 }
 MORE = {
-    "K=4, recompute off": {"modules": 4, "recompute": False},
-    "K=4, split": {"modules": 4, "split_blocks": True},
-    "K=8, split": {"modules": 8, "split_blocks": True},
+    "K=4, recompute off": {"modules": 4, "reach": 0, "recompute": False},
+    "K=4, split": {"modules": 4, "reach": 0, "split_blocks": True},
+    "K=8, split": {"modules": 8, "reach": 0, "split_blocks": True},
     "4 micro-batches": {"modules": 1, "micro_batches": 4},
 }
 
@@ -109,6 +111,9 @@ GPU_GROUPS = [
         },
     ),
 ]
+# When they were measured, recomputation called Python for each function, which cost the host twice as much:
+# benchmarks/results/recompute_before.json against recompute.json.
+THEN = replace(MACHINES["cuda"], host=replace(MACHINES["cuda"].host, hooked=2 * MACHINES["cuda"].host.hooked))
 # Ratios that the script printed before it was stopped.
 VIT_PRINTED = {"timm checkpointing": 1.79, "K=2": 1.16, "K=4": 1.67, "K=4 checkpointing": 2.48}
 
@@ -219,26 +224,32 @@ def predicted_alone(group: Group, device: str) -> float:
     return plan.baseline.step.seconds
 
 
-def compare() -> None:
-    """Prints and writes predicted and measured ratios, of a CPU and of an H200."""
+def compare(only: str | None, model: str | None) -> None:
+    """Prints and writes predicted and measured ratios, of a CPU and of an H200; of one of them, or of one model."""
     cpu = json.loads((RESULTS / "clock_cpu.json").read_text())["rows"]
     measured = {(row["model"], row["batch_size"], row["amp"], row["name"]): row["ratio"] for row in cpu}
     gpu = json.loads((RESULTS / "gpu_ba3b577" / "measure224.json").read_text())["rows"]
     alone = {row["amp"]: row["ms"] for row in gpu if row["name"] == "end-to-end"}
     on_cuda = {(SWIN, 128, row["amp"], row["name"]): row["ms"] / alone[row["amp"]] for row in gpu}
     on_cuda |= {(VIT_B, 64, True, name): ratio for name, ratio in VIT_PRINTED.items()}
-    rows = []
+    path = RESULTS / "clock.json"
+    kept = json.loads(path.read_text())["rows"] if only or model else []
+    rows = [row for row in kept if (only and row["device"] != only) or (model and row["model"] != model)]
     for device, known, groups in (("cpu", measured, GROUPS), ("cuda", on_cuda, GPU_GROUPS)):
         for group in groups:
+            if only not in (None, device) or model not in (None, group.model):
+                continue
             for name, settings in list(group.settings.items())[1:]:
                 key = (group.model, group.batch_size, group.amp, name)
                 pair = {"predicted": round(predicted(group, settings, device), 4), "measured": round(known[key], 4)}
                 described = dict(zip(("model", "batch_size", "amp", "name"), key, strict=True))
-                error = round(pair["predicted"] / pair["measured"] - 1, 4)
-                rows.append({"device": device} | described | pair | {"error": error})
-                print(
-                    f"{device:4s} {key!s:80s} {pair['predicted']:.3f} {pair['measured']:.3f} {error:+.1%}", flush=True
-                )
+                error = {"error": round(pair["predicted"] / pair["measured"] - 1, 4)}
+                if device == "cuda" and settings.get("recompute"):
+                    with mock.patch.dict(MACHINES, cuda=THEN):
+                        then = predicted(group, settings, device)
+                    error |= {"then": round(then, 4), "error_then": round(then / known[key] - 1, 4)}
+                rows.append({"device": device} | described | pair | error)
+                print(f"{device:4s} {key!s:80s} {pair['predicted']:.3f} {pair['measured']:.3f} {error}", flush=True)
     write_result("clock", {"rows": rows})
 
 
@@ -246,12 +257,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["measure", "compare"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", help="measures this one only, and keeps the rows of the others")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="compares this one only, and keeps the other's rows")
+    parser.add_argument("--model", help="takes this one only, and keeps the rows of the others")
     options = parser.parse_args()
     if options.what == "measure":
         measure(options.rounds, options.model)
     else:
-        compare()
+        compare(options.device, options.model)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PUBLIC_MODULES = {
     "localprop.bench.reports.publish": {"publish"},
     "localprop.network.carry": {"Carry"},
     "localprop.parallel.placement": {"IN_FLIGHT"},
-    "localprop.memory.speed": {"product"},
+    "localprop.memory.speed": {"MACHINES", "product"},
     "localprop.memory.tracker": {"work"},
     "localprop.planning.simulation": {"simulate_own_step"},
     "localprop.planning.known": {"known_gaps"},
