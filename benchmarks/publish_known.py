@@ -3,12 +3,11 @@
 python benchmarks/publish_known.py
 
 Reads benchmarks/published.yaml (published figures), benchmarks/results/gpu_ba3b577/race.json (a race of prototypes on
-an H200) and benchmarks/results/gap/ (records of `localprop bench gap`).
+an H200), benchmarks/results/gap/ and benchmarks/results/gap-vit/ (records of `localprop bench gap` and `gap-vit`).
 """
 
 import json
 import sys
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -35,7 +34,7 @@ def main() -> int:
 def content() -> str:
     """The text of the file."""
     head = "# Gaps to end-to-end training in points. Written by `python benchmarks/publish_known.py`.\n"
-    groups = [_published(), _race(), _suite(RESULTS / "gap")]
+    groups = [_published(), _race(), _suite("gap", "Swin"), _suite("gap-vit", "ViT")]
     return head + yaml.safe_dump(groups, sort_keys=False, width=120, default_flow_style=None)
 
 
@@ -66,13 +65,16 @@ def _race() -> dict[str, Any]:
     return {"protocol": f"a prototype: Swin-Tiny, CIFAR-10, 32 px, {epochs} of 44 epochs, an H200", "rows": rows}
 
 
-def _suite(folder: Path) -> dict[str, Any]:
-    """Gaps of a suite's records: of the seeds that both have, to end-to-end training with the same kinetic weight."""
+def _suite(name: str, model: str) -> dict[str, Any]:
+    """Gaps of a suite's records: of the seeds that both have, to end-to-end training with the same kinetic weight.
+
+    Records with cuts by name are left out: what they say holds there.
+    """
     accuracy: dict[tuple[Any, ...], dict[int, float]] = {}
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    records = [json.loads(path.read_text()) for path in sorted((RESULTS / name).glob("*.json"))]
     for record in records:
         config = record["config"]
-        if config["head"] not in (None, "mlp") or config["method_kwargs"]:
+        if config["head"] not in (None, "mlp") or config["method_kwargs"] or config["cuts"]:
             continue
         parts = (config.get("reach") or 0, config.get("kinetic") or 0.0, config.get("finish") or 0.0)
         kind = (config["method"], config["modules"] or 1, *parts)
@@ -88,7 +90,7 @@ def _suite(folder: Path) -> dict[str, Any]:
         rows.append({"method": method, "modules": modules, **parts, "gaps": [gap], "seeds": len(both)})
     config = records[0]["config"]
     size, epochs = config["img_size"], config["epochs"]
-    return {"protocol": f"a small Swin, CIFAR-10, {size} px, {epochs} epochs, held-out images", "rows": rows}
+    return {"protocol": f"a small {model}, CIFAR-10, {size} px, {epochs} epochs, held-out images", "rows": rows}
 
 
 def _parts(reach: int, kinetic: bool, finish: float = 0.0) -> dict[str, Any]:
