@@ -1,6 +1,7 @@
 """The optimizer of a local module and its learning rate schedule: timm's, and low-bit ones of torchao."""
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -231,12 +232,17 @@ def fill_tables(opt: str) -> None:
 def _low_bit(
     module: nn.Module, config: OptimConfig, scales: Mapping[nn.Parameter, float] | None = None
 ) -> torch.optim.Optimizer:
+    logger = logging.getLogger("torch.utils._pytree")  # to which torchao gives cause for a line of its own
+    level = logger.level
     try:
+        logger.setLevel(logging.ERROR)
         import torchao.optim
     except ImportError as error:
         raise ConfigError(
             f"--opt {config.opt} needs torchao ({error}); pip install 'localprop[lowbit]', or choose --opt adamw"
         ) from None
+    finally:
+        logger.setLevel(level)
 
     class LowBit(getattr(torchao.optim, LOW_BIT[config.opt])):  # type: ignore[misc]
         """torchao's class, whose learning rate is a number between steps, as schedules and checkpoints have it."""
