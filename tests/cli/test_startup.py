@@ -41,7 +41,7 @@ def started(*words):
         ("--help", 0, "usage: localprop COMMAND"),
         ("--version", 0, f"localprop {localprop.__version__}"),
         ("trian", 2, "did you mean 'train'?"),
-        ("train --help", 0, "feature-reconstruction, infopro, greedy, trgl, auglocal, end-to-end"),
+        ("train --help", 0, "feature-reconstruction, infopro, greedy, trgl, auglocal, lopt, distance, end-to-end"),
         ("train --lrr 1", 2, "train has no option '--lrr'; did you mean '--lr'?"),
         ("plan --help", 0, "conv, deconv, pixel-shuffle, transformer, infopro"),
         ("chain", 2, "MODEL is missing"),
