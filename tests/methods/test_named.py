@@ -1,8 +1,7 @@
 """Methods that are made of parts: what they fill in, and what a user's own choice does."""
 
 import json
-import subprocess
-import sys
+import os
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from localprop.heads.successor import SuccessorHead
 from localprop.network.kinetic import kinetic_weight
 from localprop.settings.config import LocalConfig
 from localprop.settings.recipe import Recipe
+from ranks import assert_same_run, flags
 from tiny import SIZE, assert_same, batch, build, gradients, split
 
 
@@ -56,12 +56,10 @@ def test_auglocal_is_greedy_with_heads_that_resemble_what_follows():
 
 
 def test_auglocal_resumes_as_it_was(tmp_path):
-    flags = ["--method", "auglocal", "--modules", "2", "--head-kwargs", "depth=1", "--device", "cpu", "--epochs", "1"]
-    flags += ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(2,2)", "num_heads=(1,2)"]
-    flags += ["--batch-size", "64", "--experiment", "run"]
+    settings = ["--method", "auglocal", "--head-kwargs", "depth=1", "--epochs", "1"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert main(["train", *flags, "--output", str(whole)]) == 0
-    assert main(["train", *flags, "--output", str(stopped), "--steps", "9"]) == 0
+    assert main(["train", *flags(whole, 2, *settings)]) == 0
+    assert main(["train", *flags(stopped, 2, *settings, "--steps", "3")]) == 0
     recorded = json.loads((stopped / "run" / "run.json").read_text())["recipe"]
     assert (recorded["head"], recorded["head_kwargs"]) == ("successor", {"depth": 1, "tau": 0.5, "copy": None})
     assert main(["train", "--resume", str(stopped / "run")]) == 0
@@ -69,7 +67,6 @@ def test_auglocal_resumes_as_it_was(tmp_path):
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(
     ("settings", "reach"),
     [
@@ -104,15 +101,16 @@ def test_feature_reconstruction_reads_one_block_ahead():
     assert not torch.equal(*first)
 
 
-def test_auglocal_with_the_kinetic_term_has_the_same_bits_in_processes(tmp_path):
-    flags = ["--method", "auglocal", "--kinetic", "0.1", "--drop-path", "0.1", "--modules", "2", "--device", "cpu"]
-    flags += ["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(2,2)", "num_heads=(1,2)"]
-    flags += ["--batch-size", "64", "--epochs", "1", "--steps", "8", "--experiment", "run"]
-    assert main(["train", *flags, "--output", str(tmp_path / "one")]) == 0
-    parallel = ["--parallel", "modules", "--nproc", "2", "--output", str(tmp_path / "two")]
-    subprocess.run([sys.executable, "-m", "localprop", "train", *flags, *parallel], check=True, timeout=240)
-    weights, expected = (load_file(tmp_path / folder / "run" / "model.safetensors") for folder in ("two", "one"))
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+@pytest.mark.processes
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_auglocal_with_the_kinetic_term_has_the_same_bits_in_processes(forker, tmp_path):
+    settings = ["--method", "auglocal", "--kinetic", "0.1", "--epochs", "1"]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for count, folder in enumerate(runs, 1):
+        folder.mkdir()
+        job = forker.train(folder, count, *flags(folder, 2, *settings))
+        assert job.wait() == [0] * count, job.log.read_text()
+    assert_same_run(*runs)
 
 
 def test_settings_are_filled_in_and_nothing_else():

@@ -89,13 +89,14 @@ def test_a_row_is_a_simulated_step_of_that_setting(result):
 
 
 def test_a_plan_knows_heads_that_read_ahead_and_what_single_units_compute_again():
-    again = {"recompute_units": {"blocks.0": "whole"}}
-    plain, ahead, less = (small_plan((2,), **options).rows for options in ({}, {"reach": 1}, {"reach": 1, **again}))
-    net = localize(build("vit"), 2, "greedy", input_size=SIZE, batch_size=16, reach=1, **again)
+    again, model = {"recompute_units": {"blocks.0": "whole"}}, vit(2)
+    settings = [{}, {"reach": 1}, {"reach": 1, **again}]
+    plain, ahead, less = (small_plan((2,), 16, model, **options).rows for options in settings)
+    net = localize(vit(2), 2, "greedy", input_size=SIZE, batch_size=16, reach=1, **again)
     assert simulate_step(net, OptimConfig(), 16, SIZE) == less[2].step
     assert ahead[2].step.flops > plain[2].step.flops
     assert ahead[2].step.peak > plain[2].step.peak
-    chosen_row = small_plan((2,), reach=1, budget=ahead[2].step.peak).choice
+    chosen_row = small_plan((2,), 16, model, reach=1, budget=ahead[2].step.peak, show="fits").choice
     assert chosen_row.setting.recipe.reach == 1
     assert plain[0].step == ahead[0].step == less[0].step
 
@@ -201,7 +202,7 @@ def test_the_fastest_exact_and_local_settings_fit_a_budget(searched):
 @pytest.mark.parametrize("share", [1.0, 0.6])
 def test_exact_training_with_a_kinetic_term_fits_its_budget(share):
     """The term keeps a gradient more at the peak: what fits without it may not fit with it."""
-    model, options = build("vit"), {"method": "end-to-end", "input_size": SIZE}
+    model, options = vit(3), {"method": "end-to-end", "input_size": SIZE}
     budget = int(share * plan(model, 64, modules=(1,), **options).baseline.step.peak)
     recipe = plan(model, 64, budget=budget, kinetic=0.1, show="fits", **options).exact_fit.setting.recipe
     assert recipe.kinetic == 0.1

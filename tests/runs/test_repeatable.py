@@ -42,6 +42,8 @@ CHOICES += [
     {"method": "feature-reconstruction", "method_kwargs": {"sample": 0.25}},
     {"method": "trgl"},
     {"method": "auglocal"},
+    {"method": "lopt"},
+    {"method": "distance"},
 ]
 
 
