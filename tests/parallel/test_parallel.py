@@ -136,7 +136,7 @@ def test_processes_evaluate_test_images_once_after_training(forker, tmp_path, ca
 
 
 def test_a_run_that_goes_on_elsewhere_forgets_what_was_measured(forker, tmp_path):
-    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, *LONG))
+    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, *LONG, "--reach", "0"))
     wait_for_step(tmp_path, 10)
     ranks.kill(0, signal.SIGTERM)
     assert ranks.wait() == [143, 143]

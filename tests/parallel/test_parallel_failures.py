@@ -69,7 +69,8 @@ def test_no_process_resumes_on_other_data(forker, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_all_with_one_line(forker, tmp_path):
-    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, "--epochs", "2", "--lr", "1e30", "--sched", "none"))
+    words = ["--epochs", "2", "--lr", "1e30", "--sched", "none", "--reach", "0"]
+    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, *words))
     assert sorted(ranks.wait()) == [1, 2]
     assert re.fullmatch(
         r"localprop: rank 0: the loss of module 1 of 2 \(.*\) is nan at step 2.*\n", ranks.log.read_text()

@@ -21,7 +21,7 @@ IMAGES = 256
 def traced(forker, tmp_path_factory):
     """The output folder of a run with three modules in two processes, and its trace."""
     output = tmp_path_factory.mktemp("traced")
-    ranks = forker.train(output, 2, *flags(output, 3, "--epochs", "2", "--trace"))
+    ranks = forker.train(output, 2, *flags(output, 3, "--epochs", "2", "--reach", "0", "--trace"))
     assert ranks.wait() == [0, 0], ranks.log.read_text()
     return output, json.loads((output / "run" / "trace.json").read_text())
 
@@ -33,7 +33,7 @@ def spans_of(trace, *kinds, rank=None):
 
 @pytest.mark.processes
 def test_a_traced_run_is_the_same_run(traced, alone):
-    assert_same_run(traced[0], alone(3, "--epochs", "2"))
+    assert_same_run(traced[0], alone(3, "--epochs", "2", "--reach", "0"))
 
 
 @pytest.mark.processes
