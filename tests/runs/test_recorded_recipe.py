@@ -48,7 +48,7 @@ def test_a_run_is_resumed_with_what_it_began_with(tmp_path, later, capsys):
     recipe = json.loads((stopped / "run" / "run.json").read_text())["recipe"]
     assert (recipe["modules"], recipe["recompute"]) == (2, True)
     assert recipe["method_kwargs"] == OPTIONS
-    assert (recipe["head"], recipe["kinetic"], recipe["reach"]) == ("mlp", 0, 1)
+    assert (recipe["head"], recipe["kinetic"], recipe["reach"]) == ("mlp", 0, 0)
     later()
     assert main(["train", "--resume", str(stopped / "run")]) == 0
     weights, expected = (load_file(folder / "run" / "model.safetensors") for folder in (stopped, whole))
@@ -92,10 +92,12 @@ def test_damage_is_told_in_a_line(tmp_path, damage, capsys):
     assert said.count("\n") == 1
 
 
-def test_a_result_of_other_defaults_is_not_taken_for_done(later):
+def test_a_result_of_other_defaults_is_not_taken_for_done(later, monkeypatch):
     recipe = Recipe(modules=2, reach=0)
     assert changed_default(recipe, None) is None
-    assert changed_default(Recipe(modules=2), None) == "reach is 1 now where it is left open, and was 0 then"
+    with monkeypatch.context() as other:
+        other.setattr(FeatureReconstruction, "defaults", {"reach": 1})
+        assert changed_default(Recipe(modules=2), None) == "reach is 1 now where it is left open, and was 0 then"
     later()
     assert changed_default(recipe, None) == "weight is 7.0 now where it is left open, and was 1.0 then"
     assert changed_default(replace(recipe, method_kwargs=OPTIONS), None) is None

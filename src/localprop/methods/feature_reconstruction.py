@@ -5,8 +5,6 @@ be able to rebuild from what it gives: so little of the information that later m
 first module's input is the image. The paper's loss weights are not published.
 """
 
-from types import MappingProxyType
-
 from localprop.methods.common import Ends, Rebuilding, by_depth, contrasts
 from localprop.network.loss import ModuleSpec
 
@@ -35,8 +33,6 @@ class FeatureReconstruction(Rebuilding):
     Raises:
         ConfigError: `sample` is not such a part, the decoder rebuilds the grid as a whole, or both terms are 0.
     """
-
-    defaults = MappingProxyType({"reach": 1})
 
     def __init__(
         self,

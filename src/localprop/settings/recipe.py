@@ -30,8 +30,8 @@ _PARTITION_HELP = (
 )
 _HEAD_HELP = f"What predicts the target in a module: {', '.join(HEADS)} (default: mlp, or what the method says)."
 _REACH_HELP = (
-    "Blocks of the next module through which a module's head reads its output (default: 0, or what the method says: 1 "
-    "for feature-reconstruction); trains better, takes more memory and time."
+    "Blocks of the next module through which a module's head reads its output (default: 0, or what the method "
+    "says): closer to end-to-end training, with more memory and time."
 )
 _FREEZE_HELP = (
     "Names of units or blocks of units, or patterns such as blocks.[0-5], that are not trained; all is everything "
