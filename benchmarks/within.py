@@ -24,7 +24,7 @@ MODELS = {
     "swin_tiny_patch4_window7_224": ["--batch-size", "128"],
     "vit_base_patch16_224": ["--batch-size", "64", "--amp"],
 }
-KINDS = {"exact": [], "local": ["--method", "feature-reconstruction"]}
+KINDS = {"exact": [], "local": ["--reach", "1"]}
 KEPT = ("method", "modules", "cuts", "recompute_units", "split_blocks", "reach", "batch_size", "micro_batches", "amp")
 
 

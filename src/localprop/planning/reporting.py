@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from localprop.division.resolve import resolved, with_methods_defaults
+from localprop.division.resolve import resolved
 from localprop.planning.known import cost_in_accuracy
 from localprop.planning.plans import Plan
 from localprop.planning.processes import Processes
@@ -17,9 +17,6 @@ from localprop.settings.plan import PlanConfig
 def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
     """What a plan comes to, in words."""
     lines = [f"picture: {config.picture}"] + ([f"everything: {config.json}"] if config.json else [])
-    ahead = with_methods_defaults(config.local).reach
-    if result.local and ahead and config.local.reach is None:
-        lines.append(f"local modules have reach {ahead}; --reach 0 takes less memory and time, and trains worse")
     if result.budget is None:
         return lines
     limit = format_bytes(result.budget)
