@@ -168,7 +168,7 @@ def _cost(modules: int, reach: int = 0) -> str:
     ]
     if not gaps:
         return "not measured"
-    return f"{max(gaps):+.1f} to {min(gaps):+.1f} points" if len(gaps) > 1 else f"{gaps[0]:+.1f} points"
+    return " to ".join(dict.fromkeys(f"{end:+.1f}" for end in (max(gaps), min(gaps)))) + " points"
 
 
 def rivals() -> list[Rival]:
