@@ -19,7 +19,7 @@ from localprop.cli import main
 from localprop.errors import ChainError, ConfigError, LocalpropError, PlanError
 from localprop.memory.cost import Costs
 from localprop.memory.cuda import matrix_product_buffers
-from localprop.planning.planner import Planner
+from localprop.planning.planner import Planner, optim_of
 from localprop.planning.reporting import plan_lines
 from localprop.planning.rows import PlanRow, Setting, told_apart
 from localprop.planning.schedules import Link
@@ -330,28 +330,31 @@ def test_states_rest_on_the_host_where_that_is_what_fits():
     # Two weights fit, with the states of their optimizer; all gradients, or all states and one gradient, do not.
     row = own.fitting("exact", step.peak - int(1.2 * step.parts["parameters"]))
     setting = row.setting
-    assert setting.offload
+    assert setting.offload[-1] == "optimizer"
     assert setting.same_numbers
     assert setting.name.endswith(", offload")
     assert row.step.peak <= step.peak - 1.2 * step.parts["parameters"]
     net = localize(weighty(), cuts=setting.recipe.cuts, split_blocks=True, method="end-to-end", input_size=SIZE)
-    assert row.step == simulate_step(net, OptimConfig(offload_optimizer=True), 2, SIZE, "cuda")
+    assert row.step == simulate_step(net, optim_of(setting, OptimConfig()), 2, SIZE, "cuda")
     assert "--offload-optimizer" in plan_lines(PlanConfig(batch_size=2), Plan([row], budget=2**30, exact_fit=row))[3]
-    assert finder(weighty(), 2, "cpu").trials.offloads == finder(weighty(), offload_optimizer=True).trials.offloads
+    assert own.trials.offloads("local") == [(), ("optimizer",)]
+    assert finder(weighty(), 2, "cuda", offload_optimizer=True).trials.offloads("local") == [()]
 
 
 @pytest.mark.parametrize(("away", "graphs", "taken"), [(0.9, 1.0, True), (0.9, 0.8, False), (0.99, 1.0, False)])
 def test_states_rest_on_the_host_where_that_is_faster_than_cuda_graphs(monkeypatch, away, graphs, taken):
-    own = finder(weighty(), 2, "cuda")
+    own = finder(weighty(), 2, "cuda", offload_boundaries=True)
     row = own.trials.baseline(Terms())
     two = replace(row.setting, recipe=replace(row.setting.recipe, modules=2))
     rows = {
-        False: replace(row, setting=two, step=replace(row.step, seconds=1.0, device_seconds=graphs)),
-        True: replace(row, setting=replace(two, offload=True), step=replace(row.step, seconds=away)),
+        (): replace(row, setting=two, step=replace(row.step, seconds=1.0, device_seconds=graphs)),
+        ("optimizer",): replace(
+            row, setting=replace(two, offload=("optimizer",)), step=replace(row.step, seconds=away)
+        ),
     }
     monkeypatch.setattr(own, "_fastest", lambda kind, budget, terms: rows[terms.offload])
     monkeypatch.setattr("localprop.planning.search.finder._worth", lambda way, usual: True)
-    assert own.fitting("exact", row.step.peak) is rows[taken]
+    assert own.fitting("exact", row.step.peak) is rows[("optimizer",) if taken else ()]
 
 
 def test_micro_batches_are_named_where_they_are_faster(monkeypatch):

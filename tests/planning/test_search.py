@@ -225,8 +225,11 @@ def check_local(units, way, module, limit, states=NOTHING):
     assert seconds == pytest.approx(way.seconds)
 
 
-def every_exact(units, forward, loss, own):
-    """Needs and times of all exact ways: each module's boundaries, the gradient of its output, and its own peak."""
+def every_exact(units, forward, loss, own, away=False):
+    """Needs and times of all exact ways: each module's boundaries, the gradient of its output, and its own peak.
+
+    Those of modules before may rest on the host.
+    """
     size = len(units)
     for division in divisions(size):
         modules = []
@@ -241,21 +244,22 @@ def every_exact(units, forward, loss, own):
                 seconds = sum(cost.seconds for cost in costs) + end.seconds + again
                 ways.append((boundaries + sum(own[start:stop]) + module_peak(costs, end), seconds))
             modules.append([(need, fastest(ways, need)) for need in sorted({need for need, _ in ways})])
-            boundaries += output
+            boundaries = output if away else boundaries + output
         yield modules
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("own", [[0] * 5, [7, 0, 12, 30, 4]], ids=["", "states on the host"])
-def test_exact_training_is_the_best_of_all_divisions(seed, own):
+@pytest.mark.parametrize("away", [False, True], ids=["", "boundaries on the host"])
+def test_exact_training_is_the_best_of_all_divisions(seed, own, away):
     draw = random.Random(seed)
     units = random_units(draw, 5, first_differs=False)
     forward = [draw.random() for _ in range(5)]
     loss = End(draw.randint(0, 20), draw.randint(0, 5), 0, draw.random())
     outputs = [units.output(i) for i in range(5)]
     ends = {stop: loss if stop == 5 else End(outputs[stop - 1], 0, outputs[stop - 1]) for stop in range(1, 6)}
-    search = ExactSearch(Runs(units), forward, ends.__getitem__, own=own)
-    known = list(every_exact(units, forward, loss, own))
+    search = ExactSearch(Runs(units), forward, ends.__getitem__, own=own, away=away)
+    known = list(every_exact(units, forward, loss, own, away))
     for limit in range(10, 150, 7):
         sums = ([fastest(ways, limit) for ways in modules] for modules in known)
         best = min((sum(times) for times in sums if None not in times), default=None)
@@ -275,6 +279,6 @@ def test_exact_training_is_the_best_of_all_divisions(seed, own):
                 + (0 if stop == 5 else sum(forward[start:stop]))
             )
             needs.append(boundaries + sum(own[start:stop]) + module_peak(costs, ends[stop]))
-            boundaries += units.output(stop - 1)
+            boundaries = units.output(stop - 1) if away else boundaries + units.output(stop - 1)
         assert way.need == max(needs)
         assert way.seconds == pytest.approx(seconds)

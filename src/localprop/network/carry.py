@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from localprop.errors import warn_renamed
+from localprop.network.resting import Away, Resting
 from localprop.tasks.base import Batch
 
 
@@ -48,6 +49,7 @@ class Carry:
         scale: the loss scale of `gradient`; None without.
         boundaries: in exact training what each module so far has taken, from which it runs again; None where it does
             not. A boundary with anything to train before it requires a gradient, and so do the features.
+        away: sends such a boundary to the host, where boundaries rest there.
     """
 
     features: Tensor
@@ -63,7 +65,8 @@ class Carry:
     pending: Pending | None = None
     gradient: Tensor | None = None
     scale: Tensor | None = None
-    boundaries: list[Tensor | None] = field(default_factory=list)
+    boundaries: list[Tensor | Resting | None] = field(default_factory=list)
+    away: Away | None = None
 
     @classmethod
     def of(cls, batch: "Batch | Carry") -> "Carry":

@@ -48,9 +48,12 @@ def _run_first(module: LocalModule, carry: Carry) -> None:
     """Runs a module for its output alone."""
     source = carry.features
     if source.requires_grad or module.trains:
+        kept = carry.away(source) if carry.away else source
         with _as_it_was(module):
             carry.features = module.boundary(source, carry.context)
-        carry.boundaries.append(source)
+        if not isinstance(kept, Tensor):
+            kept.settle()
+        carry.boundaries.append(kept)
     else:  # it only runs: no gradient comes as far
         energies: list[Tensor] = []
         with torch.no_grad():
@@ -80,15 +83,16 @@ def _run_last(module: LocalModule, carry: Carry, scaling: Scaling) -> Tensor | N
 
 def _run_again(module: LocalModule, carry: Carry, scaling: Scaling, first: bool) -> None:
     """Runs a module again, and backward from the gradient of its output; no module is before the first."""
-    source = carry.boundaries.pop()
-    if source is None:
+    kept = carry.boundaries.pop()
+    if kept is None:
         return
+    source = kept if isinstance(kept, Tensor) else kept.take()
     energies: list[Tensor] = []
     gradient: list[Tensor] = []
     with recomputing(module.recompute):
         begun = source if first else _Begun.of(source, gradient)
         output = module(begun, dict(carry.context), 0, None, energies)  # what units hand along is there already
-    del source, begun
+    del kept, source, begun
     roots = []
     given = at_own_scale(carry, scaling)
     if given is not None and output.requires_grad:
@@ -106,11 +110,13 @@ def _run_again(module: LocalModule, carry: Carry, scaling: Scaling, first: bool)
 
 
 def _pass_on(gradient: list[Tensor], module: LocalModule, carry: Carry, scaling: Scaling) -> None:
-    """Leaves the gradient of a module's input to the module before."""
+    """Leaves the gradient of a module's input to the module before, whose own input begins to come from the host."""
     carry.gradient = gradient.pop() if gradient else None
     if carry.gradient is not None:
         carry.scale = scaling.scale(carry.gradient)
         lower_scale(module.trained() if scaling.scaler else (), carry.gradient, scaling)
+    if carry.away and carry.boundaries and not isinstance(before := carry.boundaries[-1], Tensor | None):
+        before.fetch()
 
 
 def knowing_common_buffers(modules: Sequence[LocalModule]) -> Sequence[LocalModule]:

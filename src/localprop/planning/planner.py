@@ -43,7 +43,7 @@ class Planner:
         nproc: number of processes that modules are shared out to, if any.
         link: between two processes.
         on_setting: called before each setting is looked at.
-        offload: whether optimizer states may rest on the host where nobody asked for it.
+        offload: whether boundaries and optimizer states may rest on the host where nobody asked for it.
         must_fit: whether an error is raised for a setting that the model does not allow.
         left_out: why the model does not allow a setting, by the setting's name.
         finish: part of the epochs of local modules, the last ones, in which they are trained exactly.
@@ -240,7 +240,8 @@ def optim_of(setting: Setting, asked: OptimConfig) -> OptimConfig:
         asked,
         micro_batches=setting.micro_batches or asked.micro_batches,
         opt=setting.opt or asked.opt,
-        offload_optimizer=setting.offload or asked.offload_optimizer,
+        offload_optimizer="optimizer" in setting.offload or asked.offload_optimizer,
+        offload_boundaries="boundaries" in setting.offload or asked.offload_boundaries,
     )
 
 

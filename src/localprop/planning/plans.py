@@ -148,7 +148,7 @@ def plan(
             peak of a row is then the larger one of both, and its time the mean.
         show: "rows", end-to-end training and the numbers of modules; "fronts", these and the fastest settings for any
             memory; or "fits", only end-to-end training and what fits the budget.
-        offload: whether the fastest settings for CUDA may have the optimizer's states on the host.
+        offload: whether the fastest settings for CUDA may have boundaries and optimizer states on the host.
         on_setting: called before each setting is looked at.
         options: further arguments of `localize`: settings of a `localprop.Recipe`, num_classes, criterion, ...
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from localprop.errors import warn_renamed
 from localprop.planning.processes import Processes
 from localprop.planning.steps import PredictedStep
 from localprop.settings.recipe import Recipe
+
+Offloaded = Literal["optimizer", "boundaries"]
+"""What may rest on the host: optimizer states, and what exact training keeps between modules."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Setting:
         again: how many units run again in backward, where that and the cuts are the planner's choice; else None.
         micro_batches: into which the batch is divided, where that is the planner's choice; else None.
         opt: the optimizer, likewise.
-        offload: whether optimizer states rest on the host, though nobody asked for it.
+        offload: what rests on the host, though nobody asked for it.
         number: which of a plan's settings with the same name it is.
     """
 
@@ -29,7 +32,7 @@ class Setting:
     again: int | None = None
     micro_batches: int | None = None
     opt: str | None = None
-    offload: bool = False
+    offload: tuple[Offloaded, ...] = ()
     number: int = field(default=1, compare=False)
 
     @property
@@ -76,7 +79,7 @@ class Setting:
         """Name and settings, for a JSON file. A setting that is not there is off."""
         keys = ("modules", "method", "split_blocks", "grad_checkpointing", "largest")
         found = {name: getattr(self.recipe, name) for name in ("cuts", "recompute_units")}
-        found |= {"opt": self.opt, "offload_optimizer": self.offload}
+        found |= {"opt": self.opt, **{f"offload_{what}": True for what in self.offload}}
         found = {name: value for name, value in found.items() if value}
         return {"setting": self.name, **{key: getattr(self, key) for key in keys}, **found}
 

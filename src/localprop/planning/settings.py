@@ -75,6 +75,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
         micro_batches=config.micro_batches,
         model_ema=config.model_ema,
         offload_optimizer=config.offload_optimizer,
+        offload_boundaries=config.offload_boundaries,
         amp=config.precision != "fp32",
         amp_dtype="float16" if config.precision == "fp16" else "bfloat16",
     )
@@ -120,6 +121,7 @@ def chosen_for_plan(config: PlanConfig, row: PlanRow) -> TrainConfig:
         opt=config.opt,
         model_ema=config.model_ema,
         offload_optimizer=config.offload_optimizer,
+        offload_boundaries=config.offload_boundaries,
         amp=config.precision != "fp32",
         amp_dtype="float16" if config.precision == "fp16" else "bfloat16",
     )

@@ -112,7 +112,10 @@ def record_step(
             state.average = partial(average, count=replicas, start=lambda flat: lambda: None)
         if parts > 2:  # the middle ones find gradients of the first, and leave them to the last
             tracker.label(_gradients(state), "gradients")
-        copies = _Copies(state, tracker) if config.offload_optimizer else None
+        link = _Link(tracker)
+        copies = _Copies(state, link) if config.offload_optimizer else None
+        if config.offload_boundaries and net.exact:
+            state.away = partial(_Away, link)
         with _watched(state, tracker, marks, copies):
             carry = _loaded(tracker, arrive)
             entry = total_bytes([carry.features, carry.targets, *plain_tensors(carry.context)])
@@ -204,28 +207,67 @@ def _watched(state: TrainingState, tracker: Tracker, marks: list[Mark], copies: 
             handle.remove()
 
 
+class _Link:
+    """The way to the host and back. Copies wait for each other."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker, self._free = tracker, 0.0
+
+    def copied(self, size: int) -> float:
+        """Begins to copy so many bytes; returns the second when that is done."""
+        self._free = max(self._free, self._tracker.seconds) + size / self._tracker.machine.host_link
+        return self._free
+
+    def wait(self, until: float) -> None:
+        """Lets the device wait for a copy."""
+        self._tracker.clock.wait(until)
+
+
+class _Away:
+    """A boundary that rests on the host: see `localprop.network.resting`."""
+
+    def __init__(self, link: _Link, boundary: Tensor) -> None:
+        self._link = link
+        self._back: Tensor | None = None
+        self._layout, self._dtype = (boundary.shape, boundary.stride()), boundary.dtype
+        self._there = link.copied(boundary.nbytes)
+        self._needs_gradient = boundary.requires_grad
+
+    def settle(self) -> None:
+        self._link.wait(self._there)
+
+    def fetch(self) -> None:
+        if self._back is None:
+            self._back = torch.empty_strided(*self._layout, dtype=self._dtype)
+            self._there = self._link.copied(self._back.nbytes)
+
+    def take(self) -> Tensor:
+        self.fetch()
+        self.settle()
+        back, self._back = self._back, None
+        assert back is not None
+        return back.requires_grad_(self._needs_gradient)
+
+
 class _Copies:
     """When optimizer states that rest on the host are on the device: see `localprop.training.stepping.offload`.
 
     A module's state comes in from the moment when the one before has stepped, and goes out from the moment when it has
-    stepped itself. All copies wait for each other. Those that the step before has left to do come first.
+    stepped itself. Those that the step before has left to do come first.
     """
 
-    def __init__(self, state: TrainingState, tracker: Tracker) -> None:
-        self._tracker = tracker
+    def __init__(self, state: TrainingState, link: _Link) -> None:
+        self._link = link
         self._sizes = [total_bytes(plain_tensors(list(own.state.values()))) for own in state.optimizers]
         done = [phase.module - state.modules.start for phase in state.phases if phase.done]
         self._next = dict(pairwise(done))
-        self._there = self._copied(0.0, self._sizes[done[-1]] + self._sizes[done[0]] if len(done) > 1 else 0)
-
-    def _copied(self, begin: float, size: int) -> float:
-        return begin + size / self._tracker.machine.host_link
+        self._there = link.copied(self._sizes[done[-1]] + self._sizes[done[0]] if len(done) > 1 else 0)
 
     def wait(self) -> None:
         """Waits until the state of the module is there that is the next to step."""
-        self._tracker.clock.wait(self._there)
+        self._link.wait(self._there)
 
     def send(self, k: int) -> None:
         """Begins to send the state of a module out, and that of the next one in."""
         if k in self._next:
-            self._there = self._copied(self._tracker.seconds, self._sizes[k] + self._sizes[self._next[k]])
+            self._there = self._link.copied(self._sizes[k] + self._sizes[self._next[k]])

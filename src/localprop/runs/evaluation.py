@@ -49,7 +49,8 @@ def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = No
         DataError: the data has other classes than the run.
     """
     # In float32 and wherever this machine can, whatever the run was trained with.
-    anywhere = {"amp": False, "offload_optimizer": False, "device": None, "hold_on_device": False, "val_split": 0.0}
+    anywhere = {"amp": False, "device": None, "hold_on_device": False, "val_split": 0.0}
+    anywhere |= {"offload_optimizer": False, "offload_boundaries": False}
     if "batch_size" in changes:
         anywhere["micro_batches"] = 1
     config = from_flat({**anywhere, **changes}, "eval", read_config(folder, plugin))

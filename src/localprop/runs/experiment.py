@@ -171,8 +171,11 @@ def _device(config: TrainConfig) -> torch.device:
         raise ConfigError(f"--device {name!r}: this machine has a cpu and {count} CUDA devices") from None
     if config.optim.amp and config.optim.amp_dtype == "float16" and device.type != "cuda":
         raise ConfigError("--amp-dtype float16 needs CUDA; use bfloat16")
-    if config.optim.offload_optimizer and device.type != "cuda":
-        raise ConfigError(f"--offload-optimizer needs CUDA, and the device is {device}; leave it out")
-    if config.run.cuda_graphs == "on" and device.type != "cuda":
-        raise ConfigError(f"--cuda-graphs on needs CUDA, and the device is {device}; leave it out")
+    needs = {
+        "--offload-optimizer": config.optim.offload_optimizer,
+        "--offload-boundaries": config.optim.offload_boundaries,
+        "--cuda-graphs on": config.run.cuda_graphs == "on",
+    }
+    if (asked := [flag for flag, value in needs.items() if value]) and device.type != "cuda":
+        raise ConfigError(f"{asked[0]} needs CUDA, and the device is {device}; leave it out")
     return device

@@ -34,7 +34,7 @@ def choose_for_budget(experiment: Experiment) -> tuple[Experiment, str]:
     config, budget = experiment.config, parse_bytes(experiment.config.local.budget or "")
     device, parts = assumed(experiment.device.type), config.optim.micro_batches
     backbone, size = experiment.backbone, experiment.input_size
-    offload = config.run.cuda_graphs != "on"  # which needs the optimizer's states in one place
+    offload = config.run.cuda_graphs != "on"  # which need all that lives in one place
     result = plan_for(backbone, config.local, config.optim, size, budget, device=device, show="fits", offload=offload)
     exact = config.local.end_to_end
     row, other = (result.exact_fit, result.local_fit) if exact else (result.local_fit, result.exact_fit)

@@ -14,14 +14,7 @@ from localprop.registry import DATASETS, TASKS
 from localprop.settings.bounds import require_within_bounds
 from localprop.settings.finish import finish_epochs, require_finish
 from localprop.settings.recipe import Recipe
-from localprop.settings.values import (
-    OptionalFloat,
-    OptionalInt,
-    OptionalPath,
-    OptionalStr,
-    Pairs,
-    parse_bytes,
-)
+from localprop.settings.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, Pairs, parse_bytes
 from localprop.system.commands import resume_command
 from localprop.system.lock import LOCK
 
@@ -183,6 +176,8 @@ class OptimConfig:
     """Type of mixed precision; float16 needs CUDA."""
     offload_optimizer: bool = False
     """Keep the optimizer states of modules at rest in the host's memory; needs CUDA. Trains bit for bit the same."""
+    offload_boundaries: bool = False
+    """The same for what exact training keeps between modules (--method end-to-end --modules K, or --finish)."""
 
     def __post_init__(self) -> None:
         require_within_bounds(self)
@@ -266,6 +261,12 @@ class TrainConfig:
             raise ConfigError(
                 "--parallel modules trains local modules, and those of --method end-to-end wait for each other; choose "
                 "--parallel data"
+            )
+        exact = self.local.finish or (self.local.end_to_end and (self.local.budget or (self.local.count or 1) > 1))
+        if optim.offload_boundaries and not exact:
+            raise ConfigError(
+                "--offload-boundaries is for exact training in several modules; leave it out, or add --method "
+                "end-to-end --modules 4"
             )
         if run.trace and run.parallel is None:
             raise ConfigError("--trace shows what several processes do; add --parallel modules --nproc 2")

@@ -17,6 +17,7 @@ NEWER: dict[str, Any] = {
     "deterministic": False,
     "reach": 0,
     "initial_checkpoint": None,
+    "offload_boundaries": False,
     "finish": 0.0,
     "finish_lr": None,
     "backbone_lr_scale": 1.0,

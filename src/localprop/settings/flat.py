@@ -34,6 +34,7 @@ _FREE = {
     "deterministic": ("resume",),
     "cuda_graphs": ("resume", "record"),
     "offload_optimizer": ("resume",),
+    "offload_boundaries": ("resume",),
 }
 
 

@@ -35,6 +35,8 @@ class PlanConfig:
     """Keep a moving average of the weights."""
     offload_optimizer: bool = False
     """Keep the optimizer states of modules at rest in the host's memory."""
+    offload_boundaries: bool = False
+    """Keep there what exact training keeps between modules, too."""
     num_classes: OptionalInt = None
     """Number of labels (default: the model's own)."""
     device: Literal["cpu", "cuda"] = "cpu"

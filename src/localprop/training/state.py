@@ -14,6 +14,7 @@ from localprop.network.carry import Carry
 from localprop.network.graphs import GraphPool
 from localprop.network.network import LocalNetwork
 from localprop.network.phase import Phase
+from localprop.network.resting import Away, to_host
 from localprop.network.turns import turns
 from localprop.settings.config import OptimConfig
 from localprop.system.reading import Malformed
@@ -70,6 +71,8 @@ class TrainingState:
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
         offloads = config.offload_optimizer and device.type == "cuda"
         offload = Offload(self.optimizers, device, backwards=net.exact) if offloads else None
+        rests = config.offload_boundaries and net.exact and device.type == "cuda"
+        self.away: Away | None = to_host(device) if rests else None
         scaled = config.amp and config.amp_dtype == "float16"
         # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
         self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
@@ -118,6 +121,7 @@ class TrainingState:
         if last:
             self._begin_step()
         carry = Carry.of(batch)
+        carry.away = self.away
         try:
             if not (self.captured and self.captured.run(carry, seed, last)):
                 self.run(carry, seed, last)

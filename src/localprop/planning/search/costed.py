@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Literal
 
@@ -40,7 +40,7 @@ class ExactWays:
     division: Division
     sliced: bool = False
     ends: Sequence[int] | None = None
-    _searches: dict[float, ExactSearch] = field(default_factory=dict, init=False)
+    _searches: dict[States, ExactSearch] = field(default_factory=dict, init=False)
 
     @cached_property
     def _runs(self) -> Runs:
@@ -48,17 +48,17 @@ class ExactWays:
         return Runs(units, simpler=_SIMPLER * _seconds(units))
 
     def _search(self, states: States) -> ExactSearch:
-        if states.own not in self._searches:
+        states = states._replace(always=0.0)
+        if states not in self._searches:
             division = self.division
             whole, none = (division.costs.units(replace(division.step, recomputation=k)) for k in ("whole", "none"))
             forward = [again.seconds - once.seconds for again, once in zip(whole, none, strict=True)]
             own = [states.own * weights for weights in _weights(division)]
             more = 10 * _SIMPLER * _seconds(self._runs.units)
             idle = division.free(0) if division.frozen else 0
-            self._searches[states.own] = ExactSearch(
-                self._runs, forward, lambda stop: division.end(0, 0, stop), self.ends, own, more, idle
-            )
-        return self._searches[states.own]
+            end, away = partial(division.end, 0, 0), states.boundaries
+            self._searches[states] = ExactSearch(self._runs, forward, end, self.ends, own, more, idle, away)
+        return self._searches[states]
 
     @property
     def usual(self) -> Recomputation:

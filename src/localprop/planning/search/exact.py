@@ -22,6 +22,7 @@ class ExactSearch:
         own: of each unit, bytes that are in use only while its module is trained.
         more: seconds that each further module has to bring.
         idle: number of first units that are not trained: a module of these alone runs once.
+        away: whether a module's input rests on the host while later modules are trained.
 
     Attributes:
         front: what all modules need at their peak, beside the batch, against time.
@@ -36,8 +37,9 @@ class ExactSearch:
         own: Sequence[float] | None = None,
         more: float = 0.0,
         idle: int = 0,
+        away: bool = False,
     ) -> None:
-        self._idle = idle
+        self._idle, self._away = idle, away
         self.units, self._runs, self._end, self._more = runs.units, runs, end, more
         count = len(self.units)
         self._forward, self._own = (
@@ -52,17 +54,19 @@ class ExactSearch:
         self.front = self._fronts[0]
 
     def _suffix(self, start: int) -> tuple[Front, np.ndarray]:
-        """The front of the units from `start` on, beside the inputs of modules up to there."""
+        """The front of the units from `start` on, beside the inputs of modules up to there that are on the device."""
         parts = []
+        taken = self.units.output(start - 1) if self._away and start else 0
         later = [end for end in self._ends if end > start]
         for stop in later[:1] if self._fixed else later:
             own = self._runs.front(start, stop, self._end(stop))
-            own = own._replace(need=own.need + (self._own[stop] - self._own[start]))
+            own = own._replace(need=own.need + (self._own[stop] - self._own[start]) + taken)
             if stop == len(self.units):
                 need, seconds, way = own.need, own.seconds, np.arange(len(own.need))
                 after = np.zeros(len(need), np.int64)
             else:
-                need, seconds, way, after = both(own, self._fronts[stop], self.units.output(stop - 1))
+                kept = 0 if self._away else self.units.output(stop - 1)
+                need, seconds, way, after = both(own, self._fronts[stop], kept)
                 again = self._forward[stop] - self._forward[start] if stop > self._idle else 0.0
                 seconds = seconds + again + self._more
             parts.append((need, seconds, np.full(len(need), stop), after, way))

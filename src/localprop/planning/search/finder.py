@@ -1,5 +1,6 @@
 """Finds the fastest settings within a budget, and those that no other beats; each of them is simulated."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,7 @@ class Finder:
         ways = trials.ways(kind, usual)
         if ways is None:
             return []
-        all_terms = [usual._replace(offload=offload) for offload in trials.offloads]
+        all_terms = [usual._replace(offload=offload) for offload in trials.offloads(kind)]
         # Bytes beside what is always in use on the usual terms.
         beside = [trials.static(terms) - trials.static(usual) for terms in all_terms]
         states = [trials.states(terms) for terms in all_terms]
@@ -62,10 +63,10 @@ class Finder:
     def fitting(self, kind: Kind, budget: int) -> PlanRow | None:
         """The fastest setting of a kind within `budget` bytes.
 
-        On CUDA the optimizer's states may rest on the host. The batch is divided only where nothing fits without: first
-        into slices in which single units run again, then into as few micro-batches as can be. Only where that does not
-        help either, the optimizer keeps its states in 8 bits. None where the model allows no setting of this kind, or
-        where nothing fits even so, with one image at a time.
+        On CUDA boundaries and optimizer states may rest on the host. The batch is divided only where nothing fits
+        without: first into slices in which single units run again, then into as few micro-batches as can be. Only where
+        that does not help either, the optimizer keeps its states in 8 bits. None where the model allows no setting of
+        this kind, or where nothing fits even so, with one image at a time.
         """
         if self.trials.ways(kind, Terms()) is None:
             return None
@@ -102,8 +103,8 @@ class Finder:
         """What is said where nothing fits."""
         trials, images = self.trials, self.trials.planner.batch_size
         one = Terms(images if images > trials.parts(Terms()) else None)
-        all_terms = [one._replace(opt=opt, offload=own) for opt in trials.optimizers for own in trials.offloads]
         kind = kind if trials.ways(kind, one) else "exact"
+        all_terms = [one._replace(opt=opt, offload=own) for opt in trials.optimizers for own in trials.offloads(kind)]
         ways = trials.ways(kind, one)
         assert ways is not None
         terms = min(all_terms, key=lambda terms: trials.static(terms) + ways.least(trials.states(terms)))
@@ -126,7 +127,7 @@ class Finder:
         trials, images, parts = self.trials, self.trials.planner.batch_size, self.trials.parts(first)
         ways = trials.ways(kind, first)
         assert ways is not None
-        all_terms = [first._replace(offload=offload) for offload in trials.offloads]
+        all_terms = [first._replace(offload=offload) for offload in trials.offloads(kind)]
 
         def least(division: float) -> float:
             """About what is needed at least where a part of the batch is at work."""
@@ -140,18 +141,24 @@ class Finder:
                 yield first._replace(micro_batches=count)
 
     def _on(self, kind: Kind, budget: int, terms: Terms) -> PlanRow | None:
-        """The fastest setting within `budget` bytes on terms on which states may rest on the host."""
-        usual = self._fastest(kind, budget, terms)
-        if (usual and usual.setting.modules == 1) or len(self.trials.offloads) == 1:
-            return usual
-        ways, away = self.trials.ways(kind, terms), terms._replace(offload=True)
+        """The fastest setting within `budget` bytes on terms on which something may rest on the host."""
+        best = self._fastest(kind, budget, terms)
+        if best and best.setting.modules == 1:
+            return best
+        trials, ways = self.trials, self.trials.ways(kind, terms)
         assert ways is not None
-        expected = [ways.fastest(budget - self.trials.static(own), self.trials.states(own)) for own in (terms, away)]
-        if usual and not (expected[1] and _worth(expected[1], expected[0])):
-            return usual
-        other = self._fastest(kind, budget, away)
-        # States on the host rule out CUDA graphs, without which the usual way would be slower.
-        return other if other and (not usual or other.seconds < _WORTH * usual.step.device_seconds) else usual
+        expected = ways.fastest(budget - trials.static(terms), trials.states(terms))
+        # What rests on the host rules out CUDA graphs, without which the usual way would be slower.
+        limit = _WORTH * best.step.device_seconds if best else math.inf
+        for offload in trials.offloads(kind)[1:]:
+            away = terms._replace(offload=offload)
+            promised = ways.fastest(budget - trials.static(away), trials.states(away))
+            if best and not (promised and _worth(promised, expected)):
+                continue
+            other = self._fastest(kind, budget, away)
+            if other and other.seconds < limit:
+                best, limit = other, other.seconds
+        return best
 
     def _fastest(self, kind: Kind, budget: int, terms: Terms) -> PlanRow | None:
         """The fastest setting within `budget` bytes on some terms; None if there is none.

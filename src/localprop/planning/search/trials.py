@@ -10,7 +10,7 @@ from localprop.division.partition import most_modules
 from localprop.division.resolve import with_methods_defaults
 from localprop.heads import HEADS
 from localprop.planning.planner import Planner
-from localprop.planning.rows import PlanRow, Setting
+from localprop.planning.rows import Offloaded, PlanRow, Setting
 from localprop.planning.search.costed import ExactWays, Kind, LocalWays
 from localprop.planning.search.names import recipe_of
 from localprop.planning.search.ways import States, Way
@@ -29,13 +29,13 @@ class Terms(NamedTuple):
         micro_batches: into which the batch is divided; None for as many as were asked for.
         sliced: whether units may run again in slices of these.
         opt: the optimizer; None for the one that was asked for.
-        offload: whether the optimizer's states rest on the host, though nobody asked for it.
+        offload: what rests on the host, though nobody asked for it.
     """
 
     micro_batches: int | None = None
     sliced: bool = False
     opt: str | None = None
-    offload: bool = False
+    offload: tuple[Offloaded, ...] = ()
 
 
 @dataclass
@@ -53,12 +53,17 @@ class Trials:
     rows: list[PlanRow]
     _ways: dict[tuple[Kind, int, bool], ExactWays | LocalWays | None] = field(default_factory=dict)
 
-    @cached_property
-    def offloads(self) -> tuple[bool, ...]:
-        """Whether optimizer states may rest on the host: that changes no bit, and needs CUDA."""
-        planner = self.planner
-        open_ = planner.offload and planner.device == "cuda" and not planner.optim.offload_optimizer
-        return (False, True) if open_ else (False,)
+    def offloads(self, kind: Kind) -> list[tuple[Offloaded, ...]]:
+        """What may rest on the host, from nothing to all: that changes no bit, and needs CUDA."""
+        planner, asked = self.planner, self.planner.optim
+        found: list[tuple[Offloaded, ...]] = [()]
+        if planner.offload and planner.device == "cuda":
+            # Boundaries travel less than states do: in one direction each.
+            if kind == "exact" and not asked.offload_boundaries:
+                found.append((*found[-1], "boundaries"))
+            if not asked.offload_optimizer:
+                found.append((*found[-1], "optimizer"))
+        return found
 
     @cached_property
     def optimizers(self) -> tuple[str | None, ...]:
@@ -81,7 +86,10 @@ class Trials:
         """What is kept beside each weight."""
         optimizer = self.baseline(terms).step.parts["optimizer"] / max(self._weights, 1)
         waiting = float(self.parts(terms) > 1)
-        return States(waiting, optimizer) if self._away(terms) else States(waiting + optimizer)
+        boundaries = "boundaries" in terms.offload or self.planner.optim.offload_boundaries
+        if self._away(terms):
+            return States(waiting, optimizer, boundaries)
+        return States(waiting + optimizer, 0.0, boundaries)
 
     def held(self, terms: Terms) -> int:
         """About the bytes of weights and of what the optimizer always keeps of them on the device."""
@@ -94,7 +102,7 @@ class Trials:
         return self.held(terms) + entry + (self._weights + entry * parts if parts > 1 else 0)
 
     def _away(self, terms: Terms) -> bool:
-        return terms.offload or self.planner.optim.offload_optimizer
+        return "optimizer" in terms.offload or self.planner.optim.offload_optimizer
 
     @cached_property
     def _weights(self) -> int:
@@ -128,7 +136,7 @@ class Trials:
         names = [unit.name for unit in self.planner.known(base.split_blocks).chain]
         again = sum(value not in ("none", "cheap") for module in way.recomputation for value in module)
         recipe = recipe_of(way, base, names, ways.usual)
-        offload = terms.offload and len(way.ends) > 1
+        offload = terms.offload if len(way.ends) > 1 else ()
         setting = Setting(recipe, again=again, micro_batches=terms.micro_batches, opt=terms.opt, offload=offload)
         return self._simulated(setting)
 

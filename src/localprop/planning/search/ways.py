@@ -11,10 +11,12 @@ class States(NamedTuple):
     Attributes:
         always: in use all the time.
         own: in use only while the weight's module is trained: else it rests on the host.
+        boundaries: whether the input of a module of exact training, too, is in use only while the module is at work.
     """
 
     always: float = 0.0
     own: float = 0.0
+    boundaries: bool = False
 
 
 class Way(NamedTuple):

@@ -13,6 +13,7 @@ from localprop.network.carry import Carry
 from localprop.network.graphs import CapturedPass, CudaGraphPool, GraphPool, Work, borrowed, copy_of_context
 from localprop.network.network import LocalNetwork
 from localprop.network.phase import Phase
+from localprop.network.resting import Away
 from localprop.settings.config import OptimConfig, RunConfig
 from localprop.training.stepping.exchange import Exchange
 from localprop.training.stepping.mask import Mask
@@ -35,6 +36,7 @@ class Training(Protocol):
     steps: OptimizerSteps
     step: int
     exchange: Exchange | None
+    away: Away | None
 
     def capture(self, pool: GraphPool, refuse: Callable[[str], None]) -> None: ...
 
@@ -72,6 +74,8 @@ def use_graphs(
 
     if state.steps.offload is not None:
         refuse("--offload-optimizer moves optimizer states, and a graph needs them in one place")
+    elif state.away is not None:
+        refuse("--offload-boundaries moves boundaries, and a graph needs them in one place")
     elif replicas:
         refuse("replicas average their gradients, which the host does")
     elif state.exchange is not None:
