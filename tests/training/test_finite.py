@@ -223,10 +223,10 @@ def test_only_buffers_that_were_infinite_when_built_are_saved_so():
     parts = state.parts()
     assert state.flaw(parts) is None
     assert not parts["module-0"]["backbone"]["mask"].isfinite().all()
-    state.require_finite(state.evaluated.state_dict())
+    state.steps.finite.require(state.evaluated.state_dict())
     buffer = net.backbone.features[2].running_var
     buffer[3] = INF
-    for check in (state.parts, lambda: state.require_finite(net.backbone.state_dict())):
+    for check in (state.parts, lambda: state.steps.finite.require(net.backbone.state_dict())):
         with pytest.raises(NonFiniteWeightError, match=r"features\.2\.running_var .*not finite"):
             check()
 

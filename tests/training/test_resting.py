@@ -7,7 +7,7 @@ import torch
 
 from checkpoint_states import bits
 from localprop.cli import main
-from localprop.network.resting import OnHost, to_host
+from localprop.network.resting import OnHost
 from localprop.settings.config import OptimConfig
 from localprop.training.state import TrainingState
 from tiny import batch, split
@@ -20,7 +20,7 @@ def training(name, away, device="cpu", freeze=0, **changes):
     net = split(name, 3, "end-to-end", freeze_modules=freeze).to(device)
     state = TrainingState(net.train(), replace(CONFIG, **changes), 10, torch.device(device))
     if device == "cpu":  # beside a CPU the host is another place in the same memory
-        state.away = to_host(torch.device("cpu")) if away else None
+        state.away = OnHost if away else None
     assert (state.away is not None) == away
     return state
 
@@ -77,13 +77,13 @@ def test_a_boundary_comes_back_when_the_module_behind_has_gone_backward(monkeypa
 
 def test_it_keeps_strides_and_what_needs_a_gradient():
     boundary = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    own = to_host(torch.device("cpu"))(boundary)
+    own = OnHost(boundary)
     back = own.take()
     assert torch.equal(back, boundary)
     assert back.stride() == boundary.stride()
     assert back.requires_grad
     assert back.is_leaf
-    assert not to_host(torch.device("cpu"))(boundary.detach()).take().requires_grad
+    assert not OnHost(boundary.detach()).take().requires_grad
 
 
 @pytest.mark.parametrize(

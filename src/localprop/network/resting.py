@@ -1,6 +1,7 @@
 """Boundaries of exact training that rest on the host until their module runs again."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -35,7 +36,7 @@ class OnHost:
         stream: on which it travels; None copies at once, for tests without CUDA.
     """
 
-    def __init__(self, boundary: Tensor, stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, boundary: Tensor, stream: torch.cuda.Stream | None = None) -> None:
         self._stream, self._device, self._needs_gradient = stream, boundary.device, boundary.requires_grad
         self._back: Tensor | None = None
         self._host = torch.empty_like(boundary, device="cpu", pin_memory=stream is not None, requires_grad=False)
@@ -67,7 +68,6 @@ class OnHost:
         return back.requires_grad_(self._needs_gradient)
 
 
-def to_host(device: torch.device) -> Away:
-    """What sends the boundaries of one network to the host, all on the same stream."""
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    return lambda boundary: OnHost(boundary, stream)
+def to_host(device: torch.device) -> Away | None:
+    """What sends the boundaries of one network to the host, all on the same stream; None where the device is no GPU."""
+    return partial(OnHost, stream=torch.cuda.Stream(device)) if device.type == "cuda" else None

@@ -71,8 +71,7 @@ class TrainingState:
         # A planner builds a state on the CPU whatever the settings; there is nothing to offload there.
         offloads = config.offload_optimizer and device.type == "cuda"
         offload = Offload(self.optimizers, device, backwards=net.exact) if offloads else None
-        rests = config.offload_boundaries and net.exact and device.type == "cuda"
-        self.away: Away | None = to_host(device) if rests else None
+        self.away: Away | None = to_host(device) if config.offload_boundaries and net.exact else None
         scaled = config.amp and config.amp_dtype == "float16"
         # One for each module: its loss overflows when it does, whatever the others', on whichever device they are.
         self.scalers = [torch.amp.GradScaler(device.type) if scaled else None for _ in self.modules]
@@ -235,9 +234,9 @@ class TrainingState:
     def tensors(self) -> dict[str, list[Tensor]]:
         """Everything that lives from step to step: "parameters" (with buffers and moving average), "optimizer"."""
         models = [self.net, *([self.ema] if self.ema else [])]
-        tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+        tensors = [own for model in models for own in (*model.parameters(), *model.buffers()) if not own.is_meta]
         return {
-            "parameters": [tensor for tensor in tensors if not tensor.is_meta],  # else trained elsewhere
+            "parameters": tensors,  # what is trained elsewhere has none
             "optimizer": [t for optimizer in self.optimizers for t in plain_tensors(list(optimizer.state.values()))],
         }
 
@@ -273,10 +272,6 @@ class TrainingState:
             if flaw := self.steps.finite.flaw(k, parts.get(part_name(k), {})):
                 return flaw
         return None
-
-    def require_finite(self, weights: dict[str, Tensor]) -> None:
-        """Checks a state dict of the backbone before it is published; see `FiniteChecks.require`."""
-        self.steps.finite.require(weights)
 
     def load(self, parts: dict[str, Any], step: int) -> None:
         """Restores what `parts` gave.

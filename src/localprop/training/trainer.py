@@ -185,7 +185,7 @@ class Trainer:
             weights = self.stage.weights(self.state)
             if self.stage.reports:
                 self.outputs.finish_curves(self.state.step)
-                self.state.require_finite(weights)
+                self.state.steps.finite.require(weights)
                 self.outputs.write_weights(weights)
             if self.tests_at_end and self.data.final:
                 self.tested = self.evaluate(self.data.final)
