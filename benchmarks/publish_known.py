@@ -2,8 +2,9 @@
 
 python benchmarks/publish_known.py
 
-Reads benchmarks/published.yaml (published figures), benchmarks/results/gpu_ba3b577/race.json (a race of prototypes on
-an H200), benchmarks/results/gap/ and benchmarks/results/gap-vit/ (records of `localprop bench gap` and `gap-vit`).
+Reads src/localprop/bench/published.yaml (published figures), benchmarks/results/gpu_ba3b577/race.json (a race of
+prototypes on an H200), benchmarks/results/gap/ and benchmarks/results/gap-vit/ (records of `localprop bench gap` and
+`gap-vit`).
 """
 
 import json
@@ -21,7 +22,6 @@ _LANES: dict[str, tuple[str, int, bool]] = {
     "greedy": ("greedy", 0, False),
     "la": ("feature-reconstruction", 1, True),
 }
-_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10"}
 
 
 def main() -> int:
@@ -39,19 +39,19 @@ def content() -> str:
 
 
 def _published() -> dict[str, Any]:
-    published = yaml.safe_load((ROOT / "benchmarks" / "published.yaml").read_text(encoding="utf-8"))
-    figures = published["accuracy"].values()
+    published = yaml.safe_load((ROOT / "src" / "localprop" / "bench" / "published.yaml").read_text(encoding="utf-8"))
+    accuracy = {name: own for name, own in published["accuracy"].items() if own}
     rows = [
         {
             "method": method,
             "modules": published["modules"],
-            "gaps": [round(own[method] - own["end-to-end"], 2) for own in figures],
+            "gaps": [round(own[method] - own["end-to-end"], 2) for own in accuracy.values()],
             "seeds": None,
         }
         for method in ("feature-reconstruction", "greedy", "infopro")
     ]
-    data = ", ".join(_NAMES[name] for name in published["accuracy"])
-    return {"protocol": f"published: {published['model']}; {data}", "rows": rows}
+    data = ", ".join(published["names"][name] for name in accuracy)
+    return {"protocol": f"published: {published['network']}; {data}", "rows": rows}
 
 
 def _race() -> dict[str, Any]:

@@ -22,7 +22,7 @@ PUBLIC_MODULES = {
     "localprop.methods": {"METHODS"},
     "localprop.heads": {"HEADS"},
     "localprop.decoders": {"DECODERS"},
-    "localprop.bench.reports.publish": {"publish"},
+    "localprop.bench.reports.report": {"write_report"},
     "localprop.network.carry": {"Carry"},
     "localprop.parallel.placement": {"IN_FLIGHT"},
     "localprop.memory.speed": {"MACHINES", "product"},

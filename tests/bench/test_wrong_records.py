@@ -11,7 +11,8 @@ from bench_records import make_record
 from localprop.bench.collect import _finite
 from localprop.bench.record import read_record, read_records, write_record
 from localprop.bench.reports.groups import comparisons_of
-from localprop.bench.reports.report import comparison_sections, how_measured, write_report
+from localprop.bench.reports.measured import how_measured
+from localprop.bench.reports.report import comparison_sections, write_report
 from localprop.bench.suite import load_suite
 from localprop.errors import BenchError, LocalpropError
 from places import ROOT

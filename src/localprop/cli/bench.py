@@ -25,10 +25,20 @@ UNFINISHED = 75  # the shell's EX_TEMPFAIL: call again
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write tables and pictures of a suite's results: report.md and PNGs."""
+    """Write tables and pictures of suites' results: report.md and PNGs."""
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder with results."""
+    more: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]", help_behavior_hint="")
+    ] = ()
+    """Further ones, for one page of all."""
+    output: Annotated[Path | None, tyro.conf.arg(metavar="NAME.md", help_behavior_hint="")] = None
+    """The page (default: report.md in the folder); pictures are written beside it, under its name."""
+    published: bool = False
+    """Put the results beside published figures of local learning."""
+    note: Annotated[str | None, tyro.conf.arg(metavar="SENTENCE", help_behavior_hint="")] = None
+    """A sentence about the data for that page."""
 
 
 def prepare(argv: Sequence[str]) -> Callable[[], int]:
@@ -71,8 +81,12 @@ def _prepare_report(argv: Sequence[str]) -> Callable[[], int]:
     options: ReportOptions = parse(ReportOptions, "bench report", argv)
     from localprop.bench.reports.report import write_report
 
+    note = options.note or ""
+
     def report() -> int:
-        for path in write_report(options.folder):
+        for path in write_report(
+            options.folder, *options.more, output=options.output, published=options.published, note=note
+        ):
             Console().out(path, highlight=False)
         return 0
 

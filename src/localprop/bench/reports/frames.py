@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from localprop.bench.reports.groups import Comparison
 from localprop.bench.reports.placing import label_points
-from localprop.bench.series import BASELINE, Series
+from localprop.bench.series import BASELINE
 from localprop.report.texts import drawn as drawn_text
 from localprop.system.files import written_aside
 
@@ -26,9 +26,10 @@ _DPI = 140
 
 @dataclass(frozen=True)
 class Point:
-    """A series in a picture: its place across and up, and half the height of its error bar (0 without one)."""
+    """A series in a picture: its name and method, its place, and half the height of its error bar (0 without one)."""
 
-    series: Series
+    name: str
+    method: str
     x: float
     y: float
     std: float
@@ -47,7 +48,7 @@ def draw_points(axes: Axes, known: Sequence[Point], least: float) -> tuple[np.nd
     """
     points, spreads = np.array([[p.x, p.y] for p in known]), np.array([p.std for p in known])
     for p in known:
-        color = color_of(p.series.method)
+        color = color_of(p.method)
         axes.errorbar(
             p.x, p.y, yerr=p.std or None, fmt="o", color=color, markersize=6, linewidth=1.1, capsize=2.5, zorder=3
         )
@@ -60,17 +61,25 @@ def draw_points(axes: Axes, known: Sequence[Point], least: float) -> tuple[np.nd
 
 
 def name_points(axes: Axes, known: Sequence[Point], points: np.ndarray, spreads: np.ndarray, line: np.ndarray) -> None:
-    """Writes the short name of its series beside each point; not over `line` (corners, 2), if there is room."""
-    colors = [color_of(p.series.method) for p in known]
-    label_points(axes, points, spreads, line, [drawn_text(p.series.short) for p in known], colors)
+    """Writes its name beside each point; not over `line` (corners, 2), if there is room."""
+    colors = [color_of(p.method) for p in known]
+    label_points(axes, points, spreads, line, [drawn_text(p.name) for p in known], colors)
 
 
 def panels_of(
     comparisons: Sequence[Comparison], title: str, side: float, left: float = 0.68
 ) -> tuple[Figure, list[Axes]]:
     """A figure with a panel per comparison, `side` and `left` inches beside each, and the methods' colours above."""
-    columns = min(len(comparisons), 2)
-    rows = -(-len(comparisons) // columns)
+    methods = dict.fromkeys(method for comparison in comparisons for method in comparison.methods)
+    return panels([comparison.name for comparison in comparisons], list(methods), title, side, left)
+
+
+def panels(
+    names: Sequence[str], methods: Sequence[str], title: str, side: float, left: float = 0.68
+) -> tuple[Figure, list[Axes]]:
+    """The same with a panel per name, and the colours of some methods."""
+    columns = min(len(names), 2)
+    rows = -(-len(names) // columns)
     # A Figure of its own, not pyplot's: no global state, no window system.
     width, head, cell = 10.0, 0.7, 4.5 if rows == 1 else 3.9
     height = head + rows * cell
@@ -78,7 +87,6 @@ def panels_of(
     figure.suptitle(
         drawn_text(title), x=0.02, y=1 - 0.13 / height, ha="left", va="top", fontsize=11.5, fontweight="bold"
     )
-    methods = dict.fromkeys(method for comparison in comparisons for method in comparison.methods)
     handles = [
         Line2D([], [], color=color_of(m), marker="o", linewidth=1.6, markersize=5, label=drawn_text(m, 40))
         for m in methods
@@ -87,16 +95,16 @@ def panels_of(
         handles=handles, loc="upper left", bbox_to_anchor=(0.012, 1 - 0.36 / height), ncols=len(handles),
         frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.6,
     )  # fmt: skip
-    panels = []
-    for i, comparison in enumerate(comparisons):
+    found = []
+    for i, name in enumerate(names):
         row, column = divmod(i, columns)
         x = column * width / columns + left
         y = height - head - (row + 1) * cell + 0.55
         size = (width / columns - left - side, cell - 0.55 - 0.3)
         axes = figure.add_axes((x / width, y / height, size[0] / width, size[1] / height))
-        axes.set_title(drawn_text(comparison.name), loc="left", fontsize=9.5)
-        panels.append(axes)
-    return figure, panels
+        axes.set_title(drawn_text(name), loc="left", fontsize=9.5)
+        found.append(axes)
+    return figure, found
 
 
 def finish(axes: Axes, across: str, up: str) -> None:

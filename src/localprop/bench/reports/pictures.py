@@ -121,7 +121,7 @@ def _pareto_panel(axes: Axes, comparison: Comparison) -> None:
         memory = comparison.memory_ratio(series) if relative else series.memory
         if memory and series.score:
             scaled = memory if relative else memory / 2**20
-            known.append(Point(series, scaled, series.score.mean, series.score.std or 0.0))
+            known.append(Point(series.short, series.method, scaled, series.score.mean, series.score.std or 0.0))
     if not known:
         text = f"no {drawn_text(comparison.measure.name)} is known"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color="0.4")

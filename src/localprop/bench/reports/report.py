@@ -1,55 +1,108 @@
-"""report.md: what a suite of runs gave, against end-to-end training; and how it was measured."""
+"""A suite's report: what its runs gave against end-to-end training, or beside published figures; and its pictures."""
 
+import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from localprop.bench.record import Record, common_settings, read_records
+from localprop.bench.reports.gap import draw_front
 from localprop.bench.reports.groups import Comparison, comparisons_of
-from localprop.bench.reports.pictures import MOST_PANELS, PICTURES
+from localprop.bench.reports.measured import capital, flags_of, how_measured
+from localprop.bench.reports.page import by_module, page_lines
+from localprop.bench.reports.pictures import MOST_PANELS, PICTURES, draw_depth
+from localprop.bench.reports.published import chosen_comparisons, published_figures
 from localprop.bench.reports.tables import comparison_table, module_table
-from localprop.errors import shortened
-from localprop.report.formats import format_duration
+from localprop.errors import BenchError, shortened
 from localprop.report.measures import ACCURACY
 from localprop.report.texts import code, markdown
-from localprop.settings.config import TrainConfig
-from localprop.settings.flat import from_flat, to_flags, to_flat
+from localprop.system.commands import command
 from localprop.system.files import write_text
 
-_NOT_MACHINE = ("commit", "dirty", "date", "versions", "resumed_with")
 
-
-def write_report(folder: Path) -> list[Path]:
-    """Writes report.md and its pictures into a folder of records.
+def write_report(*folders: Path, output: Path | None = None, published: bool = False, note: str = "") -> list[Path]:
+    """Writes a page about folders of records, and its pictures beside it.
 
     A picture for which the records have no numbers is not written, and removed where an earlier report left one.
 
+    Args:
+        folders: of records; one or more.
+        output: the page, NAME.md; its pictures are NAME-*.png. Default: report.md and its pictures in the one folder.
+        published: whether the page puts them beside published figures.
+        note: a sentence about the data for that page.
+
     Returns:
-        The paths written, the report first.
+        The paths written, the page first.
 
     Raises:
-        BenchError: the folder is missing or empty, or a file in it is no record.
+        BenchError: a folder is missing or empty, a file in it is no record, or there is no place for the page.
         CheckpointError: the disk is full, may not be written or fails.
     """
-    records = read_records(folder)
+    suites = {folder: read_records(folder) for folder in folders}
+    page = _place(folders, output)
+    records = [record for own in suites.values() for record in own]
     comparisons = comparisons_of(records)
-    title = title_of(records)
-    written, lines = [folder / "report.md"], [f"# {markdown(title)}", ""]
-    for name, draw in PICTURES.items():
-        if draw(folder / name, comparisons, title):
-            written.append(folder / name)
-            lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+    prefix = f"{page.stem}-" if output else ""
+    if not published:
+        title = title_of(records)
+        drawn = _draw(page, prefix, {name: _about(draw, comparisons, title) for name, draw in PICTURES.items()})
+        lines = _report(records, comparisons, [path.name for path in drawn], prefix)
+    else:
+        figures = published_figures()
+        chosen = chosen_comparisons(comparisons, figures)
+        depth = _about(draw_depth, by_module(chosen, figures), "K=4")
+        drawn = _draw(page, prefix, {"front.png": lambda path: draw_front(path, chosen), "depth.png": depth})
+        pictures = {path.stem.removeprefix(prefix): path.name for path in drawn}
+        linked = {os.path.relpath(folder, page.parent): own for folder, own in suites.items()}
+        lines = page_lines(linked, comparisons, figures, pictures, _command(folders, output, note), note)
+    write_text(page, "\n".join(lines) + "\n")
+    return [page, *drawn]
+
+
+def _place(folders: Sequence[Path], output: Path | None) -> Path:
+    if output is None and len(folders) > 1:
+        raise BenchError("several folders make a page of their own; name it with --output NAME.md")
+    if output and output.suffix != ".md":
+        raise BenchError(f"--output {output} is no page of Markdown; name it NAME.md")
+    return output or folders[0] / "report.md"
+
+
+def _draw(page: Path, prefix: str, pictures: Mapping[str, Callable[[Path], bool]]) -> list[Path]:
+    drawn = []
+    for name, draw in pictures.items():
+        path = page.with_name(prefix + name)
+        if draw(path):
+            drawn.append(path)
         else:
-            (folder / name).unlink(missing_ok=True)
-    if len(written) > 1 and len(comparisons) > MOST_PANELS:
+            path.unlink(missing_ok=True)
+    return drawn
+
+
+def _about(
+    draw: Callable[[Path, Sequence[Comparison], str], bool], comparisons: Sequence[Comparison], title: str
+) -> Callable[[Path], bool]:
+    return lambda path: draw(path, comparisons, title)
+
+
+def _command(folders: Sequence[Path], output: Path | None, note: str) -> str:
+    words: list[str | Path] = [*folders, "--published"]
+    words += ["--output", output] if output else []
+    words += ["--note", note] if note else []
+    return command("bench", "report", *words)
+
+
+def _report(
+    records: Sequence[Record], comparisons: Sequence[Comparison], pictures: Sequence[str], prefix: str
+) -> list[str]:
+    lines = [f"# {markdown(title_of(records))}", ""]
+    for name in pictures:
+        lines += [f"![{name.removeprefix(prefix).removesuffix('.png')}]({name})", ""]
+    if pictures and len(comparisons) > MOST_PANELS:
         lines += [
             f"The pictures show the first {MOST_PANELS} of {len(comparisons)} comparisons; the tables have all.",
             "",
         ]
-    lines += [*comparison_sections(comparisons), "## How it was measured", "", *how_measured(records)]
-    write_text(folder / "report.md", "\n".join(lines) + "\n")
-    return written
+    return [*lines, *comparison_sections(comparisons), "## How it was measured", "", *how_measured(records)]
 
 
 def title_of(records: Sequence[Record]) -> str:
@@ -68,49 +121,14 @@ def comparison_sections(comparisons: Sequence[Comparison]) -> list[str]:
         records = [record for s in comparison.series for record in s.records.values()]
         own = {key: value for key, value in common_settings(records).items() if key not in shared}
         if own:
-            lines += [f"In all of these runs: {code(shlex.join(_flags(own)))}", ""]
+            lines += [f"In all of these runs: {code(shlex.join(flags_of(own)))}", ""]
         if notes := _notes(comparison):
             lines += [" ".join(notes), ""]
         if any(score is not None for series in comparison.series for score in series.module_scores):
             sign = f" ({comparison.measure.sign})" if comparison.measure.sign else ""
-            name = _capital(markdown(comparison.measure.name))
+            name = capital(markdown(comparison.measure.name))
             lines += [f"{name} of each module's head{sign}:", "", module_table(comparison), ""]
     return lines
-
-
-def how_measured(records: Sequence[Record]) -> list[str]:
-    """Lines of Markdown: what the numbers mean, the settings that all records share, and what they were made on."""
-    common, known = common_settings(records), to_flat(TrainConfig())
-    flags = _flags(common)
-    others = [f", {code(f'{key}={value}')}" for key, value in common.items() if key not in known]
-    begun = [record.provenance for record in records]
-    provenances = [*begun, *(other for first in begun for other in first.get("resumed_with", []))]
-    measured = _capital(" or ".join(dict.fromkeys(markdown(record.measure.name) for record in records)))
-    seconds = sum(record.cost.get("seconds") or 0 for record in records)
-    return [
-        f"{measured} is the network's after the last epoch; no epoch is chosen. ± is the sample standard deviation "
-        "over seeds. A gap is the mean difference from end-to-end training with the same seed. Peak memory is that of "
-        "one training step: weights, optimizer state, gradients and activations. Ratios are relative to end-to-end "
-        "training. Time is that of a step: processor time on a CPU, wall-clock time elsewhere.",
-        "",
-        f"- in all runs: {code(shlex.join(['localprop', 'train', *flags]))}{''.join(others)}",
-        *dict.fromkeys(_data_line(record) for record in records),
-        f"- {len(records)} {'runs' if len(records) > 1 else 'run'}, {format_duration(seconds)} in all; at once: "
-        f"{_joined(record.cost.get('jobs') for record in records)}",
-        f"- commit: {_joined(_commit(provenance) for provenance in provenances)}",
-        f"- versions: {_joined(_words(provenance.get('versions')) for provenance in provenances)}",
-        f"- machine: {_joined(_machine(provenance) for provenance in provenances)}",
-    ]
-
-
-def _capital(words: str) -> str:
-    return words[:1].upper() + words[1:]
-
-
-def _flags(settings: dict[str, Any]) -> list[str]:
-    """The flags of `localprop train` for those of the settings that it knows; defaults are left out."""
-    known = to_flat(TrainConfig())
-    return to_flags(from_flat({key: value for key, value in settings.items() if key in known}, "the records"))
 
 
 def _notes(comparison: Comparison) -> list[str]:
@@ -127,33 +145,3 @@ def _notes(comparison: Comparison) -> list[str]:
         what = "an accuracy" if comparison.measure == ACCURACY else "a score"
         notes.append(f"Runs without {what} count among the seeds, but not in the means.")
     return notes
-
-
-def _data_line(record: Record) -> str:
-    data = {key: markdown(value) for key, value in record.data.items()}
-    part = markdown(record.result.get("evaluated_on"))
-    source = " (a folder of images)" if data.get("source") == "folder" else ""
-    return (
-        f"- {data.get('name')}{source}: {data.get('train_images')} training images, evaluated on "
-        f"{data.get('evaluated_images')} {part} images; {data.get('img_size')} px, "
-        f"{data.get('classes')} classes"
-    )
-
-
-def _commit(provenance: dict[str, Any]) -> str:
-    commit = str(provenance.get("commit") or "unknown")[:10]
-    return commit + (" with changes that are not committed" if provenance.get("dirty") else "")
-
-
-def _machine(provenance: dict[str, Any]) -> str:
-    return _words({key: value for key, value in provenance.items() if key not in _NOT_MACHINE})
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items() if item is not None)
-    return str(value)
-
-
-def _joined(values: Iterable[Any]) -> str:
-    return "; ".join(dict.fromkeys(markdown(value) for value in values))

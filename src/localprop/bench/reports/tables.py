@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from localprop.bench.record import Record
-from localprop.bench.reports.groups import Comparison, comparisons_of
-from localprop.bench.reports.labels import usual_values
+from localprop.bench.reports.groups import Comparison
 from localprop.bench.series import BASELINE, Series, Spread
 from localprop.report.texts import markdown
 
@@ -56,33 +54,6 @@ def module_table(comparison: Comparison) -> str:
         *inner, last = map(comparison.measure.text, series.module_scores)
         rows.append([markdown(series.label), *inner, *[""] * (most - 1 - len(inner)), last])
     return table(["setting", *(str(k) for k in range(1, most)), "network"], rows)
-
-
-def results_table(records: Sequence[Record], most: int) -> str:
-    """A short Markdown table of the first comparison that has a baseline (else of the first), at most `most` rows.
-
-    Of several series with one method and K it shows the one nearest to the defaults, not the best one. The order is:
-    the baseline, then all methods at the K that most of them share, then the rest by K.
-    """
-    comparisons = comparisons_of(records)
-    comparison = next((comparison for comparison in comparisons if comparison.baseline), comparisons[0])
-    kinds = dict.fromkeys((s.method, s.modules) for s in comparison.series)
-    rows = [s for s in (typical(comparison, *kind) for kind in kinds) if s]
-    counts = [s.modules for s in rows if s.method != BASELINE]
-    shared = max(counts, key=lambda k: (counts.count(k), k), default=1)
-    kept = sorted(rows, key=lambda s: (s.method != BASELINE, s.modules != shared))[:most]
-    return comparison_table(comparison, [s for s in comparison.series if s in kept])
-
-
-def typical(comparison: Comparison, method: str, modules: int) -> Series | None:
-    """The baseline, or else the most usual setting, among those with a method and K; None if there is none."""
-    usual = usual_values([series.config for series in comparison.series])
-
-    def distance(series: Series) -> int:
-        return sum(v is not None and v != usual[k] for k, v in series.config.items() if k in usual)
-
-    alike = [s for s in comparison.series if (s.method, s.modules) == (method, modules)]
-    return min(alike, key=lambda s: (s is not comparison.baseline, distance(s)), default=None)
 
 
 def gap_text(gap: Spread | None, seeds: int, percent: bool = True) -> str:
