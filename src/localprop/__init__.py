@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from localprop.division.divide import localize
     from localprop.errors import LocalpropError
     from localprop.features import Example, Layout
+    from localprop.models.lora import add_lora, merge_lora
     from localprop.network.loss import HeadLoss, LocalLoss, ModuleSpec
     from localprop.network.module import LocalModule
     from localprop.network.network import LocalNetwork
@@ -60,8 +61,10 @@ __all__ = [
     "Recipe",
     "Task",
     "Unit",
+    "add_lora",
     "chain",
     "localize",
+    "merge_lora",
     "plan",
     "provenance",
 ]
@@ -70,6 +73,7 @@ _PLACES = {
     "localprop.division.divide": ("localize",),
     "localprop.errors": ("LocalpropError",),
     "localprop.features": ("Example", "Layout"),
+    "localprop.models.lora": ("add_lora", "merge_lora"),
     "localprop.network.loss": ("HeadLoss", "LocalLoss", "ModuleSpec"),
     "localprop.network.module": ("LocalModule",),
     "localprop.network.network": ("LocalNetwork",),

@@ -87,6 +87,14 @@ def test_scikit_learn_is_imported_only_where_it_is_used():
     assert importing == {"sources", "split"}
 
 
+def test_peft_is_imported_only_where_adapters_are_asked_for():
+    for path in Path(localprop.__file__).parent.rglob("*.py"):
+        imports = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        assert not any("peft" in ast.unparse(node) for node in imports), f"{path} imports peft"  # import_extra does
+
+
 def test_a_name_that_localprop_lacks_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'localprop' has no attribute 'localise'"):
         localprop.localise  # noqa: B018

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import localprop.memory.cost
+from adapters import adapted, chain_of, needs_peft
 from localprop import chain
 from localprop.division.divide import division_of
 from localprop.features import Example
@@ -107,7 +108,24 @@ FROZEN = [
 def test_a_module_with_frozen_units_costs_what_its_step_takes(name, freeze, method):
     with traced_once(name):
         recipe = Recipe(method=method, cuts=tuple(CUTS[name][2]), freeze=freeze)
-        division = division_of(build(name), recipe, input_size=SIZE, batch_size=BATCH)
+        check_division(division_of(build(name), recipe, input_size=SIZE, batch_size=BATCH), name == "cnn")
+
+
+@needs_peft
+@pytest.mark.parametrize("method", ["greedy", "end-to-end"])
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_a_module_with_adapters_costs_what_its_step_takes(name, method):
+    model = adapted(name)
+    recipe, costs = Recipe(method=method, cuts=tuple(CUTS[name][2])), Costs(model, chain_of(name))
+    division = division_of(model, recipe, costs, batch_size=BATCH)
+    check_division(division)
+    unit = next(unit for unit in division.units if unit.depth)
+    pairs = [p for p in unit.used(model, nn.Module.parameters) if p.requires_grad]
+    assert 0 < costs.unit(1, division.step).gradients == sum(p.nbytes for p in pairs)
+
+
+def check_division(division, images_wait=False):
+    """The costs of modules of which some are frozen, against a simulated step."""
     ends = division.ends()
     costs = [division.cost(k, start, stop, "memory") for k, (start, stop) in enumerate(pairwise([0, *ends]))]
     net = division.build(ends)
@@ -118,7 +136,7 @@ def test_a_module_with_frozen_units_costs_what_its_step_takes(name, freeze, meth
     beside = [0, crossing if net.exact else crossing - IMAGES]
     peaks = [static + own + other for own, other in zip(costs, beside, strict=True)]
     # But where nothing needs them for its backward.
-    unneeded = IMAGES if net.exact and name == "cnn" else 0
+    unneeded = IMAGES if net.exact and images_wait else 0
     assert 0.97 * (max(peaks) - unneeded) <= step.peak <= 1.03 * max(peaks)
 
 

@@ -69,14 +69,14 @@ def test_a_file_of_every_form_is_loaded(name, file, tmp_path):
     expected = vit().state_dict()
     if name in FORMS:
         torch.save(FORMS[name](dict(expected)), tmp_path / name)
-    model, _, note = built(tmp_path / name, 7)
+    model, _, (note,) = built(tmp_path / name, 7)
     assert note == f"{tmp_path / name}: loaded {len(expected)} of {len(expected)} tensors"
     assert_same(model.state_dict(), expected)
 
 
 def test_a_head_for_other_classes_is_new_and_zero(file):
     expected = vit().state_dict()
-    model, _, note = built(file, 5)
+    model, _, (note,) = built(file, 5)
     assert note == f"{file}: loaded {len(expected) - 2} of {len(expected)} tensors; new: head.weight, head.bias"
     head = {"head.weight": torch.zeros(5, 24), "head.bias": torch.zeros(5)}
     assert_same(model.state_dict(), {**expected, **head})
@@ -175,7 +175,7 @@ def test_a_models_own_function_gets_its_weights_afterwards(tmp_path):
         torch.save(own, tmp_path / "plain.pth")
         config = ModelConfig("plain_net", initial_checkpoint=str(tmp_path / "plain.pth"))
         assert_same(built(None, 4, config).model.state_dict(), own)
-        model, _, note = built(None, 6, config)
+        model, _, (note,) = built(None, 6, config)
         assert note.endswith("loaded 2 of 4 tensors; new: 3.weight, 3.bias")
         assert not model[3].weight.any()
     finally:
@@ -287,7 +287,7 @@ REAL = [
 @pytest.mark.skipif(not LITE.is_file(), reason="pretrained weights are not in ../shared/data")
 @pytest.mark.parametrize(("path", "name", "classes", "size", "words"), REAL, ids=str)
 def test_real_weights_are_loaded(path, name, classes, size, words):
-    model, _, note = built(path, classes, ModelConfig(name, img_size=size, initial_checkpoint=str(path)))
+    model, _, (note,) = built(path, classes, ModelConfig(name, img_size=size, initial_checkpoint=str(path)))
     assert note.endswith(words)
     weights = load_file(path)
     for key, value in model.state_dict().items():

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from adapters import adapted_network, needs_peft
 from localprop import chain as units
 from localprop import localize
 from localprop.decoders import DECODERS
@@ -27,7 +28,7 @@ from localprop.planning.simulation import simulate_own_step, simulate_step
 from localprop.planning.steps import PARTS
 from localprop.settings.config import OptimConfig
 from localprop.training.state import TrainingState
-from tiny import MODELS, SIZE, batch, build, split, traced_once
+from tiny import CUTS, MODELS, SIZE, batch, build, split, traced_once
 
 BATCH = 16
 EVERYTHING = {"amp": True, "model_ema": True, "clip_grad": 1.0}
@@ -245,6 +246,25 @@ def test_the_predicted_peak_knows_what_is_frozen(name, method, options):
     assert frozen.peak < whole.peak
     assert frozen.flops < whole.flops
     assert frozen.parts["optimizer"] < whole.parts["optimizer"]
+
+
+LORA = [
+    ("vit", {"method": "feature-reconstruction", "cuts": CUTS["vit"][3]}, {}),
+    ("swin", {"method": "greedy", "cuts": CUTS["swin"][2], "reach": 1}, {"amp": True, "model_ema": True}),
+    ("resnet", {"method": "greedy", "cuts": CUTS["resnet"][3], "freeze_modules": 1}, {"micro_batches": 2}),
+    ("vit", {"method": "end-to-end"}, {"clip_grad": 1.0}),
+    ("cnn", {"method": "end-to-end", "cuts": CUTS["cnn"][2]}, {}),
+    ("vit", {"method": "end-to-end", "grad_checkpointing": True}, {}),
+]
+
+
+@needs_peft
+@pytest.mark.parametrize(("name", "options", "settings"), LORA)
+def test_the_predicted_peak_knows_adapters(name, options, settings):
+    net = adapted_network(name, **options)
+    step = check(net, **settings)
+    trained = sum(parameter.nbytes for parameter in net.parameters() if parameter.requires_grad)
+    assert 2 * trained <= step.parts["optimizer"] < 2 * trained + 1000  # AdamW's, with its counters
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -56,6 +56,9 @@ class Division(Places):
         if recipe.freeze_modules >= self.spec.count or not left:
             what = f"the {counted(self.spec.count, 'module')}" if left else "the backbone"
             raise ChainError(f"nothing is left to train in {what}: freeze less, or fewer modules")
+        adapted = {i for i, unit in enumerate(units) if unit.adapts(self.model)} if self.adapted else set()
+        if adapted and self.frozen.issuperset(adapted):
+            raise ChainError("every unit that has adapters is frozen: freeze less, or leave out --lora")
 
     def _balance(self, ends: list[int], aim: Literal["memory", "time"], what: str) -> list[int]:
         """The `count` of the possible `ends` with which the largest module is smallest, auxiliary nets included."""
@@ -93,6 +96,9 @@ class Division(Places):
         for index, (start, stop) in enumerate(pairwise([0, *ends])):
             ahead = self._ahead(stop, ends[index + 1]) if stop < len(self.units) else 0
             idle = self.idle(start, stop) or (index < self.recipe.freeze_modules and not self.recipe.end_to_end)
+            frozen = [self.units[i] for i in range(start, stop) if i in self.frozen or i in first_modules]
+            for unit in frozen:
+                unit.freeze(self.model)
             loss = Frozen(self.spec) if idle else self.loss(index, start, stop, ahead)
             local_modules.append(
                 LocalModule(
@@ -104,7 +110,7 @@ class Division(Places):
                     self.recipe.grad_checkpointing,
                     [self._recomputation(i, i == stop - 1) for i in range(start, stop)],
                     kinetic_weight(self.recipe.kinetic or 0.0, index, self.spec.count),
-                    [self.units[i] for i in range(start, stop) if i in self.frozen or i in first_modules],
+                    self.units[start:stop] if self.adapted else frozen,
                 )
             )
             if shared:

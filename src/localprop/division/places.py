@@ -15,6 +15,7 @@ from localprop.memory.slices import slice_size
 from localprop.methods import METHODS, build_loss, varying
 from localprop.network.loss import HeadLoss, LocalLoss, ModuleSpec
 from localprop.settings.recipe import Recipe, Recomputation, runs_again
+from localprop.tracing.blocks import has_adapters
 from localprop.tracing.private import Weights
 
 
@@ -26,6 +27,10 @@ class Places:
         recipe: what the network is made of, resolved.
         spec: the modules, but for their places.
         step: of the step for which it is cut; what units compute again is the recipe's to say.
+
+    Attributes:
+        adapted: whether the backbone has adapters: all else in it is frozen then, the statistics of batch norm too.
+        frozen: numbers of the units that are not trained.
     """
 
     def __init__(self, costs: Costs, recipe: Recipe, spec: ModuleSpec, step: Conditions) -> None:
@@ -33,9 +38,11 @@ class Places:
         self.model, self.units = costs.model, costs.chain
         self._found: dict[tuple[int, int, int], LocalLoss] = {}
         self._known: dict[tuple[int, int, int, str], float] = {}
-        units = self.units
+        units, self.adapted = self.units, has_adapters(self.model)
         self.frozen = frozenset(
-            i for i, unit in enumerate(self.units) if recipe.freezes(unit.name, i + 1 == len(self.units))
+            i
+            for i, unit in enumerate(units)
+            if recipe.freezes(unit.name, i + 1 == len(units)) or (self.adapted and not unit.trains(self.model))
         )
         self.step = replace(step, frozen=self.frozen)
         self.layouts = [

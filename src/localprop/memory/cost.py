@@ -14,6 +14,7 @@ from localprop.features import Example
 from localprop.memory.part import Conditions, Cost, part_cost
 from localprop.memory.slices import hands_mixed, run, why_not_sliced
 from localprop.settings.recipe import runs_again
+from localprop.tracing.blocks import has_adapters
 from localprop.tracing.copies import fake_copy
 from localprop.tracing.units import Chain
 
@@ -117,6 +118,7 @@ class _Units:
         self._model, self._chain = fake_copy(model, self._mode).train(), chain
         for i in conditions.frozen:
             chain[i].freeze(self._model)
+        for i in range(len(chain)) if has_adapters(model) else conditions.frozen:
             chain[i].rest(self._model)
         self._context: dict[str, Any] = {}
         dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,6 +1,6 @@
 """From the name of a model to a backbone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from localprop.errors import ConfigError, LocalpropError, first_line
 from localprop.models import timm
 from localprop.models.hub import require_reachable
 from localprop.models.loading import Loading
+from localprop.models.lora import add_lora, lora_note
 from localprop.models.sources import Source
 from localprop.registry import MODELS
 from localprop.settings.config import DEFAULT_MODEL, ModelConfig
@@ -24,16 +25,17 @@ class Backbone(NamedTuple):
     Attributes:
         model: itself.
         kwargs: the arguments that it was built with, beside those that say which weights it starts from.
-        note: a line that says which of its tensors were loaded; None where none were, or nothing is known of them.
+        notes: lines that say which of its tensors were loaded, where that is known, and which are trained beside
+            adapters.
     """
 
     model: nn.Module
     kwargs: dict[str, Any]
-    note: str | None = None
+    notes: Sequence[str] = ()
 
 
 def create_backbone(config: ModelConfig, num_classes: int | None, source: Source | None = None) -> Backbone:
-    """Builds a model.
+    """Builds a model, with adapters where the settings ask for them.
 
     Args:
         config: its name and settings.
@@ -41,7 +43,8 @@ def create_backbone(config: ModelConfig, num_classes: int | None, source: Source
         source: weights to load; None for random ones, or timm's own where the settings say so.
 
     Raises:
-        ConfigError: no such model, an argument that it does not take, or weights that cannot be had or do not fit.
+        ConfigError: no such model, an argument that it does not take, weights that cannot be had or do not fit, or
+            adapters that it cannot have.
         NonFiniteWeightError: a weight of the source is NaN or infinite.
     """
     load_plugin(config.plugin)
@@ -58,7 +61,17 @@ def create_backbone(config: ModelConfig, num_classes: int | None, source: Source
         raise ConfigError(f"model {config.model!r} is built as a {type(model).__name__}; return a torch module")
     if loading and loading.tensors is not None and loading.total is None:
         loading.fill(model, loading.tensors)
-    return Backbone(model, kwargs, loading.note if loading else None)
+    notes = [loading.note] if loading and loading.note else []
+    if config.lora:
+        notes.append(lora_note(with_adapters(model, config), config.lora))
+    return Backbone(model, kwargs, notes)
+
+
+def with_adapters(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """A model with the adapters that settings ask for, which it is given in place; errors as of `add_lora`."""
+    size = (3, config.img_size, config.img_size) if config.img_size else None
+    assert config.lora is not None
+    return add_lora(model, config.lora, config.lora_alpha, config.lora_targets, size)
 
 
 def _loading(config: ModelConfig, source: Source | None) -> Loading | None:

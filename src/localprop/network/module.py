@@ -34,7 +34,7 @@ class LocalModule(nn.Module):
         recomputation: what each unit computes again in backward: "none", "cheap", "whole" or in slices of the batch
             ("whole/4"). Units that a head reads ahead are not run again: there are two backward passes through them.
         kinetic: weight of the kinetic energy of its blocks in its loss; see `localprop.network.kinetic`.
-        frozen_units: those of its units that are frozen: see `Unit.freeze` and `Unit.rest`.
+        resting: those of its units whose batch norms stay in eval mode; see `Unit.rest`.
         shared: how many of its first units the head of the module before reads ahead; that head is trained with this
             module.
         gives_head: whether its own head is trained with the next module.
@@ -54,7 +54,7 @@ class LocalModule(nn.Module):
         grad_checkpointing: bool = False,
         recomputation: Sequence[Recomputation] | None = None,
         kinetic: float = 0.0,
-        frozen_units: Sequence[Unit] = (),
+        resting: Sequence[Unit] = (),
     ) -> None:
         super().__init__()
         # In tuples, so that the backbone is not registered a second time: its state_dict keys stay its own.
@@ -68,16 +68,15 @@ class LocalModule(nn.Module):
         inner: Recomputation = "whole" if grad_checkpointing else cheap
         self.recomputation = tuple(recomputation or [*[inner] * (len(self._units) - 1), cheap])
         self.kinetic = kinetic
-        self._resting = tuple(frozen_units)
+        self._resting = tuple(resting)
         for unit in self._resting:
-            unit.freeze(backbone)
             unit.rest(backbone)
         self.shared, self.gives_head = 0, False
         self.common, self.begun = frozenset[str](), list[Tensor]()
         self._before: tuple[HeadLoss, ...] = ()
 
     def train(self, mode: bool = True) -> "LocalModule":
-        """See `nn.Module.train`; batch norm in its frozen units stays as in evaluation."""
+        """See `nn.Module.train`; batch norm of what is frozen stays as in evaluation."""
         super().train(mode)
         for unit in self._resting:
             unit.rest(self._backbone[0])

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from localprop.errors import ParallelError, counted
 from localprop.parallel.children import Children
-from localprop.settings.config import TrainConfig, require_equal_parts
+from localprop.settings.bounds import require_equal_parts
+from localprop.settings.config import TrainConfig
 from localprop.system.commands import interpreter_words, resume_command
 from localprop.system.launched import described_ranks, failure_line
+from localprop.system.lock import require_new_folder
 from localprop.system.plugins import load_plugin
 
 
@@ -59,7 +61,7 @@ def _check(config: TrainConfig, processes: int) -> None:
     takes_gpu(config.run.device, processes - 1)
     loopback_interface()
     if config.run.resume is None:
-        config.run.require_new_folder()
+        require_new_folder(config.run.output, config.run.experiment)
     local, optim = config.local, config.optim
     if local.budget is not None:  # which chooses the number of modules
         return

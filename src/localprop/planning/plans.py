@@ -20,7 +20,8 @@ from localprop.planning.schedules import Link
 from localprop.planning.search.costed import KINDS, Kind
 from localprop.planning.search.finder import Finder
 from localprop.planning.search.trials import Trials
-from localprop.settings.config import OptimConfig, require_equal_parts
+from localprop.settings.bounds import require_equal_parts
+from localprop.settings.config import OptimConfig
 from localprop.settings.recipe import Recipe
 from localprop.tracing.chains import chain
 

@@ -21,7 +21,8 @@ from localprop.planning.fake_training import fake_training
 from localprop.planning.schedules import Link, StageTime, Timing, local_modules, one_f_one_b, one_f_one_b_order
 from localprop.planning.simulation import simulate_step
 from localprop.planning.steps import PredictedStep
-from localprop.settings.config import OptimConfig, require_equal_parts
+from localprop.settings.bounds import require_equal_parts
+from localprop.settings.config import OptimConfig
 
 MICRO_BATCHES = 4
 

@@ -98,6 +98,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
     batch = f"batch {config.batch_size}{parts}"
     title = f"{backbone.model} at {height}x{width}, {batch}, {config.precision}, {config.opt}"
     reach = with_methods_defaults(config.local).reach
+    title += f", LoRA of rank {backbone.lora}" if backbone.lora else ""
     title += f", reach {reach}" if reach else ""
     title += f", finish {config.local.finish:g}" if config.local.finish else ""
     return result, title

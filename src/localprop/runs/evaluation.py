@@ -1,5 +1,6 @@
 """What is done with a finished run: evaluating its weights, and handing them to timm."""
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from timm.models import save_for_hf
 from torch import nn
 
 from localprop.errors import CheckpointError, ConfigError, DataError, NonFiniteWeightError, first_line
-from localprop.models.backbone import create_backbone
+from localprop.models.backbone import create_backbone, with_adapters
+from localprop.models.lora import merged_weights
 from localprop.registry import MODELS
 from localprop.runs.description import read_description
 from localprop.runs.experiment import prepare
 from localprop.runs.recorded_data import evaluated_as, evaluation_of
 from localprop.runs.recorded_settings import read_config
+from localprop.settings.config import ModelConfig
 from localprop.settings.flat import from_flat
 from localprop.settings.trust import DESCRIPTIONS, without_starting_weights
 from localprop.system.commands import resume_command
@@ -55,13 +58,14 @@ def evaluate_run(folder: Path, changes: dict[str, Any], plugin: Path | None = No
         anywhere["micro_batches"] = 1
     config = from_flat({**anywhere, **changes}, "eval", read_config(folder, plugin))
     description = read_description(folder)
-    experiment = prepare(config, weights=False, classes=description["classes"])
+    own = config.backbone
+    experiment = prepare(replace(config, backbone=_plain(own)), weights=False, classes=description["classes"])
     evaluation, notes = evaluation_of(folder, description)
     data = evaluated_as(folder, experiment.data, evaluation)
     device = experiment.device
     if data.classes != description["classes"]:
         raise DataError(f"{data.name} has other classes than {folder} was trained on; see {folder}/run.json")
-    source = load_weights(folder, experiment.backbone)
+    source = load_weights(folder, experiment.backbone, replace(own, img_size=experiment.data.img_size))
     experiment.backbone.eval()
     batches = data.test_batches(config.optim.batch_size // config.optim.micro_batches, device)
     scores = evaluate(data.task, experiment.backbone, batches)
@@ -102,10 +106,10 @@ def export_run(folder: Path, output: Path | None, plugin: Path | None = None) ->
     own = config.backbone
     own_kwargs = without_starting_weights(description["model_kwargs"])
     try:
-        model, kwargs, _ = create_backbone(replace(own, pretrained=False, model_kwargs=own_kwargs), None)
+        model, kwargs, _ = create_backbone(_plain(replace(own, pretrained=False, model_kwargs=own_kwargs)), None)
     except ConfigError as error:
         raise ConfigError(f"{folder}: {error}") from None
-    load_weights(folder, model)
+    load_weights(folder, model, own)
     # Else it is a plugin's, not built by what loads weights in timm.
     loads = hasattr(model, "pretrained_cfg") and own.model not in MODELS
     task = task_of(config.data, description["classes"])
@@ -155,8 +159,18 @@ def _described(model: nn.Module, name: str, outputs: int) -> dict[str, Any]:
     return {"architecture": name, **settings}
 
 
-def load_weights(folder: Path, model: nn.Module) -> str:
+def _plain(config: ModelConfig) -> ModelConfig:
+    """The settings of a model without adapters: into its weights they are merged."""
+    return replace(config, lora=None, lora_alpha=None, lora_targets=None)
+
+
+def load_weights(folder: Path, model: nn.Module, config: ModelConfig) -> str:
     """Loads a run's final weights, or those of its newest checkpoint while it has none; returns their place.
+
+    Args:
+        folder: the run folder.
+        model: the run's, without adapters.
+        config: the run's settings of it. The weights of a checkpoint are merged with their adapters.
 
     Raises:
         CheckpointError: neither is there, or they do not fit.
@@ -172,6 +186,8 @@ def load_weights(folder: Path, model: nn.Module) -> str:
                 reasons = f" ({'; '.join(notes)})" if notes else ""
                 raise CheckpointError(f"{folder} has no weights yet{reasons}; train it: {resume_command(folder)}")
             path, weights = checkpoint.path, whole_weights(checkpoint.parts)
+            if config.lora:
+                weights = merged_weights(with_adapters(copy.deepcopy(model), config), weights)
         infinite = non_finite(dict(model.named_buffers(remove_duplicate=False)))
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, Malformed) as error:

@@ -144,12 +144,12 @@ def prepare(config: TrainConfig, weights: bool = True, classes: list[str] | None
     built = model
     if not weights:
         built = replace(model, pretrained=False, model_kwargs=without_starting_weights(model.model_kwargs or {}))
-    backbone, kwargs, note = create_backbone(built, data.task.outputs, source)
+    backbone, kwargs, notes = create_backbone(built, data.task.outputs, source)
     kwargs = without_starting_weights(kwargs)
     if weights and model.starts_trained:
         # A plugin's model may have no settings.
         data = data.as_trained((source and source.settings) or getattr(backbone, "pretrained_cfg", None) or {})
-    data = replace(data, notes=[*data.notes, note]) if note else data
+    data = replace(data, notes=[*data.notes, *notes])
     config = replace(config, backbone=model, local=with_methods_defaults(config.local))
     return Experiment(config, data, backbone.to(device), kwargs, device)
 

@@ -10,6 +10,7 @@ from localprop.errors import CheckpointError, ConfigError, LocalpropError
 from localprop.runs.description import read_description
 from localprop.runs.recorded_settings import CONFIG, settings_text
 from localprop.settings.config import TrainConfig
+from localprop.system.lock import require_new_folder
 from localprop.system.reading import Malformed, read_text
 from localprop.training.checkpoints.folder import has_checkpoint
 from localprop.training.outputs import CHECKPOINTS, RESULTS, WEIGHTS
@@ -25,7 +26,8 @@ def create_run_folder(config: TrainConfig) -> Path:
     data = Path(config.data.data.removeprefix("folder:")).name
     base = config.run.experiment or f"{stamp}-{data}-{config.local.method}"
     for suffix in ["", *(f"-{i}" for i in range(2, 100))]:
-        config.run.require_new_folder()  # again each time: another run may have made it just now
+        # Again each time: another run may have made it just now.
+        require_new_folder(config.run.output, config.run.experiment)
         folder = config.run.output / (base + suffix)
         try:
             folder.mkdir(parents=True)

@@ -41,7 +41,8 @@ from localprop.runs.experiment import Experiment
 from localprop.runs.folder import create_run_folder, folder_of_job, starts_anew
 from localprop.runs.recorded_data import data_of_run
 from localprop.runs.repeatable import repeatable_kernels
-from localprop.settings.config import TrainConfig, require_equal_parts
+from localprop.settings.bounds import require_equal_parts
+from localprop.settings.config import TrainConfig
 from localprop.system.launched import Ranks, describe_ranks, leave, leave_failure
 from localprop.system.lock import FolderLock
 from localprop.training.checkpoints.folder import has_checkpoint

@@ -1,4 +1,4 @@
-"""The bounds of numbers in settings: one table for flags, files of settings and code."""
+"""The bounds of numbers in settings: one table for flags, files of settings and code; and equal parts of a batch."""
 
 import dataclasses
 import math
@@ -46,7 +46,7 @@ class Bounds(NamedTuple):
 
 _COUNT, _FROM_0, _PART = Bounds(1, MOST), Bounds(0), Bounds(0, 1, below=True)
 BOUNDS = {
-    **dict.fromkeys(("epochs", "batch_size", "micro_batches", "modules", "img_size", "num_classes"), _COUNT),
+    **dict.fromkeys(("epochs", "batch_size", "micro_batches", "modules", "img_size", "num_classes", "lora"), _COUNT),
     **dict.fromkeys(("nproc", "jobs", "steps", "val_interval", "checkpoint_steps", "checkpoint_hist"), _COUNT),
     **dict.fromkeys(("min_depth", "reach", "freeze_modules", "workers", "bad_images", "crop_pad"), Bounds(0, MOST)),
     **dict.fromkeys(
@@ -55,7 +55,7 @@ BOUNDS = {
     **dict.fromkeys(("finish", "drop_path", "val_split", "smoothing", "model_ema_decay"), _PART),
     **dict.fromkeys(("backbone_lr_scale", "layer_decay"), Bounds(0, 1, above=True)),
     "hflip": Bounds(0, 1),
-    "clip_grad": Bounds(0, above=True),
+    **dict.fromkeys(("clip_grad", "lora_alpha"), Bounds(0, above=True)),
     "seed": Bounds(-(2**63), 2**64 - 1),  # what torch.manual_seed accepts
 }
 """By the name of a setting."""
@@ -79,6 +79,18 @@ def require_within_bounds(settings: Any) -> None:
                 raise ConfigError(f"{flag} is {shown(value)}; it must be {bounds.text(value)}")
             if not is_finite(value):
                 raise ConfigError(f"{flag} is {value}; it must be finite")
+
+
+def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) -> None:
+    """Raises a ConfigError where a batch does not divide into so many micro-batches for each of so many replicas."""
+    parts = replicas * micro_batches
+    if batch_size % parts:
+        counts = {"replicas": replicas, "micro-batches": micro_batches}
+        words = [f"{count} {noun}" for noun, count in counts.items() if count > 1]
+        raise ConfigError(
+            f"--batch-size {batch_size} does not divide equally into {' of '.join(words)}; take --batch-size "
+            f"{-(-batch_size // parts) * parts}"
+        )
 
 
 def _finite(value: Any) -> bool:

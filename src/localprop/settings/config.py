@@ -11,12 +11,18 @@ import tyro
 
 from localprop.errors import ConfigError
 from localprop.registry import DATASETS, TASKS
-from localprop.settings.bounds import require_within_bounds
+from localprop.settings.bounds import require_equal_parts, require_within_bounds
 from localprop.settings.finish import finish_epochs, require_finish
 from localprop.settings.recipe import Recipe
-from localprop.settings.values import OptionalFloat, OptionalInt, OptionalPath, OptionalStr, Pairs, parse_bytes
-from localprop.system.commands import resume_command
-from localprop.system.lock import LOCK
+from localprop.settings.values import (
+    OptionalFloat,
+    OptionalInt,
+    OptionalNames,
+    OptionalPath,
+    OptionalStr,
+    Pairs,
+    parse_bytes,
+)
 
 # The backbone where none is named: timm's Swin-Tiny, made small enough for images of 16 to 96 pixels.
 DEFAULT_MODEL = "swin_tiny_patch4_window7_224"
@@ -38,6 +44,13 @@ _MICRO_BATCHES_HELP = (
 _INITIAL_HELP = (
     "Start from weights in a file (safetensors, or .pth without code), in a folder that `localprop export` or timm has "
     "written, or of a run."
+)
+_LORA_HELP = (
+    "Rank of LoRA adapters: a trained pair of small layers beside each linear layer, and each convolution of a block; "
+    "all else but the classifier is frozen."
+)
+_LORA_TARGETS_HELP = (
+    "Names of layers that get adapters, of parts that hold them, or patterns: qkv, or blocks.[6-9] (default: all)."
 )
 _GRAPHS_HELP = (
     "Capture a training step as CUDA graphs, one for each module, and replay them: the same numbers, faster on small "
@@ -67,6 +80,12 @@ class ModelConfig:
     initial_checkpoint: Annotated[
         OptionalStr, tyro.conf.arg(metavar="FILE", help_behavior_hint="", help=_INITIAL_HELP)
     ] = None
+    lora: Annotated[OptionalInt, tyro.conf.arg(metavar="RANK", help_behavior_hint="", help=_LORA_HELP)] = None
+    lora_alpha: OptionalFloat = None
+    """Scale of what adapters add, times the rank (default: the rank)."""
+    lora_targets: Annotated[
+        OptionalNames, tyro.conf.arg(metavar="NAME ...", help_behavior_hint="", help=_LORA_TARGETS_HELP)
+    ] = None
     img_size: OptionalInt = None
     """Side of the square input in pixels (default: the dataset's; for a folder, the model's)."""
     drop_path: float = 0.0
@@ -76,6 +95,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_within_bounds(self)
+        if self.lora is None and (self.lora_alpha is not None or self.lora_targets is not None):
+            raise ConfigError("--lora-alpha and --lora-targets are about adapters; add --lora 8, their rank")
 
     @property
     def starts_trained(self) -> bool:
@@ -222,15 +243,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_within_bounds(self)
 
-    def require_new_folder(self) -> None:
-        """Raises a ConfigError where the run folder has been named and there is something in it already."""
-        folder = self.output / self.experiment if self.experiment else None
-        # A run that died at once leaves its lock alone.
-        if folder and folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK}):
-            raise ConfigError(
-                f"{folder} exists already; choose another --experiment, or resume it: {resume_command(folder)}"
-            )
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -286,15 +298,3 @@ class TrainConfig:
         """How these are trained: with a schedule of their own, and its usual warm-up."""
         peak = self.optim.lr / 2 if self.optim.finish_lr is None else self.optim.finish_lr
         return replace(self.optim, epochs=self.finish_epochs, lr=peak, warmup_epochs=None)
-
-
-def require_equal_parts(batch_size: int, micro_batches: int, replicas: int = 1) -> None:
-    """Raises a ConfigError where a batch does not divide into so many micro-batches for each of so many replicas."""
-    parts = replicas * micro_batches
-    if batch_size % parts:
-        counts = {"replicas": replicas, "micro-batches": micro_batches}
-        words = [f"{count} {noun}" for noun, count in counts.items() if count > 1]
-        raise ConfigError(
-            f"--batch-size {batch_size} does not divide equally into {' of '.join(words)}; take --batch-size "
-            f"{-(-batch_size // parts) * parts}"
-        )

@@ -24,6 +24,9 @@ NEWER: dict[str, Any] = {
     "layer_decay": None,
     "freeze": None,
     "freeze_modules": 0,
+    "lora": None,
+    "lora_alpha": None,
+    "lora_targets": None,
 }
 """Settings that version 0.1 did not have, and what they were then."""
 

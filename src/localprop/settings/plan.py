@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from localprop.errors import ConfigError
-from localprop.settings.bounds import require_within_bounds
-from localprop.settings.config import LocalConfig, ModelConfig, require_equal_parts
+from localprop.settings.bounds import require_equal_parts, require_within_bounds
+from localprop.settings.config import LocalConfig, ModelConfig
 from localprop.settings.values import OptionalInt, OptionalPath, OptionalStr, parse_bytes
 
 

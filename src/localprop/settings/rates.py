@@ -17,19 +17,22 @@ def with_usual_rates(config: TrainConfig, named: Collection[str]) -> TrainConfig
     Args:
         config: the settings.
         named: settings that the user has named. A learning rate that is named is everything's, unless the scale is
-            named, too.
+            named, too. So is that of adapters, which are as new as heads are.
     """
     if not config.backbone.starts_trained or "lr" in named:
         return config
     optim = replace(config.optim, lr=_LR)
-    if "backbone_lr_scale" not in named:
+    if "backbone_lr_scale" not in named and not config.backbone.lora:
         optim = replace(optim, backbone_lr_scale=_SCALE)
     return replace(config, optim=optim)
 
 
 def rate_notes(config: TrainConfig) -> list[str]:
-    """What is to be said of the learning rates of a run that begins."""
+    """What is to be said of the learning rates of a run that begins, or of weights that do not learn."""
     optim, backbone = config.optim, config.optim.lr * config.optim.backbone_lr_scale
+    if config.backbone.lora:
+        random = "--lora freezes random weights; start from trained ones: --initial-checkpoint FILE, or --pretrained"
+        return [] if config.backbone.starts_trained else [random]
     if not config.backbone.starts_trained or ALL in (config.local.freeze or ()):
         return []
     if backbone >= _HIGH:

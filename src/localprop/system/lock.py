@@ -1,4 +1,4 @@
-"""A lock on a run folder: one process at a time writes into it."""
+"""A run folder is new, or one process at a time writes into it."""
 
 import contextlib
 import errno
@@ -6,12 +6,28 @@ import fcntl
 import os
 from pathlib import Path
 
-from localprop.errors import CheckpointError
+from localprop.errors import CheckpointError, ConfigError
+from localprop.system.commands import resume_command
 from localprop.system.files import open_to_write
 
 LOCK = ".lock"
 # Some file systems of clusters have no locks at all.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+def require_new_folder(output: Path, name: str | None) -> None:
+    """Raises a ConfigError where a run folder has been named and there is something in it already.
+
+    Args:
+        output: holds run folders.
+        name: of the folder in it; None for one that is not there yet.
+    """
+    folder = output / name if name else None
+    # A run that died at once leaves its lock alone.
+    if folder and folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK}):
+        raise ConfigError(
+            f"{folder} exists already; choose another --experiment, or resume it: {resume_command(folder)}"
+        )
 
 
 class FolderLock:

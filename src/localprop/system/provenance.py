@@ -19,8 +19,8 @@ def provenance() -> dict[str, Any]:
 
     Returns:
         "commit" and "dirty" (whether tracked files differed from it) of the checkout that localprop is run from, None
-        where it is not run from one; "date" (UTC); "versions" of localprop, torch, torchvision, timm and Python; and
-        the machine: "cpu", "cores", "gpu" (None without one), "threads" (of this process).
+        where it is not run from one; "date" (UTC); "versions" of what results depend on, and of
+        Python; and the machine: "cpu", "cores", "gpu" (None without one), "threads" (of this process).
     """
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
@@ -36,8 +36,8 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of what results depend on; of localprop None where it is run without having been installed."""
-    return {name: _version(name) for name in ("localprop", "torch", "torchvision", "timm")}
+    """The versions of what results depend on; None of what is not installed."""
+    return {name: _version(name) for name in ("localprop", "torch", "torchvision", "timm", "peft")}
 
 
 def _git(*words: str) -> str | None:

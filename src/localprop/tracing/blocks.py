@@ -9,6 +9,26 @@ def has_matrix(module: nn.Module) -> bool:
     return any(p.ndim >= 2 for p in module.parameters())
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a layer with an adapter beside it, as peft makes them: one layer still."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of a model have adapters."""
+    return any(map(is_adapted, model.modules()))
+
+
+def without_adapters(module: nn.Module) -> nn.Module:
+    """A module whose adapters are taken away, with what they have learned; it is changed in place."""
+    if is_adapted(module):
+        return module.base_layer  # type: ignore[return-value]
+    for name, layer in list(module.named_modules()):
+        if is_adapted(layer):
+            module.set_submodule(name, layer.base_layer)
+    return module
+
+
 def container_classes(model: nn.Module) -> set[type]:
     """Classes with an instance in `model` that has a list of blocks at or below it.
 
@@ -52,7 +72,7 @@ def splittable(model: nn.Module) -> frozenset[str]:
 
 def _is_composite(module: nn.Module) -> bool:
     """Whether a module is more than one layer."""
-    return any(map(has_matrix, module.children()))
+    return not is_adapted(module) and any(map(has_matrix, module.children()))
 
 
 def _is_block_list(module: nn.Module) -> bool:

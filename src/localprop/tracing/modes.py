@@ -79,7 +79,7 @@ def trace_modes(model: nn.Module, size: tuple[int, int, int], opened: Set[str]) 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
-        with _no_logging("torch._subclasses.fake_tensor"):
+        with no_logging("torch._subclasses.fake_tensor"):
             duplicate = fake_copy(model, mode)
             traces = {t: trace(duplicate.train(t), size, dtype, mode, opened) for t in (True, False)}
     except Exception as error:  # a model's own code may raise anything at all
@@ -103,7 +103,7 @@ def _untied(forward: Forward, cuts: dict[str, Cut], ends: list[str]) -> list[str
 
 
 @contextmanager
-def _no_logging(name: str) -> Iterator[None]:
+def no_logging(name: str) -> Iterator[None]:
     """Silences a logger: torch logs each error on fake tensors with its traceback, even one that is handled."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from localprop.errors import ChainError
+from localprop.tracing.blocks import is_adapted, without_adapters
 from localprop.tracing.copies import HOOKS
 from localprop.tracing.units import Chain, Unit
 
@@ -34,10 +35,10 @@ class BatchSize:
 def private_units(model: nn.Module, units: Iterable[Unit], weights: Weights) -> tuple[nn.Module, tuple[Unit, ...]]:
     """A small model that has what these units use of `model`, under the same names, and the units that run on it.
 
-    All of its parameters are to be trained, hooks are left out, and no unit runs again in backward. New weights are
-    drawn from a normal distribution of the mean and the spread that the model's own have, tensor by tensor; what is
-    constant, as biases and scales of a new model, stays so. So they have the scale that the model's author chose, with
-    no knowledge of the class. Norms that training has moved begin anew.
+    All of its parameters are to be trained, hooks and adapters are left out, and no unit runs again in backward. New
+    weights are drawn from a normal distribution of the mean and the spread that the model's own have, tensor by tensor;
+    what is constant, as biases and scales of a new model, stays so. So they have the scale that the model's author
+    chose, with no knowledge of the class. Norms that training has moved begin anew.
 
     Args:
         model: the model; it is not changed.
@@ -47,7 +48,7 @@ def private_units(model: nn.Module, units: Iterable[Unit], weights: Weights) -> 
     root, memo = nn.Module(), _memo(model)
     for unit in units:
         for name in unit.modules:
-            _place(root, name, copy.deepcopy(model.get_submodule(name), memo))
+            _place(root, name, without_adapters(copy.deepcopy(model.get_submodule(name), memo)))
         for name in unit.tensors:
             owner, _, leaf = name.rpartition(".")
             tensor = getattr(model.get_submodule(owner), leaf)
@@ -152,7 +153,8 @@ def _place(root: nn.Module, name: str, value: nn.Module | Tensor) -> None:
 
 def _original(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf).detach()
+    module = model.get_submodule(owner)
+    return getattr(module.base_layer if is_adapted(module) else module, leaf).detach()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from localprop.errors import ChainError, suggestion
+from localprop.tracing.blocks import has_adapters
 from localprop.tracing.code import Code
 
 
@@ -69,6 +70,14 @@ class Unit:
                 f"the backbone was changed where unit {self.name} uses it ({error}); call localize again, after the "
                 "change"
             ) from None
+
+    def trains(self, backbone: nn.Module) -> bool:
+        """Whether any parameter that it uses is to be trained."""
+        return any(parameter.requires_grad for parameter in self.used(backbone, nn.Module.parameters))
+
+    def adapts(self, backbone: nn.Module) -> bool:
+        """Whether a layer of it has an adapter."""
+        return any(has_adapters(backbone.get_submodule(name)) for name in self.modules)
 
     def freeze(self, backbone: nn.Module) -> None:
         """Leaves its parameters as they are: they get no gradient, and no optimizer takes them."""

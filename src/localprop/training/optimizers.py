@@ -1,7 +1,6 @@
 """The optimizer of a local module and its learning rate schedule: timm's, and low-bit ones of torchao."""
 
 import inspect
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +15,7 @@ from localprop.errors import ConfigError, suggestion
 from localprop.models.loading import classifiers
 from localprop.network.network import LocalNetwork
 from localprop.settings.config import OptimConfig
+from localprop.system.extras import import_extra
 
 # timm also has step and multistep, whose usual milestones lie beyond the end of a short run.
 SCHEDULERS = ("cosine", "tanh", "constant", "poly", "wsd", "rsqrt", "none")
@@ -232,19 +232,9 @@ def fill_tables(opt: str) -> None:
 def _low_bit(
     module: nn.Module, config: OptimConfig, scales: Mapping[nn.Parameter, float] | None = None
 ) -> torch.optim.Optimizer:
-    logger = logging.getLogger("torch.utils._pytree")  # to which torchao gives cause for a line of its own
-    level = logger.level
-    try:
-        logger.setLevel(logging.ERROR)
-        import torchao.optim
-    except ImportError as error:
-        raise ConfigError(
-            f"--opt {config.opt} needs torchao ({error}); pip install 'localprop[lowbit]', or choose --opt adamw"
-        ) from None
-    finally:
-        logger.setLevel(level)
+    kinds = import_extra("torchao.optim", "lowbit", f"--opt {config.opt}", ", or choose --opt adamw")
 
-    class LowBit(getattr(torchao.optim, LOW_BIT[config.opt])):  # type: ignore[misc]
+    class LowBit(getattr(kinds, LOW_BIT[config.opt])):  # type: ignore[misc]
         """torchao's class, whose learning rate is a number between steps, as schedules and checkpoints have it."""
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -4,9 +4,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from localprop.errors import CheckpointError
+from localprop.models.lora import merged_weights
 from localprop.report.curves import draw_curves
 from localprop.report.losses import LossCurve
 from localprop.report.measures import Measure
@@ -105,9 +106,9 @@ class Outputs:
         self.curve.write(self.folder / LOSSES, step)
         self._draw()
 
-    def write_weights(self, weights: dict[str, Tensor]) -> None:
-        """Writes a state dict of the backbone."""
-        save_weights(self.folder / WEIGHTS, weights)
+    def write_weights(self, weights: dict[str, Tensor], adapted: nn.Module | None = None) -> None:
+        """Writes a state dict of the backbone, which is `adapted` where it has adapters: they are merged into it."""
+        save_weights(self.folder / WEIGHTS, merged_weights(adapted, weights) if adapted else weights)
 
     def remove_old_weights(self, step: int) -> None:
         """Removes weights that are of an earlier step than the checkpoint of `step` that has been saved.

@@ -186,7 +186,7 @@ class Trainer:
             if self.stage.reports:
                 self.outputs.finish_curves(self.state.step)
                 self.state.steps.finite.require(weights)
-                self.outputs.write_weights(weights)
+                self.outputs.write_weights(weights, self.state.evaluated if self.config.backbone.lora else None)
             if self.tests_at_end and self.data.final:
                 self.tested = self.evaluate(self.data.final)
         return rows
