@@ -6,6 +6,7 @@ Reads benchmarks/results/alternatives_predicted.json and alternatives_measured.j
 writes, and benchmarks/results/gpu_ba3b577/measure224.json; writes docs/memory-rivals.png beside the page.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +15,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
 from common import RESULTS, ROOT
 from matplotlib import pyplot as plt
 from publish_gpu import filled
 from rivals import rivals
+
+from localprop.bench.reports.placing import label_points
 
 PAGE = ROOT / "docs" / "memory.md"
 PICTURE = ROOT / "docs" / "memory-rivals.png"
@@ -141,18 +145,20 @@ def draw(models: dict[str, Any]) -> None:
     """Memory against time: a panel for each model, exact and local training in two colours, and the front of each."""
     count = len(models)
     figure, panels = plt.subplots(-(-count // 2), min(count, 2), figsize=(14, 5.2 * -(-count // 2)), squeeze=False)
+    labelled = []
     for axes in panels.flat[count:]:
         axes.set_visible(False)
     for axes, (model, found) in zip(panels.flat, models.items(), strict=False):
         numbered = enumerate(found["rows"].items(), 1)
         rows = {number: row for number, (name, row) in numbered if "not_run" not in row and name != UNTIMED}
-        for number, row in rows.items():
-            x, y = row["time_ratio"], row["memory_ratio"]
-            axes.scatter(x, y, color=COLOURS[row["kind"]], s=42, zorder=3)
-            axes.annotate(str(number), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=9)
+        points = np.array([[row["time_ratio"], row["memory_ratio"]] for row in rows.values()])
+        colours = [COLOURS[row["kind"]] for row in rows.values()]
+        axes.scatter(*points.T, color=colours, s=42, zorder=3)
+        lines: list[tuple[float, float]] = []  # not to be written over
         for kind in ("exact", "local"):
-            points = sorted((row["time_ratio"], row["memory_ratio"]) for row in rows.values() if row["kind"] == kind)
-            front = [p for i, p in enumerate(points) if all(p[1] < other[1] for other in points[:i])]
+            own = sorted(tuple(p) for p, row in zip(points, rows.values(), strict=True) if row["kind"] == kind)
+            front = [p for i, p in enumerate(own) if all(p[1] < other[1] for other in own[:i])]
+            lines += [corner for (_, y), (x, low) in itertools.pairwise(front) for corner in ((x, y), (x, low))]
             axes.step(*zip(*front, strict=True), where="post", color=COLOURS[kind], alpha=0.6, label=f"{kind} training")
         axes.set(title=f"{NAMES[model]}, batch {found['batch_size']}", xlabel="expected time of a step", ylim=(0, 1.05))
         axes.set_ylabel("peak memory")
@@ -161,11 +167,14 @@ def draw(models: dict[str, Any]) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.legend(loc="upper right", frameon=False)
+        labelled.append((axes, points, np.array(lines), list(map(str, rows)), colours))
     legend = [f"{number} {name}" for number, name in enumerate(found["rows"], 1) if name != UNTIMED]
     lines = [", ".join(legend[i : i + 6]) for i in range(0, len(legend), 6)]
     figure.suptitle("Memory and time of a step relative to end-to-end training, predicted for CUDA, bf16")
     figure.text(0.02, 0.01, "\n".join(lines), fontsize=9)
     figure.tight_layout(rect=(0, 0.03 + 0.022 * len(lines), 1, 1))
+    for axes, points, line, texts, colours in labelled:  # when the limits are final
+        label_points(axes, points, np.zeros(len(points)), line, texts, colours)
     figure.savefig(PICTURE, dpi=100)
 
 

@@ -22,6 +22,7 @@ PUBLIC_MODULES = {
     "localprop.methods": {"METHODS"},
     "localprop.heads": {"HEADS"},
     "localprop.decoders": {"DECODERS"},
+    "localprop.bench.reports.placing": {"label_points"},
     "localprop.bench.reports.report": {"write_report"},
     "localprop.network.carry": {"Carry"},
     "localprop.parallel.placement": {"IN_FLIGHT"},
