@@ -7,7 +7,7 @@ from itertools import accumulate
 import pytest
 from torch import nn
 
-from localprop import localize
+from localprop import localize, plan
 from localprop.memory.cost import Costs
 from localprop.memory.speed import MACHINES
 from localprop.planning.planner import Planner
@@ -92,3 +92,14 @@ def test_they_rest_on_the_host_where_nothing_else_fits():
     assert own.trials.offloads("exact") == [(), ("boundaries",), ("boundaries", "optimizer")]
     assert own.trials.offloads("local") == [(), ("optimizer",)]
     assert finder("cpu").trials.offloads("exact") == [()]
+
+
+@pytest.mark.parametrize("kind", ["exact", "local"])
+def test_a_front_goes_from_the_least_memory_to_the_fastest_where_states_take_most(kind):
+    model = nn.Sequential(nn.Flatten(), *(nn.Linear(3072, 3072) for _ in range(4)), nn.Linear(3072, CLASSES))
+    result = plan(model, batch_size=BATCH, input_size=SIZE, device="cuda", show="fronts")
+    rows = getattr(result, kind)
+    assert "offload" in rows[0].setting.name
+    assert not rows[-1].setting.offload
+    assert rows[0].peak < 0.7 * rows[-1].peak
+    assert rows[-1].seconds < rows[0].seconds

@@ -45,15 +45,14 @@ class Finder:
         if ways is None:
             return []
         all_terms = [usual._replace(offload=offload) for offload in trials.offloads(kind)]
-        # Bytes beside what is always in use on the usual terms.
-        beside = [trials.static(terms) - trials.static(usual) for terms in all_terms]
+        static = [trials.static(terms) for terms in all_terms]
         states = [trials.states(terms) for terms in all_terms]
         # The very least takes much time for little.
-        least = min(_NEARLY * ways.least(own) + more for own, more in zip(states, beside, strict=True))
-        most = max(ways.most(states[0]) / least, 1.0)
+        least = min(_NEARLY * ways.least(own) + more for own, more in zip(states, static, strict=True))
+        most = max((ways.most(states[0]) + static[0]) / least, 1.0)
         rows = []
         for limit in (1.001 * least * most ** (i / _POINTS) for i in range(_POINTS + 1)):
-            found = [ways.fastest(limit - more, own) for own, more in zip(states, beside, strict=True)]
+            found = [ways.fastest(limit - more, own) for own, more in zip(states, static, strict=True)]
             for terms, way in zip(all_terms, found, strict=True):
                 if way and (not terms.offload or _worth(way, found[0])):
                     rows.append(trials.row(kind, way, terms))
