@@ -14,15 +14,20 @@ from torch.utils.flop_counter import flop_registry
 
 from localprop.memory.cuda import cuda_workspace, matrix_product_buffers, rounded
 from localprop.memory.layers import Layers
+from localprop.memory.remembered import Remembered, call_of, device_of, remember
 from localprop.memory.speed import MACHINES, Clock, Machine
 from localprop.memory.workspace import workspace
 
 _aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 # The CPU's attention has no count of its own; its arguments begin as those of CUDA's.
 _LIKE = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
 }
+
+_known: dict[Any, tuple[Remembered, "_Effort"]] = {}  # by the device and all that a result depends on
+_MOST = 50_000
 
 
 @dataclass(eq=False, slots=True)
@@ -93,27 +98,49 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation."""
+        if func is _DEVICE and (device := device_of(args[0])):  # which autograd asks more often than all else
+            return device
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # a wrapper (a quantized moment) takes it apart first, and its parts come here
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is _aten._local_scalar_dense.default:
             return 1
-        kwargs = kwargs or {}
-        if func.namespace == "prim" or func.is_view:  # asks a tensor for something, or gives another view of it
-            result = func(*args, **kwargs)
-            if self.layers and func.is_view and isinstance(result, Tensor):
+        if func.namespace == "prim":  # asks a tensor for something
+            return func(*args, **(kwargs or {}))
+        result, effort = self._run(func, args, kwargs or {})
+        if func.is_view:  # gives another view of it
+            if self.layers and isinstance(result, Tensor):
                 self._reshape(result, self.layers)
             return result
-        result = func(*args, **kwargs)
-        scratch = cuda_workspace(func, args) if self.on_cuda else workspace(func, args)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        self._count(func, args, kwargs, result, outputs)
-        for tensor in outputs:
+        if effort.work:
+            self.flops += effort.work.flops
+            self.clock.count(func, *effort.work)
+        for tensor in tensors_in(result):
             self.allocation(tensor)
-        if scratch:
-            allocation = self._begin(scratch)
+        if effort.scratch:
+            allocation = self._begin(effort.scratch)
             allocation.stop = len(self.events)
             self._record(-allocation.size)
         return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, "_Effort"]:
+        """Runs an operation, or gives what is known of its result."""
+        call = call_of(func, args, kwargs)
+        key = (self.on_cuda, call.key) if call else None
+        if call and key in _known:
+            remembered, effort = _known[key]
+            return remembered.again(call.inputs), effort.on(call.inputs)
+        new = remember(func, args, kwargs, call.inputs) if call else None
+        result = new.again(call.inputs) if call and new else func(*args, **kwargs)
+        scratch, done = 0, None
+        if not func.is_view:
+            scratch = cuda_workspace(func, args) if self.on_cuda else workspace(func, args)
+            done = work(func, args, kwargs, result, tensors_in(result))
+        effort = _Effort(done, scratch)
+        if new:
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[key] = new, effort.on([])
+        return result, effort
 
     def allocation(self, tensor: Tensor) -> Allocation:
         """The allocation of a tensor; one that was made outside begins now."""
@@ -185,11 +212,21 @@ class Tracker(TorchDispatchMode):
         backward = torch._C._current_graph_task_id() != -1
         self.events.append(Event(change, self.seconds, backward))
 
-    def _count(self, func: Any, args: Any, kwargs: Any, result: Any, outputs: list[Tensor]) -> None:
-        found = work(func, args, kwargs, result, outputs)
-        if found is not None:
-            self.flops += found.flops
-            self.clock.count(func, *found)
+
+class _Effort(NamedTuple):
+    """What an operation takes: its work, if it does any, and bytes that it needs beside its results."""
+
+    work: "Work | None"
+    scratch: int
+
+    def on(self, inputs: list[Tensor]) -> "_Effort":
+        """The same for other inputs that look the same."""
+        return self._replace(work=self.work._replace(inputs=inputs)) if self.work else self
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    """The tensors of an operation's result."""
+    return [result] if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
 
 
 class Work(NamedTuple):
