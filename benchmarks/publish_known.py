@@ -4,7 +4,7 @@ python benchmarks/publish_known.py
 
 Reads src/localprop/bench/published.yaml (published figures), benchmarks/results/gpu_ba3b577/race.json (a race of
 prototypes on an H200), benchmarks/results/gap/ and benchmarks/results/gap-vit/ (records of `localprop bench gap` and
-`gap-vit`).
+`gap-vit`), and where they are there finetune-vit/ and finetune-lite/ beside them.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 from statistics import mean
 from typing import Any
 
+import finetuned
 import yaml
 from common import RESULTS, ROOT
 
@@ -34,7 +35,7 @@ def main() -> int:
 def content() -> str:
     """The text of the file."""
     head = "# Gaps to end-to-end training in points. Written by `python benchmarks/publish_known.py`.\n"
-    groups = [_published(), _race(), _suite("gap", "Swin"), _suite("gap-vit", "ViT")]
+    groups = [_published(), _race(), _suite("gap", "Swin"), _suite("gap-vit", "ViT"), *_finetuned()]
     return head + yaml.safe_dump(groups, sort_keys=False, width=120, default_flow_style=None)
 
 
@@ -91,6 +92,19 @@ def _suite(name: str, model: str) -> dict[str, Any]:
     config = records[0]["config"]
     size, epochs = config["img_size"], config["epochs"]
     return {"protocol": f"a small {model}, CIFAR-10, {size} px, {epochs} epochs, held-out images", "rows": rows}
+
+
+def _finetuned() -> list[dict[str, Any]]:
+    """Gaps of fine-tuning: of each way to train at the best of its learning rates."""
+    groups = []
+    for task in (task for suite in finetuned.SUITES for task in finetuned.tasks(suite)):
+        rows = []
+        for way in sorted(way for way in task.outcomes if way != finetuned.WHOLE and way.frozen != "all"):
+            gap, seeds = task.gap(way)
+            parts = {**_parts(way.reach, False), "trained": True, **({"frozen": way.frozen} if way.frozen else {})}
+            rows.append({"method": way.method, "modules": way.modules, **parts, "gaps": [gap], "seeds": seeds})
+        groups.append({"protocol": f"fine-tuning, {task.model}, {task.data}, {task.protocol}", "rows": rows})
+    return groups
 
 
 def _parts(reach: int, kinetic: bool, finish: float = 0.0) -> dict[str, Any]:

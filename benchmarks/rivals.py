@@ -159,11 +159,11 @@ def _all(value: str) -> Callable[[str], dict[str, str]]:
 
 def _cost(modules: int, reach: int = 0) -> str:
     """The gaps to end-to-end training that are known, in points."""
-    asked = ("feature-reconstruction", modules, reach, False, 0.0)
+    asked = ("feature-reconstruction", modules, reach, False, 0.0, False)
     gaps = [
         gap
         for known in known_gaps()
-        if (known.method, known.modules, known.reach, known.kinetic, known.finish) == asked
+        if (known.method, known.modules, known.reach, known.kinetic, known.finish, known.trained) == asked
         for gap in known.gaps
     ]
     if not gaps:

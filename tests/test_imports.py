@@ -16,8 +16,8 @@ FILES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.p
 USERS = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 # What may be imported beside the names in `__all__`: the tables that methods, heads and decoders are added to; and what
 # a suite's results become here, of which benchmarks/publish.py only knows the places. Of training in several processes:
-# what `train_module` takes, how far stages run ahead, and how long schedules take. Of plans: a step of one's own, and
-# what local learning is known to cost in accuracy.
+# what `train_module` takes, how far stages run ahead, and how long schedules take. Of plans: a step of one's own,
+# what local learning is known to cost in accuracy, and what the command says of a plan.
 PUBLIC_MODULES = {
     "localprop.methods": {"METHODS"},
     "localprop.heads": {"HEADS"},
@@ -30,6 +30,9 @@ PUBLIC_MODULES = {
     "localprop.memory.tracker": {"work"},
     "localprop.planning.simulation": {"simulate_own_step"},
     "localprop.planning.known": {"known_gaps"},
+    "localprop.planning.reporting": {"plan_lines"},
+    "localprop.settings.flags": {"parse"},
+    "localprop.settings.plan": {"PlanConfig"},
     "localprop.planning.schedules": {
         *("Link", "StageTime", "Timing"),
         *("data_parallel", "local_modules", "one_f_one_b", "one_f_one_b_order", "zero_bubble"),

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from localprop import Plan, localize, plan
 from localprop.cli import main
@@ -84,7 +85,7 @@ def test_end_to_end_training_that_fits_is_chosen(tmp_path, capsys):
     assert open_train(tmp_path, "--budget", "1GiB") == 0
     line = " ".join(capsys.readouterr().out.split())
     assert "budget 1.00 GiB: end-to-end, predicted to take" in line
-    assert "; --method feature-reconstruction would take" in line
+    assert " --method feature-reconstruction would take" in line
     assert "accuracy" in line
     assert (settings(tmp_path)["method"], settings(tmp_path)["modules"]) == ("end-to-end", None)
 
@@ -247,11 +248,45 @@ def test_another_error_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "method"),
-    [([], "end-to-end"), (["--finish", "0.1"], "feature-reconstruction"), (["--lr", "1"], "end-to-end")],
+    ("flags", "method", "open_"),
+    [
+        ([], "end-to-end", True),
+        (["--lr", "1"], "end-to-end", True),
+        (["--finish", "0.1"], "feature-reconstruction", False),
+        (["--method", "end-to-end"], "end-to-end", False),
+        (["--freeze", "head"], "end-to-end", False),
+    ],
 )
-def test_a_finish_asks_for_local_modules(monkeypatch, flags, method):
+def test_what_is_named_asks_for_a_way_to_train(monkeypatch, flags, method, open_):
     seen = []
-    monkeypatch.setattr(train_command, "_start", lambda config, *_: seen.append(config))
+    monkeypatch.setattr(train_command, "_start", lambda config, *rest: seen.append((config.local.method, rest[-1])))
     train_command.prepare(["--budget", "8MiB", *flags])
-    assert seen[0].local.method == method
+    assert seen == [(method, open_)]
+
+
+def test_trained_weights_that_do_not_fit_whole_are_trained_in_part(tmp_path, monkeypatch, capsys):
+    own = dict(zip(("depth", "embed_dim", "num_heads"), (2, 32, 2), strict=True))
+    model = timm.create_model("test_vit", img_size=8, patch_size=4, num_classes=3, **own)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+
+    def plan_for(model, local, optim, size, budget, trained, **_):
+        assert trained
+        freeze = ["patch_embed", "blocks.0"]
+        whole = plan(model, optim.batch_size, modules=(1,), method="end-to-end", input_size=size).baseline
+        row = plan(model, optim.batch_size, modules=(1,), method="end-to-end", input_size=size, freeze=freeze).baseline
+        half = replace(row, setting=replace(row.setting, frozen="half"))
+        return Plan([whole], budget=budget, frozen_fit=half, proposed=("exact", "frozen", "local"))
+
+    monkeypatch.setattr("localprop.runs.headroom.plan_for", plan_for)
+    flags = ["--model", "test_vit", "--model-kwargs", "patch_size=4", *(f"{key}={value}" for key, value in own.items())]
+    flags += ["--initial-checkpoint", str(tmp_path / "weights.safetensors"), "--output", str(tmp_path)]
+    flags += ["--experiment", "run", "--batch-size", "2", "--steps", "2", "--epochs", "1", "--device", "cpu"]
+    assert main(["train", *flags, "--budget", "0.9MiB"]) == 0
+    assert "budget 0.9 MiB: half frozen" in " ".join(capsys.readouterr().out.split())
+    assert settings(tmp_path)["freeze"] == ["patch_embed", "blocks.0"]
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, after[name])}
+    assert any("blocks.0" in name for name in same)
+    assert not any("blocks.1" in name for name in same)
+    assert main(["train", *flags[:-2], "--experiment", "asked", "--method", "end-to-end", "--budget", "0.9MiB"]) == 2
+    assert "nothing exact fits 0.9 MiB" in capsys.readouterr().err

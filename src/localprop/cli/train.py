@@ -27,7 +27,12 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     config: TrainConfig = parse(TrainConfig, "train", argv, with_files(TrainConfig(), files, words))
     if config.run.resume is None:
         named = typed(argv, files)
-        return _start(with_usual_rates(_exact_unless_asked(config, named), named), None, flags)
+        asks = named & {"method", "modules", "cuts", "reach", "finish"}
+        if config.local.budget is not None and not asks:
+            config = replace(config, local=replace(config.local, method=END_TO_END))
+        return _start(
+            with_usual_rates(config, named), None, flags, not asks and not named & {"freeze", "freeze_modules"}
+        )
     from localprop.runs.folder import newest_run, starts_anew
     from localprop.runs.recorded_settings import CONFIG, read_config
 
@@ -39,13 +44,6 @@ def prepare(argv: Sequence[str]) -> Callable[[], int]:
     config = parse(TrainConfig, "train", argv, with_files(own, files, words))
     _require_same_run(own, config, folder)
     return _start(config, folder, flags)
-
-
-def _exact_unless_asked(config: TrainConfig, named: set[str]) -> TrainConfig:
-    """With a budget training is end-to-end, unless one of the `named` settings asks for local modules."""
-    if config.local.budget is None or named & {"method", "modules", "cuts", "reach", "finish"}:
-        return config
-    return replace(config, local=replace(config.local, method=END_TO_END))
 
 
 def _require_same_run(own: TrainConfig, config: TrainConfig, folder: Path) -> None:
@@ -60,8 +58,15 @@ def _require_same_run(own: TrainConfig, config: TrainConfig, folder: Path) -> No
             raise ConfigError(f"--{flag} was {before[key]} when {folder} began; resume without it, or start a new run")
 
 
-def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> Callable[[], int]:
-    """Training in this process, or a start of as many as are asked for."""
+def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str], open_: bool = False) -> Callable[[], int]:
+    """Training in this process, or a start of as many as are asked for.
+
+    Args:
+        config: the settings.
+        resumed: the folder of the run that is resumed; None for a new one.
+        flags: those that were typed.
+        open_: whether nothing asks for a way to train, so that a budget chooses it.
+    """
     # torchrun, or this very function, started this process as one of several.
     if config.run.parallel and "RANK" not in os.environ:
         from localprop.parallel import job  # noqa: F401 - launch needs torch, too, to check the settings
@@ -72,7 +77,7 @@ def _start(config: TrainConfig, resumed: Path | None, flags: Sequence[str]) -> C
         return partial(launch, config, config.run.nproc, flags)
     from localprop.runs.run import run
 
-    return partial(run, config, resumed)
+    return partial(run, config, resumed, open_)
 
 
 def _with_newest(argv: list[str]) -> list[str]:

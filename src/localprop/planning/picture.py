@@ -10,12 +10,13 @@ from matplotlib.figure import Figure
 
 from localprop.planning.plans import Plan
 from localprop.planning.rows import PlanRow
+from localprop.planning.search.proposals import SHORT, Proposed
 from localprop.report.formats import format_bytes
 from localprop.report.texts import drawn
 from localprop.system.files import written_aside
 
 _GREY = "0.62"
-_EXACT, _LOCAL = "#3b528b", "#e4572e"
+_COLORS: dict[Proposed, str] = {"exact": "#3b528b", "frozen": "#21918c", "local": "#e4572e"}
 
 
 def draw_plan(path: Path, plan: Plan, title: str) -> None:
@@ -62,16 +63,14 @@ def _draw_steps(above: Axes, below: Axes, plan: Plan, row: PlanRow) -> None:
 
 
 def _draw_fronts(axes: Axes, plan: Plan) -> None:
-    """The peak against the time of the fastest exact and local settings, and the budget."""
+    """The peak against the time of the fastest settings of each kind, and the budget."""
     axes.set_title("the fastest settings for any memory", loc="left", fontsize=9.5)
-    for name, color, front, fit in (
-        ("exact", _EXACT, plan.exact, plan.exact_fit),
-        ("local", _LOCAL, plan.local, plan.local_fit),
-    ):
+    for name, front in plan.fronts.items():
+        color, fit = _COLORS[name], plan.fits[name]
         rows = sorted({id(row): row for row in [*front, *([fit] if fit else [])]}.values(), key=lambda row: row.peak)
         times = [plan.time_ratio(row) for row in rows]
         sizes = [row.peak / 2**30 for row in rows]
-        axes.plot(times, sizes, color=color, marker="o", markersize=4.5, linewidth=0, label=name)
+        axes.plot(times, sizes, color=color, marker="o", markersize=4.5, linewidth=0, label=SHORT[name])
         # A setting with fewer modules may be a little slower than one with more: the line leaves it out.
         line = [i for i in range(len(rows)) if times[i] < min(times[:i], default=float("inf"))]
         axes.plot([times[i] for i in line], [sizes[i] for i in line], color=color, linewidth=1.4)

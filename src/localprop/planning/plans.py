@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,15 +17,13 @@ from localprop.planning.planner import Planner, key
 from localprop.planning.processes import Processes
 from localprop.planning.rows import PlanRow, Setting, told_apart
 from localprop.planning.schedules import Link
-from localprop.planning.search.costed import KINDS, Kind
-from localprop.planning.search.finder import Finder
-from localprop.planning.search.trials import Trials
+from localprop.planning.search.proposals import Proposed, proposals
 from localprop.settings.bounds import require_equal_parts
 from localprop.settings.config import OptimConfig
 from localprop.settings.recipe import Recipe
 from localprop.tracing.chains import chain
 
-_NAMES = r"(end-to-end|(exact)?k=\d+).*"  # how the keys of settings begin
+_NAMES = r"(end-to-end|halffrozen|(exact)?k=\d+).*"  # how the keys of settings begin
 _OTHERS = ("num_classes", "task", "criterion", "mean", "std")  # arguments of `localize` that are no part of a recipe
 MODULES: tuple[int | Literal["max"], ...] = (2, 4, 8)
 
@@ -45,8 +43,12 @@ class Plan:
         local_fit: likewise, of local modules.
         divided_fit: end-to-end training in micro-batches, where that fits the budget and is faster than `exact_fit`;
             else None. Its gradients are the same up to rounding.
-        choice: of these two the one that was asked for: the local one, where its method, number of modules, cuts or
-            reach was; else the exact one; the other where there is no such one.
+        frozen: settings of exact training with the first half frozen, likewise; empty unless that is proposed.
+        frozen_fit: the fastest of these that fits the budget.
+        proposed: what is proposed for a budget, in the order in which it is to be taken. For trained weights "frozen"
+            is among them, and the first of the local modules is frozen, unless something else was asked for.
+        choice: the first of these that fits: the local one where its method, number of modules, cuts, reach or finish
+            was asked for; else in their order. One with the batch and the optimizer that were asked for comes first.
         pipeline: end-to-end training by 1F1B on as many processes as `PlanRow.parallel` has; None where that was not
             asked for, or cannot be.
         explained: why the peak of one setting is where it is; None where that was not asked for.
@@ -64,6 +66,19 @@ class Plan:
     pipeline: Processes | None = None
     explained: Peak | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    frozen: list[PlanRow] = field(default_factory=list)
+    frozen_fit: PlanRow | None = None
+    proposed: tuple[Proposed, ...] = ("exact", "local")
+
+    @property
+    def fits(self) -> dict[Proposed, PlanRow | None]:
+        """Of all that is proposed for the budget, in order, what fits."""
+        return {name: getattr(self, f"{name}_fit") for name in self.proposed}
+
+    @property
+    def fronts(self) -> dict[Proposed, list[PlanRow]]:
+        """Of all that is proposed, in order, the settings that no other beats."""
+        return {name: getattr(self, name) for name in self.proposed}
 
     @property
     def baseline(self) -> PlanRow:
@@ -121,6 +136,7 @@ def plan(
     finish: float = 0.0,
     show: Literal["rows", "fronts", "fits"] = "rows",
     offload: bool = True,
+    trained: bool = False,
     on_setting: Callable[[Setting], None] | None = None,
     **options: Any,
 ) -> Plan:
@@ -150,6 +166,7 @@ def plan(
         show: "rows", end-to-end training and the numbers of modules; "fronts", these and the fastest settings for any
             memory; or "fits", only end-to-end training and what fits the budget.
         offload: whether the fastest settings for CUDA may have boundaries and optimizer states on the host.
+        trained: whether training starts from trained weights: then a plan also proposes to freeze a part of them.
         on_setting: called before each setting is looked at.
         options: further arguments of `localize`: settings of a `localprop.Recipe`, num_classes, criterion, ...
 
@@ -177,7 +194,7 @@ def plan(
         raise ConfigError(
             "a budget chooses the modules, so freeze_modules needs their number too: say modules, or freeze"
         )
-    return _planned(planner, modules, budget, show, explain)
+    return _planned(planner, modules, budget, show, explain, trained)
 
 
 def _require_possible(
@@ -199,47 +216,42 @@ def _planned(
     budget: int | None,
     show: Literal["rows", "fronts", "fits"],
     explain: str | None,
+    trained: bool,
 ) -> Plan:
     """The plan of what a planner plans; see `plan`."""
     rows = planner.baselines() if show == "fits" else planner.rows(modules)
-    finder, fronts, fits = Finder(Trials(planner, modules, [*rows])), dict[Kind, list[PlanRow]](), _Fits()
+    proposed = proposals(planner, modules, [*rows], trained)
+    fits, fronts = dict[Proposed, PlanRow | None](), dict[Proposed, list[PlanRow]]()
+    choice = divided = None
     if budget is not None:
-        fits = _fits(finder, planner, budget)
+        fits = proposed.fitting(budget)
+        choice, exact = proposed.chosen(fits, budget), fits["exact"]
+        divided = proposed.finders["exact"].divided(budget, exact) if exact else None
     if show == "fronts" and not planner.nproc and not planner.recipe.freeze_modules:  # which names no units
-        fronts = {kind: finder.front(kind) for kind in KINDS}
-    apart = told_apart([*rows, *itertools.chain(*fronts.values()), *filter(None, fits)])
-    fits = _Fits(*(row and apart[id(row)] for row in fits))
-    exact, local = ([apart[id(row)] for row in fronts.get(kind, [])] for kind in KINDS)
+        fronts = {name: proposed.front(name) for name in proposed.finders}
+    found = [row for row in (*fits.values(), divided, choice) if row]
+    apart = told_apart([*rows, *itertools.chain(*fronts.values()), *found])
+
+    def fit(name: Proposed) -> PlanRow | None:
+        row = fits.get(name)
+        return row and apart[id(row)]
+
+    def front(name: Proposed) -> list[PlanRow]:
+        return [apart[id(row)] for row in fronts.get(name, [])]
+
     return Plan(
         rows,
-        exact,
-        local,
+        front("exact"),
+        front("local"),
         budget,
-        fits.exact,
-        fits.local,
-        fits.divided,
-        fits.chosen,
+        fit("exact"),
+        fit("local"),
+        divided and apart[id(divided)],
+        choice and apart[id(choice)],
         planner.pipeline(rows) if planner.nproc else None,
         planner.explained(list(apart.values()), explain),
         planner.left_out,
+        front("frozen"),
+        fit("frozen"),
+        tuple(proposed.finders),
     )
-
-
-class _Fits(NamedTuple):
-    """The fastest settings that fit a budget, and which of them was asked for; see `Plan`."""
-
-    exact: PlanRow | None = None
-    local: PlanRow | None = None
-    divided: PlanRow | None = None
-    chosen: PlanRow | None = None
-
-
-def _fits(finder: Finder, planner: Planner, budget: int) -> _Fits:
-    """See `Plan`; errors as of `plan`."""
-    exact, local = (finder.fitting(kind, budget) for kind in KINDS)
-    recipe, only_local = planner.recipe, planner.finish > 0
-    asked = recipe.asks_local or only_local or (len(finder.trials.modules) == 1 and not recipe.end_to_end)
-    chosen = (local or exact) if asked else (exact or local)
-    if chosen is None:
-        raise finder.nothing_fits("local" if asked else "exact", budget)
-    return _Fits(exact, local, finder.divided(budget, exact) if exact else None, chosen)

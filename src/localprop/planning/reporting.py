@@ -1,4 +1,4 @@
-"""What `localprop plan` says beside its tables: lines, and everything as JSON."""
+"""What `localprop plan` says beside its tables: lines, and everything as JSON; and what `train --budget` says."""
 
 from dataclasses import asdict
 from typing import Any
@@ -8,10 +8,14 @@ from localprop.planning.known import cost_in_accuracy
 from localprop.planning.plans import Plan
 from localprop.planning.processes import Processes
 from localprop.planning.rows import Finish, PlanRow
+from localprop.planning.search.proposals import Proposed
 from localprop.planning.settings import chosen_for_plan, train_command
 from localprop.report.formats import format_bytes
 from localprop.settings.flat import to_flat
 from localprop.settings.plan import PlanConfig
+from localprop.settings.rates import fine_tunes
+
+_PLACES: dict[Proposed, str] = {"exact": "first", "frozen": "next", "local": "last"}
 
 
 def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
@@ -19,20 +23,58 @@ def plan_lines(config: PlanConfig, result: Plan) -> list[str]:
     lines = [f"picture: {config.picture}"] + ([f"everything: {config.json}"] if config.json else [])
     if result.budget is None:
         return lines
-    limit = format_bytes(result.budget)
-    for kind, row in (("exact", result.exact_fit), ("local", result.local_fit)):
+    limit, trained = format_bytes(result.budget), fine_tunes(config.backbone)
+    for name, row in result.fits.items():
         if row is None:
-            lines += ["", f"within {limit}, {kind}: nothing"]
+            lines += ["", f"within {limit}, {title(name, result)}: nothing"]
             continue
         peaks = [row.step.peak] + ([row.finish.step.peak] if row.finish else [])
         peak, ratio = ", in its finish ".join(map(format_bytes, peaks)), result.time_ratio(row)
-        lines += ["", f"within {limit}, {kind}: {row.setting.name} takes {peak} and {ratio:.2f} of the time"]
-        if kind == "local":
-            lines.append(cost_in_accuracy(resolved(row.setting.recipe, config.device), config.local.finish))
+        lines += [
+            "",
+            f"within {limit}, {title(name, result)}: {row.setting.name} takes {peak} and {ratio:.2f} of the time",
+        ]
+        if name != "exact" or trained:
+            told = reason(row, config.device, config.local.finish, trained)
+            ordered = "frozen" in result.proposed and (name != "local" or row.setting.frozen)
+            lines.append(f"{_PLACES[name]}, since {told}" if ordered else told)
         lines += [line for line in (changed_numbers(row), f"{_command(config, row)} --data folder:PATH") if line]
-        if kind == "exact" and (divided := result.divided_fit):
+        if name == "exact" and (divided := result.divided_fit):
             lines.append(f"{faster_divided(divided, row)}: {_command(config, divided)} --data folder:PATH")
-    return lines
+    return lines + order_lines(result)
+
+
+def title(name: Proposed, result: Plan) -> str:
+    """What is proposed, for a heading."""
+    row = next((row for row in (result.fits[name], *result.fronts[name]) if row), None)
+    first = row is not None and row.setting.frozen == "first"
+    return {"exact": "exact", "frozen": "first half frozen", "local": "local" + first * ", first module frozen"}[name]
+
+
+def reason(row: PlanRow, device: str, finish: float, trained: bool) -> str:
+    """What a proposal leaves as it is, and what it is known to cost in accuracy, as a sentence."""
+    frozen = row.setting.frozen
+    accuracy = cost_in_accuracy(resolved(row.setting.recipe, device), finish, trained, frozen)
+    if frozen == "half":
+        return f"the first half keeps what it has learned, and the rest is trained exactly; {accuracy}"
+    if frozen == "first":
+        first = (
+            "the first module keeps what it has learned, and the others before the last learn from losses of their own"
+        )
+        return f"{first}; {accuracy}"
+    return accuracy
+
+
+def order_lines(result: Plan) -> list[str]:
+    """Where something is faster than what is proposed before it, a line on that."""
+    rows = [row for row in result.fits.values() if row]
+    if "frozen" not in result.proposed or not rows or result.choice is not rows[0]:
+        return []
+    faster = [row for row in rows[1:] if row.seconds < rows[0].seconds]
+    if not faster:
+        return []
+    names = " and ".join(f"{row.setting.name} ({row.seconds / rows[0].seconds:.2f} of its time)" for row in faster)
+    return ["", f"the order is that of accuracy, not of time: {rows[0].setting.name} comes before {names}"]
 
 
 def _command(config: PlanConfig, row: PlanRow) -> str:
@@ -80,7 +122,8 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
 
     report: dict[str, Any] = {
         "config": to_flat(config),
-        **{name: [describe(row) for row in getattr(result, name)] for name in ("rows", "exact", "local")},
+        "rows": [describe(row) for row in result.rows],
+        **{name: [describe(row) for row in rows] for name, rows in result.fronts.items()},
     }
     if config.parallel:
         for row, described in zip(result.rows, report["rows"], strict=True):
@@ -93,8 +136,8 @@ def plan_report(config: PlanConfig, result: Plan) -> dict[str, Any]:
     if result.explained:
         report["explained"] = {**asdict(result.explained), "module": result.explained.module + 1}
     if result.choice is not None:
-        names = ("exact_fit", "local_fit", "divided_fit", "choice")
-        found = {name: getattr(result, name) for name in names}
+        found = {f"{name}_fit": row for name, row in result.fits.items()}
+        found |= {"divided_fit": result.divided_fit, "choice": result.choice}
         report |= {"budget": result.budget, **{name: row and fitting(row) for name, row in found.items()}}
     return report
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 from localprop.errors import warn_renamed
 from localprop.planning.processes import Processes
 from localprop.planning.steps import PredictedStep
-from localprop.settings.recipe import Recipe
+from localprop.settings.recipe import Frozen, Recipe
 
 Offloaded = Literal["optimizer", "boundaries"]
 """What may rest on the host: optimizer states, and what exact training keeps between modules."""
@@ -24,6 +24,7 @@ class Setting:
         micro_batches: into which the batch is divided, where that is the planner's choice; else None.
         opt: the optimizer, likewise.
         offload: what rests on the host, though nobody asked for it.
+        frozen: what is frozen, though nobody asked for it.
         number: which of a plan's settings with the same name it is.
     """
 
@@ -33,6 +34,7 @@ class Setting:
     micro_batches: int | None = None
     opt: str | None = None
     offload: tuple[Offloaded, ...] = ()
+    frozen: Frozen = ""
     number: int = field(default=1, compare=False)
 
     @property
@@ -58,8 +60,12 @@ class Setting:
     @property
     def name(self) -> str:
         """For a table."""
-        kind = "exact " if self.recipe.end_to_end else ""
-        words = ["end-to-end" if self.modules == 1 else f"{kind}K={self.modules}"]
+        kind = "half frozen" if self.frozen == "half" else "exact" if self.recipe.end_to_end else ""
+        words = [f"{kind} K={self.modules}".lstrip()]
+        if self.modules == 1:
+            words = ["half frozen" if self.frozen else "end-to-end"]
+        elif self.frozen == "first":
+            words[0] += ", 1 frozen"
         if self.again is not None:
             name = words[0] + (f" + ckpt {self.again}" if self.again else ", fitted")
         else:
@@ -78,7 +84,7 @@ class Setting:
     def described(self) -> dict[str, Any]:
         """Name and settings, for a JSON file. A setting that is not there is off."""
         keys = ("modules", "method", "split_blocks", "grad_checkpointing", "largest")
-        found = {name: getattr(self.recipe, name) for name in ("cuts", "recompute_units")}
+        found = {name: getattr(self.recipe, name) for name in ("cuts", "recompute_units", "freeze", "freeze_modules")}
         found |= {"opt": self.opt, **{f"offload_{what}": True for what in self.offload}}
         found = {name: value for name, value in found.items() if value}
         return {"setting": self.name, **{key: getattr(self, key) for key in keys}, **found}

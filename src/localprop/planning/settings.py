@@ -17,7 +17,7 @@ from localprop.planning.rows import PlanRow, Setting
 from localprop.settings.config import LocalConfig, OptimConfig, TrainConfig
 from localprop.settings.flat import to_flags
 from localprop.settings.plan import PlanConfig
-from localprop.settings.rates import with_usual_rates
+from localprop.settings.rates import fine_tunes, with_usual_rates
 from localprop.settings.recipe import Recipe
 from localprop.settings.trust import without_starting_weights
 from localprop.settings.values import parse_bytes
@@ -91,6 +91,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
         bandwidth=parse_bytes(config.bandwidth) if config.bandwidth else None,
         explain=config.explain,
         show="fronts",
+        trained=fine_tunes(config.backbone),
         on_setting=on_setting,
     )
     height, width = units.input_size[1:]

@@ -12,6 +12,7 @@ from localprop.planning.peaks import Peak
 from localprop.planning.plans import Plan
 from localprop.planning.processes import Processes
 from localprop.planning.rows import PlanRow
+from localprop.planning.search.proposals import SHORT
 from localprop.report.formats import format_bytes
 
 _HEADINGS = {
@@ -25,7 +26,7 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
     table.add_column("setting", no_wrap=True)
     for name in ("peak", "%", *_HEADINGS.values(), "FLOPs", "time", "in"):
         table.add_column(name, justify="right", no_wrap=True)
-    fits = [plan.exact_fit, plan.local_fit]
+    fits = plan.fits.values()
 
     def add(row: PlanRow) -> None:
         style = "bold" if any(fit is not None and fit.setting == row.setting for fit in fits) else None
@@ -45,10 +46,10 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
 
     for row in plan.rows:
         add(row)
-    for kind, front in (("exact", plan.exact), ("local", plan.local)):
+    for name, front in plan.fronts.items():
         for i, row in enumerate(row for row in front if row not in plan.rows):
             if i == 0:
-                table.add_row(f"{kind}, the fastest", style="dim")
+                table.add_row(f"{SHORT[name]}, the fastest", style="dim")
             add(row)
     heading = Text(
         f"{title}\npredicted peak of a training step: MiB, % of end-to-end, its parts, its module", style="dim"
@@ -56,6 +57,7 @@ def plan_table(plan: Plan, title: str) -> RenderableType:
     parts: list[RenderableType] = [heading, table]
     if plan.exact or plan.local:
         text = "the fastest: cuts and recomputation are fitted; + ckpt 3: three units run again in backward"
+        text += "\nhalf frozen: the first half is not trained; 1 frozen: the first module" if plan.frozen else ""
         parts.append(Text(text, style="dim"))
     if plan.left_out:
         parts.append(Text(f"left out, since the model has too few blocks: {', '.join(plan.left_out)}", style="dim"))

@@ -29,7 +29,7 @@ from localprop.training.trainer import Trainer
 
 
 def prepare_run(
-    config: TrainConfig, resumed: Path | None, anew: bool, console: Console
+    config: TrainConfig, resumed: Path | None, anew: bool, console: Console, open_: bool
 ) -> tuple[Experiment, list[str]]:
     """Loads data and model, and chooses what the settings leave to a budget.
 
@@ -38,6 +38,7 @@ def prepare_run(
         resumed: the folder of the run that is resumed; None for a new one.
         anew: whether there is no checkpoint to resume from.
         console: where to show that it takes a while.
+        open_: whether nothing asks for a way to train, so that a budget chooses it.
 
     Returns:
         What to train, and lines for the user.
@@ -56,8 +57,8 @@ def prepare_run(
     if not config.local.budget or resumed:
         return experiment, notes
     with console.status("looking for what fits the budget ..."):
-        experiment, note = choose_for_budget(experiment)
-    return experiment, [*notes, note]
+        experiment, more = choose_for_budget(experiment, open_)
+    return experiment, notes + more
 
 
 def states_of(

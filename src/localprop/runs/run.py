@@ -19,36 +19,39 @@ from localprop.training.signals import Interrupted
 from localprop.training.trainer import Trainer
 
 
-def run(config: TrainConfig, resumed: Path | None) -> int:
+def run(config: TrainConfig, resumed: Path | None, open_: bool = False) -> int:
     """Trains, in this process alone or as one of those of `--parallel`; returns the exit code.
 
     Args:
         config: the settings.
         resumed: the folder of the run that is resumed; None for a new one.
+        open_: whether nothing asks for a way to train, so that a budget chooses it.
 
     Raises:
         LocalpropError: see there.
     """
     if config.run.parallel:
-        return run_together(config, resumed)
+        return run_together(config, resumed, open_)
     with repeatable_kernels(config.run.deterministic):
-        return _run_alone(config, resumed)
+        return _run_alone(config, resumed, open_)
 
 
-def _run_alone(config: TrainConfig, resumed: Path | None) -> int:
+def _run_alone(config: TrainConfig, resumed: Path | None, open_: bool) -> int:
     """Trains in this process alone."""
     if in_job() and os.environ["WORLD_SIZE"] != "1":
         raise ConfigError("torchrun started several processes, which would all do the same; add --parallel modules")
     with ExitStack() as locks:
         # Before anything is loaded: what the folder holds must not change meanwhile.
         lock = locks.enter_context(FolderLock(resumed)) if resumed else None
-        return _train_alone(config, resumed, lock, locks)
+        return _train_alone(config, resumed, lock, locks, open_)
 
 
-def _train_alone(config: TrainConfig, resumed: Path | None, lock: FolderLock | None, locks: ExitStack) -> int:
+def _train_alone(
+    config: TrainConfig, resumed: Path | None, lock: FolderLock | None, locks: ExitStack, open_: bool
+) -> int:
     """Trains; `lock` is on the folder that is resumed, and `locks` takes that of a new one."""
     console, anew = Console(), resumed is None or starts_anew(resumed)
-    experiment, notes = prepare_run(config, resumed, anew, console)
+    experiment, notes = prepare_run(config, resumed, anew, console, open_)
     config, data, device = experiment.config, experiment.data, experiment.device
     nets = experiment.networks()
     headroom = Headroom(experiment)

@@ -51,7 +51,7 @@ from localprop.training.signals import Interrupted
 from localprop.training.trainer import Trainer
 
 
-def run_together(config: TrainConfig, resumed: Path | None) -> int:
+def run_together(config: TrainConfig, resumed: Path | None, open_: bool) -> int:
     """Trains as one of the processes of `--parallel`; returns the exit code.
 
     Where it fails, the process ends here.
@@ -59,6 +59,7 @@ def run_together(config: TrainConfig, resumed: Path | None) -> int:
     Args:
         config: the settings.
         resumed: the folder of the run that is resumed; None for a new one.
+        open_: whether nothing asks for a way to train, so that a budget chooses it.
     """
     job = meet(config.run.device)
     code = 1
@@ -66,7 +67,7 @@ def run_together(config: TrainConfig, resumed: Path | None) -> int:
         job.agree(facts(config, resumed, job.device.type))
         job.connect()
         with repeatable_kernels(config.run.deterministic):
-            code = _run(config, resumed, job)
+            code = _run(config, resumed, job, open_)
     except LocalpropError as error:
         code = _report_failure(error, job)
     except (BrokenPipeError, SystemExit):  # whom it is piped to has read enough: rich makes an exit of that
@@ -83,10 +84,10 @@ def run_together(config: TrainConfig, resumed: Path | None) -> int:
     return code
 
 
-def _run(config: TrainConfig, resumed: Path | None, job: Job) -> int:
+def _run(config: TrainConfig, resumed: Path | None, job: Job, open_: bool) -> int:
     here = replace(config, run=replace(config.run, device=str(job.device)))
     anew = job.gather(resumed is None or starts_anew(resumed))[0]
-    experiment, notes = prepare_run(here, resumed, anew, Console(quiet=job.rank > 0))
+    experiment, notes = prepare_run(here, resumed, anew, Console(quiet=job.rank > 0), open_)
     experiment = replace(experiment, config=replace(experiment.config, run=config.run))
     config = experiment.config
     if line := difference(job.gather(data_facts(experiment.data.identity))):

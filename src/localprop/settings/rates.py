@@ -1,14 +1,19 @@
-"""Learning rates of a run that starts from trained weights."""
+"""A run that starts from trained weights: whether it changes them, and its learning rates."""
 
 from collections.abc import Collection
 from dataclasses import replace
 
-from localprop.settings.config import TrainConfig
+from localprop.settings.config import ModelConfig, TrainConfig
 from localprop.settings.recipe import ALL
 
 _LR, _SCALE = 1e-3, 0.1
 _HIGH = 1e-3
 """A learning rate at which trained weights usually lose what they have learned."""
+
+
+def fine_tunes(backbone: ModelConfig) -> bool:
+    """Whether training starts from trained weights and changes these, not adapters beside them."""
+    return backbone.starts_trained and not backbone.lora
 
 
 def with_usual_rates(config: TrainConfig, named: Collection[str]) -> TrainConfig:

@@ -19,6 +19,8 @@ Recomputation = str
 ("cheap", see `localprop.memory.recompute`); all of it, from its input alone ("whole"); or all of it, in slices of the
 batch, one after another ("whole/4", see `localprop.memory.slices`)."""
 _RECOMPUTATION = re.compile(r"none|cheap|whole(/([2-9]|[1-9][0-9]{1,5}))?")
+Frozen = Literal["", "half", "first"]
+"""What is frozen where that is the planner's choice: nothing, the first half, or the first module."""
 ALL = "all"
 """What `Recipe.freeze` calls everything before the classifier."""
 END_TO_END = "end-to-end"

@@ -88,11 +88,13 @@ class LocalWays:
         divisions: of each number of modules that may be taken.
         sliced: whether units may run again in slices of the batch.
         ends: after how many units each module ends; None where that is open.
+        apart: whether the first units, which are frozen, are a module of their own.
     """
 
     divisions: Sequence[Division]
     sliced: bool = False
     ends: Sequence[int] | None = None
+    apart: bool = False
     _kept: dict[States, list[LocalSearch]] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -116,7 +118,11 @@ class LocalWays:
                 weights[stop] - weights[start],
             )
 
+        first = len(division.frozen) if self.apart else 0
+
         def allowed(start: int, stop: int) -> bool:
+            if start < first:
+                return (start, stop) == (0, first)
             return self.ends is not None or sum(unit.depth for unit in units[start:stop]) >= least
 
         return LocalSearch(runs, division.spec.count, module, [0, *ends], division.likewise, allowed, known)

@@ -1,6 +1,7 @@
 """The recipe of a way to train, with as few words as can be."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from localprop.planning.search.ways import Way
@@ -60,3 +61,33 @@ def _named(node: _Node, given: Recomputation, kinds: list[Recomputation]) -> dic
             own |= _named(below, kind, kinds)
         options.append(own)
     return min(options, key=len)
+
+
+def covering(units: Sequence[str], others: Collection[str]) -> tuple[str, ...]:
+    """Names of units and of blocks of units, and patterns, that fit all of some units and none of the others.
+
+    The shortest name that fits no other unit stands for a unit, and `blocks.[0-5]` for a row of such names.
+    """
+
+    def free(name: str) -> bool:
+        return not any(f"{other}.".startswith(f"{name}.") for other in others)
+
+    found: list[str] = []
+    for unit in units:
+        parts = unit.split(".")
+        names = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        found.append(next(filter(free, names), unit))
+    names: list[str] = []
+    for name in dict.fromkeys(found):
+        row = _row(names[-1], name) if names else None
+        names[-1:] = [row] if row else [*names[-1:], name]
+    return tuple(names)
+
+
+def _row(before: str, name: str) -> str | None:
+    """A pattern for a name, or a row of names, and the one that follows it; None if it is not the next number."""
+    found = re.fullmatch(r"(.*[.\d])(?:(\d)|\[(\d)-(\d)\])", before)
+    if found is None:
+        return None
+    stem, first, last = found[1], found[2] or found[3], found[2] or found[4]
+    return f"{stem}[{first}-{name[-1]}]" if last != "9" and name == f"{stem}{int(last) + 1}" else None

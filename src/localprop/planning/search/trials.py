@@ -14,7 +14,7 @@ from localprop.planning.rows import Offloaded, PlanRow, Setting
 from localprop.planning.search.costed import ExactWays, Kind, LocalWays
 from localprop.planning.search.names import recipe_of
 from localprop.planning.search.ways import States, Way
-from localprop.settings.recipe import Recipe
+from localprop.settings.recipe import Frozen, Recipe
 
 _MOST = 16
 """Modules: more bring little but auxiliary nets."""
@@ -46,11 +46,13 @@ class Trials:
         planner: simulates them.
         modules: the numbers of modules that were asked for.
         rows: what has been simulated.
+        frozen: which units the planner's recipe freezes, though nobody asked for it. A first module is one apart.
     """
 
     planner: Planner
     modules: Sequence[int | Literal["max"]]
     rows: list[PlanRow]
+    frozen: Frozen = ""
     _ways: dict[tuple[Kind, int, bool], ExactWays | LocalWays | None] = field(default_factory=dict)
 
     def offloads(self, kind: Kind) -> list[tuple[Offloaded, ...]]:
@@ -112,7 +114,7 @@ class Trials:
     def baseline(self, terms: Terms) -> PlanRow:
         """End-to-end training in one module, whose optimizer has nothing to put on the host."""
         recipe = replace(self._exact_base, split_blocks=False)
-        return self._simulated(Setting(recipe, micro_batches=terms.micro_batches, opt=terms.opt))
+        return self._simulated(self._setting(recipe, terms))
 
     @property
     def _exact_base(self) -> Recipe:
@@ -136,9 +138,15 @@ class Trials:
         names = [unit.name for unit in self.planner.known(base.split_blocks).chain]
         again = sum(value not in ("none", "cheap") for module in way.recomputation for value in module)
         recipe = recipe_of(way, base, names, ways.usual)
-        offload = terms.offload if len(way.ends) > 1 else ()
-        setting = Setting(recipe, again=again, micro_batches=terms.micro_batches, opt=terms.opt, offload=offload)
-        return self._simulated(setting)
+        if self.frozen == "first":  # its cut says which units these are
+            recipe = replace(recipe, freeze=None, freeze_modules=1)
+        return self._simulated(self._setting(recipe, terms, again, terms.offload if len(way.ends) > 1 else ()))
+
+    def _setting(
+        self, recipe: Recipe, terms: Terms, again: int | None = None, offload: tuple[Offloaded, ...] = ()
+    ) -> Setting:
+        parts, opt = terms.micro_batches, terms.opt
+        return Setting(recipe, again=again, micro_batches=parts, opt=opt, offload=offload, frozen=self.frozen)
 
     def _simulated(self, setting: Setting) -> PlanRow:
         for row in self.rows:
@@ -154,7 +162,7 @@ class Trials:
         if kind == "exact":
             return self._exact_base
         asked = self.planner.recipe
-        recipe = Recipe(freeze=asked.freeze) if asked.end_to_end else asked
+        recipe = locally(asked)
         full = with_methods_defaults(recipe)
         # To read ahead, to move its input and to be resembled is another thing for half a block than for a whole one.
         whole = full.reach or full.kinetic or getattr(HEADS.lookup(full.head or ""), "needs_place", False)
@@ -174,7 +182,8 @@ class Trials:
         units, ends = self.planner.known(base.split_blocks).chain, None
         most = most_modules(units, range(1, len(units) + 1), base.min_depth)
         open_ = len(self.modules) > 1 or self.planner.recipe.end_to_end
-        asked = range(2, _MOST + 1) if open_ else self.modules
+        least = 3 if self.frozen == "first" else 2
+        asked = range(least, _MOST + 1) if open_ else self.modules
         counts = [most if count == "max" else count for count in asked]
         counts = [count for count in counts if 1 < count <= most]
         if base.cuts is not None:
@@ -182,4 +191,12 @@ class Trials:
         if not counts:
             return None
         divisions = [self.planner.division(replace(base, modules=count), self.parts(terms)) for count in counts]
-        return LocalWays(divisions, terms.sliced, ends)
+        return LocalWays(divisions, terms.sliced, ends, self.frozen == "first")
+
+
+def locally(recipe: Recipe) -> Recipe:
+    """A recipe of local modules that is like another one, which may be of exact training."""
+    if not recipe.end_to_end:
+        return recipe
+    open_ = replace(recipe, modules=None, cuts=None, recompute_units=None, grad_checkpointing=False)
+    return replace(open_, method=Recipe.method)
