@@ -191,9 +191,7 @@ def plan(
     if recipe.freeze_modules and (len(modules) == 1 or recipe.cuts is not None):
         planner.freeze_by_name(modules[0] if len(modules) == 1 and modules[0] != "max" else None)
     elif recipe.freeze_modules and budget is not None:
-        raise ConfigError(
-            "a budget chooses the modules, so freeze_modules needs their number too: say modules, or freeze"
-        )
+        raise ConfigError("a budget chooses modules, so freeze_modules needs their number too: say modules, or freeze")
     return _planned(planner, modules, budget, show, explain, trained)
 
 

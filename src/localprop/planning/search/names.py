@@ -77,11 +77,11 @@ def covering(units: Sequence[str], others: Collection[str]) -> tuple[str, ...]:
         parts = unit.split(".")
         names = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
         found.append(next(filter(free, names), unit))
-    names: list[str] = []
+    shorter: list[str] = []
     for name in dict.fromkeys(found):
-        row = _row(names[-1], name) if names else None
-        names[-1:] = [row] if row else [*names[-1:], name]
-    return tuple(names)
+        row = _row(shorter[-1], name) if shorter else None
+        shorter[-1:] = [row] if row else [*shorter[-1:], name]
+    return tuple(shorter)
 
 
 def _row(before: str, name: str) -> str | None:
