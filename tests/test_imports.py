@@ -211,18 +211,23 @@ def test_examples_and_benchmarks_use_public_names_only(path):
             assert node.attr in localprop.__all__, node.attr
 
 
-LINKING = [
-    "README.md",
-    "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ["design", "guide", "gpu", "parallel", "security"]),
-]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("path", LINKING)
+def anchors(page):
+    """The names by which headings of a page are linked to, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / path).read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", (ROOT / path).read_text()):
         if "://" not in target:
-            assert ((ROOT / path).parent / target).exists(), target
+            page = (ROOT / path).parent / target if target else ROOT / path
+            assert page.exists(), target
+            assert not anchor or anchor in anchors(page), f"{target}#{anchor}"
 
 
 def test_the_two_commands_of_the_readme():
