@@ -2,12 +2,13 @@
 
 python benchmarks/alternatives.py predict             predicted for CUDA, bf16, at training batches: about 30 minutes
 python benchmarks/alternatives.py measure             measured on one thread of a CPU, fp32, batch 8: about 20 minutes
---models NAME ... takes some of the models only; results of others in the file stay.
+--models NAME ... takes some of the models only, and --only NAME ... some of the rows, beside end-to-end training; what
+else is in the files stays.
 
 Predicted: the very step that is measured runs on fake tensors. Measured: memory is the allocator's (see measuring.py),
 time is the median of the CPU time of interleaved steps, relative to end-to-end training in the same round. 8-bit AdamW
-needs torchao. Writes benchmarks/results/alternatives_predicted.json and alternatives_measured.json, from which
-`python benchmarks/publish_alternatives.py` makes the tables of docs/memory.md.
+needs torchao, LoRA needs peft. Writes benchmarks/results/alternatives_predicted.json and alternatives_measured.json,
+from which `python benchmarks/publish_alternatives.py` makes the tables of docs/memory.md.
 """
 
 import argparse
@@ -36,11 +37,11 @@ def predicted(net: nn.Module, rival: Rival, batch_size: int, device: str, amp: b
     return simulate_own_step(net, lambda fake: step_of(fake, batch_size, "cpu", amp, **rival.options), device)._asdict()
 
 
-def predict(models: list[str], amp: bool, device: str) -> None:
+def predict(models: list[str], only: list[str] | None, amp: bool, device: str) -> None:
     """Predicts every rival at a training batch."""
     for model in models:
         rows: dict[str, Any] = {}
-        for rival in rivals():
+        for rival in _chosen(only):
             started = time.perf_counter()
             rows[rival.name] = _told(rival)
             try:
@@ -54,16 +55,16 @@ def predict(models: list[str], amp: bool, device: str) -> None:
             print(f"{model:30s} {rows[rival.name]} ({time.perf_counter() - started:.0f} s)", flush=True)
         precision = "bf16" if amp else "fp32"
         name = "alternatives_predicted" if (device, amp) == ("cuda", True) else f"alternatives_{device}_{precision}"
-        _keep(name, model, {"device": device, "precision": precision, "batch_size": BATCHES[model], "rows": rows})
+        _keep(name, model, {"device": device, "precision": precision, "batch_size": BATCHES[model], "rows": rows}, only)
 
 
-def measure(models: list[str], rounds: int) -> None:
+def measure(models: list[str], only: list[str] | None, rounds: int) -> None:
     """Measures every rival on one thread at a small batch, beside what is predicted for that."""
     torch.set_num_threads(1)
     for model in models:
         rows: dict[str, Any] = {}
         steps = {}
-        for rival in rivals():
+        for rival in _chosen(only):
             rows[rival.name] = _told(rival)
             try:
                 net = rival.network(model, MEASURED, False)
@@ -89,7 +90,15 @@ def measure(models: list[str], rounds: int) -> None:
             rows[name]["ms"] = round(1000 * statistics.median(own), 1)
             rows[name]["time_ratio"] = round(statistics.median(a / b for a, b in zip(own, base, strict=True)), 4)
             print(f"{model:30s} {name:45s} {rows[name]['memory_ratio']:.3f} {rows[name]['time_ratio']:.3f}", flush=True)
-        _keep("alternatives_measured", model, {"batch_size": MEASURED, "rounds": rounds, "threads": 1, "rows": rows})
+        _keep(
+            "alternatives_measured", model, {"batch_size": MEASURED, "rounds": rounds, "threads": 1, "rows": rows}, only
+        )
+
+
+def _chosen(only: list[str] | None) -> list[Rival]:
+    """The rivals to look at: end-to-end training, with which the others are compared, is always one."""
+    every = rivals()
+    return [rival for rival in every if only is None or rival is every[0] or rival.name in only]
 
 
 def _told(rival: Rival) -> dict[str, Any]:
@@ -102,11 +111,16 @@ def _relate(rows: dict[str, Any], name: str, ratios: dict[str, str]) -> None:
     rows[name] |= {ratio: round(rows[name][own] / first[own], 4) for ratio, own in ratios.items()}
 
 
-def _keep(name: str, model: str, found: dict[str, Any]) -> None:
-    """Writes the results of one model beside those of others; each has the commit that it is of."""
-    path = RESULTS / f"{name}.json"
+def _keep(name: str, model: str, found: dict[str, Any], only: list[str] | None) -> None:
+    """Writes the results of one model, or rows of them, beside others; each has the commit that it is of."""
+    path, own = RESULTS / f"{name}.json", localprop.provenance()
     others = json.loads(path.read_text())["models"] if path.exists() else {}
-    write_result(name, {"models": others | {model: localprop.provenance() | found}})
+    if only and model in others:
+        rows = {row: found["rows"][row] | {"commit": own["commit"], "versions": own["versions"]} for row in only}
+        found = others[model] | {"rows": others[model]["rows"] | rows}
+    else:
+        found = own | found
+    write_result(name, {"models": others | {model: found}})
 
 
 def main() -> None:
@@ -114,14 +128,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["predict", "measure"])
     parser.add_argument("--models", nargs="+", choices=list(BATCHES), default=list(BATCHES))
+    parser.add_argument("--only", nargs="+", choices=[rival.name for rival in rivals()], help="rows")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="whose kernels to predict")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of what is predicted")
     parser.add_argument("--rounds", type=int, default=3, help="of steps whose time is measured; 0 for memory alone")
     options = parser.parse_args()
     if options.what == "predict":
-        predict(options.models, options.precision == "bf16", options.device)
+        predict(options.models, options.only, options.precision == "bf16", options.device)
     else:
-        measure(options.models, options.rounds)
+        measure(options.models, options.only, options.rounds)
 
 
 if __name__ == "__main__":

@@ -49,21 +49,6 @@ class Rival:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-class LoRA(nn.Module):
-    """A frozen linear map plus a trained one of low rank (Hu et al., ICLR 2022)."""
-
-    def __init__(self, linear: nn.Linear, rank: int = 8) -> None:
-        super().__init__()
-        self.linear = linear
-        self.down = nn.Linear(linear.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, linear.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of both."""
-        return self.linear(x) + self.up(self.down(x))
-
-
 def backbone(model: str, *_: Any) -> nn.Module:
     """The model, as timm makes it for 10 classes."""
     torch.manual_seed(0)
@@ -124,13 +109,7 @@ def _timms(model: str, *_: Any) -> nn.Module:
 
 
 def _lora(model: str, *_: Any) -> nn.Module:
-    net = backbone(model).requires_grad_(False)
-    net.get_classifier().requires_grad_(True)
-    for name, module in list(net.named_modules()):
-        parent, _, own = name.rpartition(".")
-        if isinstance(module, nn.Linear) and own in ("qkv", "proj", "fc1", "fc2"):
-            setattr(net.get_submodule(parent), own, LoRA(module))
-    return net
+    return localprop.add_lora(backbone(model), 8)
 
 
 def _frozen(model: str, *_: Any) -> nn.Module:

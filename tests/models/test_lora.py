@@ -222,6 +222,19 @@ def test_a_stem_without_adapters_only_runs_and_batch_norm_keeps_its_statistics()
     assert not any(module.training for module in exactly(net).train().backbone.modules() if module in norms)
 
 
+def test_adapters_make_no_copies_in_float32_under_autocast():
+    model = adapted("vit", targets=["mlp.fc1"])
+    kinds = []
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda module, inputs: kinds.append(inputs[0].dtype))
+    for block in model.blocks:
+        block.norm2.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(batch()[0])
+    assert kinds == [torch.bfloat16] * 4
+
+
 def test_a_part_of_a_checkpoint_has_adapters_and_comes_back():
     nets = [network("vit", method="greedy", cuts=["blocks.1"]) for _ in range(2)]
     states = [TrainingState(net, OptimConfig(lr=0.1, model_ema=True), 10, CPU) for net in nets]
@@ -233,24 +246,37 @@ def test_a_part_of_a_checkpoint_has_adapters_and_comes_back():
     assert_same(dict(states[0].ema.module.state_dict()), dict(states[1].ema.module.state_dict()))
 
 
-@pytest.mark.parametrize("wrap", ["injected", "wrapped"])
-def test_adapters_of_ones_own_are_trained_too(wrap):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_of_ones_own_are_trained_too(wrapped):
     """Those of peft itself, with other settings."""
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["qkv"], use_rslora=True, modules_to_save=None)
-    model = peft.inject_adapter_in_model(config, build("vit"))
-    if wrap == "wrapped":
-        model = peft.get_peft_model(build("vit"), config).base_model.model
-    model.head.requires_grad_(True)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["qkv"], use_rslora=True)
+    if wrapped:
+        config.modules_to_save = ["head"]
+        model = peft.get_peft_model(build("vit"), config)
+    else:
+        model = peft.inject_adapter_in_model(config, build("vit"))
+        model.head.requires_grad_(True)
     net = localize(model, 2, "greedy", input_size=SIZE).train()
     net.backward(*batch())
     trained = {f"backbone.{key}" for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 10
     assert trained == {key for key in gradients(net) if key.startswith("backbone.")}
-    images = batch()[0]
-    expected = net.eval()(images)
-    torch.testing.assert_close(merge_lora(model)(images), expected, rtol=1e-5, atol=1e-5)
+    if not wrapped:
+        images = batch()[0]
+        expected = net.eval()(images)
+        torch.testing.assert_close(merge_lora(model)(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_peft_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"LoRA needs peft \(.*\); pip install 'localprop\[lora\]'"):
+        add_lora(build("mlp"), 2, input_size=SIZE)
+
+
+def test_a_version_that_does_not_fit_gets_a_line(monkeypatch):
+    def refuse(*_):
+        raise ImportError("cannot import name 'x' from 'torchao'")
+
+    monkeypatch.setattr(peft, "inject_adapter_in_model", refuse)
+    with pytest.raises(ConfigError, match=r"peft cannot be used \(cannot import name 'x' .*; pip install -U"):
         add_lora(build("mlp"), 2, input_size=SIZE)

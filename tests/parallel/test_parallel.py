@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from adapters import needs_peft
 from localprop.cli import main
 from localprop.parallel.placement import IN_FLIGHT
 from localprop.report.formats import format_bytes
@@ -35,6 +36,17 @@ def test_modules_share_a_process_and_images_are_loaded_where_a_loss_looks_at_the
     ranks = forker.train(tmp_path, 2, *flags(tmp_path, 4, *more))
     assert ranks.wait() == [0, 0], ranks.log.read_text()
     assert_same_run(tmp_path, alone(4, *more))
+
+
+@needs_peft
+def test_adapters_are_trained_by_the_process_of_their_module_and_merged_by_the_last(forker, alone, tmp_path):
+    more = ("--epochs", "1", "--lora", "2")
+    ranks = forker.train(tmp_path, 2, *flags(tmp_path, 2, *more))
+    assert ranks.wait() == [0, 0], ranks.log.read_text()
+    assert_same_run(tmp_path, alone(2, *more))
+    assert not any("lora" in name for name in load_file(tmp_path / "run" / "model.safetensors"))
+    (row,) = read_results(tmp_path / "run" / "results.csv")
+    assert row.peak_memory == pytest.approx(row.predicted_memory, rel=0.01)
 
 
 def test_processes_stop_after_the_same_step_and_continue_from_it(forker, alone, tmp_path):

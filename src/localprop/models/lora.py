@@ -11,7 +11,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from localprop.errors import ChainError, ConfigError, NonFiniteWeightError, listing, suggestion
+from localprop.errors import ChainError, ConfigError, NonFiniteWeightError, first_line, listing, suggestion
 from localprop.models.loading import classifiers
 from localprop.system.extras import import_extra
 from localprop.tracing.blocks import block_names, has_adapters, is_adapted
@@ -60,7 +60,14 @@ def add_lora(
     names = _targets(model, targets, input_size)
     pattern = "|".join(map(re.escape, names))  # a regular expression: peft takes the ends of plain names
     config = peft.LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=pattern)
-    peft.inject_adapter_in_model(config, model)
+    try:
+        peft.inject_adapter_in_model(config, model)
+    except ImportError as error:  # peft looks for other libraries, and some versions do not fit theirs
+        raise ConfigError(f"peft cannot be used ({first_line(error)}); pip install -U 'localprop[lora]'") from None
+    for _, layer in _adapted(model):
+        # Its adapter has the weight's type. Under autocast peft would make a copy of the input in float32, and autocast
+        # another one back.
+        layer.cast_input_dtype_enabled = False
     for name in classifiers(model):
         model.get_submodule(name).requires_grad_(True)
     return model
