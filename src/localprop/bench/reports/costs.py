@@ -43,7 +43,8 @@ class Cost:
     @property
     def words(self) -> str:
         """What it is called in a table, as Markdown."""
-        return self.name or f"{way_words(self.way)}, K={self.way.modules}"
+        count = f", K={self.way.modules}" if self.way.modules > 1 else ""
+        return self.name or f"{way_words(self.way)}{count}"
 
     @property
     def exact(self) -> bool:
