@@ -1,7 +1,8 @@
 """The fastest exact and local settings for any memory: what they take, and what a real step of some of them takes.
 
 python benchmarks/budget.py           Swin-Tiny, 224 px, AdamW, fp32, batch 128, for a CPU; ViT-B, batch 64, bf16, for
-                                      CUDA; and steps of Swin-Tiny at batch 8, measured: about 10 minutes on one core
+                                      CUDA, with and without offloading; and steps of Swin-Tiny at batch 8, measured: about
+                                      15 minutes on one core
 
 Writes benchmarks/results/budget.json.
 """
@@ -84,8 +85,12 @@ def main() -> None:
     seconds = round(time.process_time() - began, 1)
     print(f"a plan with fronts and a budget takes {seconds} s of one core", flush=True)
     swin = fits(SWIN, 128, SHARES[SWIN])
-    vit = fits(VIT, 64, SHARES[VIT], amp_dtype=torch.bfloat16, device="cuda")
-    write_result("budget", {"plan_seconds": seconds, "predicted": [swin, vit], "measured": measured()})
+    vit, away = (
+        fits(VIT, 64, SHARES[VIT], amp_dtype=torch.bfloat16, device="cuda", offload=offload)
+        for offload in (False, True)
+    )
+    predicted = [swin, vit, away | {"offload": True}]
+    write_result("budget", {"plan_seconds": seconds, "predicted": predicted, "measured": measured()})
 
 
 if __name__ == "__main__":
