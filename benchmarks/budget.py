@@ -1,8 +1,8 @@
 """The fastest exact and local settings for any memory: what they take, and what a real step of some of them takes.
 
 python benchmarks/budget.py           Swin-Tiny, 224 px, AdamW, fp32, batch 128, for a CPU; ViT-B, batch 64, bf16, for
-                                      CUDA, with and without offloading; and steps of Swin-Tiny at batch 8, measured: about
-                                      15 minutes on one core
+                                      CUDA, with and without offloading; and steps of Swin-Tiny at batch 8, measured:
+                                      about 15 minutes on one core
 
 Writes benchmarks/results/budget.json.
 """
