@@ -130,12 +130,19 @@ def grid(device: str) -> None:
 
 
 def reach(device: str) -> None:
-    """Heads that read one block ahead: peaks and operations against end-to-end training."""
+    """Heads that read one block ahead, or have copies of later blocks: peaks and operations against end-to-end."""
     stage = {"recompute_units": {"patch_embed": "whole", "layers.0": "whole"}}
     cases: list[dict] = [{"reach": 0}, {"reach": 1}, {"reach": 1, **stage}]
-    rows: list[dict] = []
+    heads: list[dict] = [{"reach": 0, "head": "successor", "head_kwargs": {"depth": depth}} for depth in (1, 2)]
+    path = RESULTS / f"{_name('memory_reach', device)}.json"
+    rows: list[dict] = json.loads(path.read_text())["rows"] if path.exists() else []  # what is there is not run again
+    keys = ("reach", "recompute_units", "head", "head_kwargs", "split_blocks")
     for batch_size, splits in ((128, (False, True)), (8, (False,))):
-        for options in (own | {"split_blocks": split} for split in splits for own in cases):
+        all_cases = [own | {"split_blocks": split} for split in splits for own in cases]
+        for options in [*all_cases, *(own | {"split_blocks": False} for own in heads)]:
+            there = [row for row in rows if row["batch_size"] == batch_size]
+            if any({key: row[key] for key in keys if key in row} == options for row in there):
+                continue
             plan = localprop.plan(backbone(SWIN), batch_size, modules=[2, 4], device=device, **options)
             for row in (row for row in plan.rows[2:] if row.setting.split_blocks == options["split_blocks"]):
                 if batch_size == 128:
@@ -143,10 +150,11 @@ def reach(device: str) -> None:
                     own["predicted"] = row.step.peak
                 else:
                     given = {name: value for name, value in options.items() if name != "split_blocks"}
-                    own = measure(SWIN, row, device, conv=False, **given)
+                    own = measure(SWIN, row, device, conv=False, **given) | options
                 ratios = {"ratio": plan.memory_ratio(row), "flops_ratio": plan.flops_ratio(row)}
                 own |= {name: round(value, 4) for name, value in ratios.items()}
-                rows.append(own | {"cuts": [units[-1] for units in row.module_units[:-1]]})
+                own |= {"cuts": [units[-1] for units in row.module_units[:-1]]}
+                rows.append(own | {"commit": localprop.provenance()["commit"]})
                 print(rows[-1], flush=True)
     write_result(_name("memory_reach", device), {"device": device, "model": SWIN, "rows": rows})
 
