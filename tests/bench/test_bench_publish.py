@@ -199,6 +199,8 @@ def test_a_page_of_several_suites_has_a_place_of_its_own(tmp_path, undrawn):
         write_report(*folders)
     with pytest.raises(BenchError, match=r"is no page of Markdown; name it NAME\.md"):
         write_report(*folders, output=tmp_path / "page.txt")
+    with pytest.raises(BenchError, match="--note is a sentence for a page with published figures; add --published"):
+        write_report(*folders, output=tmp_path / "page.md", note="A note.")
     written = write_report(*folders, output=tmp_path / "page.md")
     assert written[0] == tmp_path / "page.md"
     assert written[1] == tmp_path / "page-pareto.png"

@@ -75,13 +75,17 @@ def poisoned(text):
     return records
 
 
-@pytest.mark.parametrize("text", [EVIL[0], " ".join(EVIL[1:11]), *EVIL[11:13]], ids=range(4))
-def test_a_report_of_such_records_has_its_form(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [(EVIL[0], False), (EVIL[0], True), (" ".join(EVIL[1:11]), True), *((text, False) for text in EVIL[11:13])],
+    ids=range(5),
+)
+def test_a_report_of_such_records_has_its_form(tmp_path, text, published):
     folder = write_folder(tmp_path, poisoned(text))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
-        paths = write_report(folder)
-    report = paths[0].read_text()
+        paths = write_report(folder, published=published)
+    report = re.sub("<!-- /?results -->", "", paths[0].read_text())
     assert len(report) < 60_000
     assert "\x1b" not in report
     outside = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", report)  # without code

@@ -23,7 +23,7 @@ from localprop.bench.reports.tables import NONE, ratio_text, table
 from localprop.bench.reports.ways import Way, own_gap, plain_baseline, way_parts, way_words, ways_of
 from localprop.bench.series import BASELINE, Series
 from localprop.report.measures import ACCURACY
-from localprop.report.texts import markdown
+from localprop.report.texts import code, markdown
 
 START, END = "<!-- results -->", "<!-- /results -->"
 """Around the part that stands for the page elsewhere, such as in a README."""
@@ -56,7 +56,7 @@ def page_lines(
     return [
         "# Results",
         "",
-        f"How far local learning stays behind end-to-end training, and what it saves. Made by `{made_by}`.",
+        f"How far local learning stays behind end-to-end training, and what it saves. Made by {code(made_by)}.",
         "",
         START,
         "",

@@ -35,11 +35,14 @@ def write_report(*folders: Path, output: Path | None = None, published: bool = F
         The paths written, the page first.
 
     Raises:
-        BenchError: a folder is missing or empty, a file in it is no record, or there is no place for the page.
+        BenchError: a folder is missing or empty, a file in it is no record, there is no place for the page, or no use
+            for the note.
         CheckpointError: the disk is full, may not be written or fails.
     """
-    suites = {folder: read_records(folder) for folder in folders}
     page = _place(folders, output)
+    if note and not published:
+        raise BenchError("--note is a sentence for a page with published figures; add --published")
+    suites = {folder: read_records(folder) for folder in folders}
     records = [record for own in suites.values() for record in own]
     comparisons = comparisons_of(records)
     prefix = f"{page.stem}-" if output else ""
