@@ -157,7 +157,7 @@ def test_a_series_has_the_cost_of_its_own_way_and_cuts():
     assert stage.way == Way("feature-reconstruction", 4)
     assert cost(modules=4, partition="stage", reach=1).memory > stage.memory
     assert cost(modules=4, partition="balanced").memory < stage.memory
-    assert cost(modules=2, cuts=["layers.0"]).cut == ("layers.0",)
+    assert cost(modules=2, cuts=["layers.1"]).cut == ("layers.1",)
     assert cost(modules=2, cuts=["layers.7"]) is None
     assert cost(modules=4, partition="stage", reach=7) is None
 
