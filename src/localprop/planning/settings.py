@@ -21,7 +21,7 @@ from localprop.settings.rates import fine_tunes, with_usual_rates
 from localprop.settings.recipe import Recipe
 from localprop.settings.trust import without_starting_weights
 from localprop.settings.values import parse_bytes
-from localprop.tracing.chains import chain
+from localprop.tracing.sizes import own_input_size
 
 # What makes a setting of a plan: the rest of its recipe is the user's.
 _FOUND = (
@@ -68,7 +68,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
     size, (backbone, _) = config.backbone.img_size, with_source(config.backbone)
     kwargs = without_starting_weights(backbone.model_kwargs or {})
     model = create_backbone(replace(backbone, pretrained=False, model_kwargs=kwargs), config.num_classes).model
-    units = chain(model, (3, size, size) if size else None)
+    input_size = (3, size, size) if size else own_input_size(model)
     optim = OptimConfig(
         opt=config.opt,
         batch_size=config.batch_size,
@@ -84,7 +84,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
         model,
         config.local,
         optim,
-        units.input_size,
+        input_size,
         budget,
         device=config.device,
         nproc=config.nproc,
@@ -94,7 +94,7 @@ def plan_model(config: PlanConfig, on_setting: Callable[[Setting], None]) -> tup
         trained=fine_tunes(config.backbone),
         on_setting=on_setting,
     )
-    height, width = units.input_size[1:]
+    _, height, width = input_size
     parts = f" in {config.micro_batches} parts" if config.micro_batches > 1 else ""
     batch = f"batch {config.batch_size}{parts}"
     title = f"{backbone.model} at {height}x{width}, {batch}, {config.precision}, {config.opt}"
