@@ -119,11 +119,17 @@ def _frozen(model: str, *_: Any) -> nn.Module:
     return net
 
 
-def _network(modules: int, method: str, again: Callable[[str], dict[str, str]] | None = None, **options: Any) -> Any:
+def _network(
+    modules: int,
+    method: str,
+    again: Callable[[str], dict[str, str]] | None = None,
+    of: Callable[[str], nn.Module] = backbone,
+    **options: Any,
+) -> Any:
     def build(model: str, batch_size: int, amp: bool) -> nn.Module:
         dtype = torch.bfloat16 if amp else None
         own = options | ({"recompute_units": again(model)} if again else {})
-        return localprop.localize(backbone(model), modules, method, batch_size=batch_size, amp_dtype=dtype, **own)
+        return localprop.localize(of(model), modules, method, batch_size=batch_size, amp_dtype=dtype, **own)
 
     return build
 
@@ -189,5 +195,7 @@ def rivals() -> list[Rival]:
         *result,
         Rival(f"local K=8, split, first half in {_SLICES} slices", "local", "no", _cost(8), sliced),
         Rival("LoRA, rank 8", "fine-tuning", "no", "not measured", _lora),
+        Rival("LoRA, rank 8, exact K=4", "fine-tuning", "no", "not measured", _network(4, end_to_end, of=_lora)),
+        Rival("LoRA, rank 8, local K=4", "fine-tuning", "no", "not measured", _network(4, method, of=_lora, reach=0)),
         Rival("first half frozen", "fine-tuning", "no", "not measured", _frozen),
     ]
