@@ -74,7 +74,8 @@ def local_step(
 ) -> tuple[Callable[[], None], list[torch.Tensor]]:
     """A training step as a user writes it, and the tensors that live from step to step; optimizers have their state."""
     on_device(net, device).train()
-    optimizers = [torch.optim.AdamW(module.parameters(), fused=True) for module in net.local_modules]
+    trained = [[p for p in module.parameters() if p.requires_grad] for module in net.local_modules]
+    optimizers = [torch.optim.AdamW([{"params": own}], fused=True) for own in trained]
     state = prime(optimizers)
 
     def step_module(k: int, loss: torch.Tensor) -> None:
