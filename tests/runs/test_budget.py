@@ -282,7 +282,10 @@ def test_trained_weights_that_do_not_fit_whole_are_trained_in_part(tmp_path, mon
     flags += ["--initial-checkpoint", str(tmp_path / "weights.safetensors"), "--output", str(tmp_path)]
     flags += ["--experiment", "run", "--batch-size", "2", "--steps", "2", "--epochs", "1", "--device", "cpu"]
     assert main(["train", *flags, "--budget", "0.9MiB"]) == 0
-    assert "budget 0.9 MiB: half frozen" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert "budget 0.9 MiB: half frozen" in text
+    assert "Train it further (PATH has" in text
+    assert f"--data folder:PATH --initial-checkpoint {tmp_path / 'run'}" in text
     assert settings(tmp_path)["freeze"] == ["patch_embed", "blocks.0"]
     after = load_file(tmp_path / "run" / "model.safetensors")
     same = {name for name, value in model.state_dict().items() if torch.equal(value, after[name])}

@@ -66,6 +66,7 @@ def next_steps(
     model_kwargs: Mapping[str, Any],
     plugin: Path | None = None,
     task: str | None = None,
+    trained: bool = False,
 ) -> str:
     """What to do with a finished run, as lines to copy; print them unwrapped with `console.out`.
 
@@ -76,6 +77,7 @@ def next_steps(
         model_kwargs: everything else that is needed to build the same network, such as num_classes.
         plugin: the file that the run's settings name, if they name one.
         task: what the network is trained for, where that is not the default.
+        trained: whether it started from trained weights: then its own may be trained further.
     """
     arguments = [f"{key}={value!r}" for key, value in model_kwargs.items()]
     if model_name in MODELS:
@@ -87,6 +89,7 @@ def next_steps(
     if len(call) > 80:
         call = "\n".join([f"model = {build}(", *(f"    {argument}," for argument in arguments), ")"])
     task_words = ["--task", task] if task else []
+    start = ["--initial-checkpoint", run_folder] if trained else ["--model", model_name]
     return f"""
 Evaluate it:
 
@@ -100,7 +103,7 @@ from safetensors.torch import load_file
 {call}
 model.load_state_dict(load_file({str(weights)!r}))
 
-Train on your own images (PATH has train/ and test/, with a folder per class):
+Train {"it further" if trained else "on your own images"} (PATH has train/ and test/, with a folder per class):
 
-{command("train", "--data", "folder:PATH", "--model", model_name, *task_words, *plugin_words(plugin))}
+{command("train", "--data", "folder:PATH", *start, *task_words, *plugin_words(plugin))}
 """

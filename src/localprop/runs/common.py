@@ -160,7 +160,8 @@ def train(trainer: Trainer, experiment: Experiment, console: Console, notes: lis
     backbone = config.backbone
     weights, kwargs = folder / WEIGHTS, experiment.model_kwargs
     task = None if config.data.task == DataConfig.task else config.data.task
-    console.out(next_steps(folder, weights, backbone.model, kwargs, backbone.plugin, task), highlight=False)
+    steps = next_steps(folder, weights, backbone.model, kwargs, backbone.plugin, task, backbone.starts_trained)
+    console.out(steps, highlight=False)
     if trainer.last_step < experiment.steps:
         stopped = f"Stopped after step {trainer.last_step} of {experiment.steps}. Train on:"
         console.out(f"{stopped}\n\n{resume_command(folder, backbone.plugin)}\n", highlight=False)
