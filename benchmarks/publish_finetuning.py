@@ -17,7 +17,6 @@ from publish_gpu import filled
 PAGE = ROOT / "docs" / "finetuning.md"
 NAMES = {
     "vit_base_patch16_224": "ViT-B/16",
-    "vit_large_patch16_224": "ViT-L/16",
     "swin_tiny_patch4_window7_224": "Swin-Tiny",
     "vit_small_patch14_dinov2": "ViT-S/14",
     "tf_efficientnet_lite0": "EfficientNet-Lite0",
