@@ -14,6 +14,7 @@ import localprop.memory.cost
 from adapters import adapted, chain_of, needs_peft
 from localprop import chain
 from localprop.division.divide import division_of
+from localprop.errors import ConfigError
 from localprop.features import Example
 from localprop.memory.cost import Costs, End, module_end, module_peak, unit_costs
 from localprop.memory.part import Conditions, Cost
@@ -122,6 +123,14 @@ def test_a_module_with_adapters_costs_what_its_step_takes(name, method):
     unit = next(unit for unit in division.units if unit.depth)
     pairs = [p for p in unit.used(model, nn.Module.parameters) if p.requires_grad]
     assert 0 < costs.unit(1, division.step).gradients == sum(p.nbytes for p in pairs)
+
+
+@needs_peft
+def test_batch_norm_of_a_model_with_adapters_uses_its_statistics():
+    """So one image is enough, which is one pixel in the last stage."""
+    with pytest.raises(ConfigError, match="batch norm"):
+        unit_costs(build("resnet"), units_of("resnet"), Conditions(1))
+    assert len(unit_costs(adapted("resnet"), chain_of("resnet"), Conditions(1))) == len(units_of("resnet"))
 
 
 def check_division(division, images_wait=False):
