@@ -18,7 +18,6 @@ from localprop import Plan, localize, plan
 from localprop.cli import main
 from localprop.cli import train as train_command
 from localprop.errors import PlanError
-from localprop.report.progress import Progress
 from localprop.report.results import read_results
 from localprop.runs.common import announce, not_run_again
 from localprop.runs.headroom import choose_for_budget
@@ -27,6 +26,7 @@ from localprop.settings.flags import parse
 from localprop.settings.flat import to_flags
 from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
+from stopped import stop_at
 from tiny import build
 
 MIB = 2**20
@@ -166,15 +166,8 @@ def test_a_budget_never_changes_the_optimizer(monkeypatch):
 
 
 def test_a_resumed_run_does_not_choose_again(tmp_path, monkeypatch):
-    taken = Progress.step
-
-    def interrupt(self, epoch, step, *rest):
-        taken(self, epoch, step, *rest)
-        if step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", interrupt)
+        stop_at(patch, 3, per_epoch=12)
         assert train(tmp_path, "--budget", "6.5MiB") == 128 + signal.SIGTERM
     monkeypatch.setattr("localprop.runs.common.choose_for_budget", lambda experiment: pytest.fail("it chose again"))
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0

@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import json
-import os
 import signal
 import statistics
 import weakref
@@ -21,7 +20,6 @@ from localprop.cli import main
 from localprop.division import divide
 from localprop.division.exactly import exactly
 from localprop.report.losses import read_losses
-from localprop.report.progress import Progress
 from localprop.report.results import read_results
 from localprop.runs import run
 from localprop.runs.experiment import prepare
@@ -34,6 +32,7 @@ from localprop.training.outputs import Outputs
 from localprop.training.state import TrainingState
 from localprop.training.trainer import Trainer
 from one_graph import one_graph
+from stopped import stop_at
 from tape import TapePool
 from tiny import assert_same, batch, gradients, split
 
@@ -143,14 +142,7 @@ def test_it_is_exact_training_from_the_weights_that_it_finds(finished):
 @pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("step", [SWITCH, SWITCH + 1])
 def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(finished, tmp_path, monkeypatch, step):
-    taken = Progress.step
-
-    def interrupt(self, epoch, step_in_epoch, losses, memory):
-        taken(self, epoch, step_in_epoch, losses, memory)
-        if (epoch - 1) * PER_EPOCH + step_in_epoch == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Progress, "step", interrupt)
+    stop_at(monkeypatch, step, PER_EPOCH)
     assert train(tmp_path) == 128 + signal.SIGTERM
     monkeypatch.undo()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0

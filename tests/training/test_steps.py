@@ -16,13 +16,13 @@ from localprop.cli import main
 from localprop.errors import BenchError
 from localprop.report.curves import draw_curves
 from localprop.report.losses import MOMENTS, LossCurve, read_losses
-from localprop.report.progress import Progress
 from localprop.report.results import read_results
 from localprop.settings.flat import to_flags
 from localprop.training import trainer
 from localprop.training.checkpoints.loading import load_checkpoint
 from localprop.training.checkpoints.parts import whole_weights
 from ranks import assert_same_run, flags
+from stopped import stop_at
 
 EPOCH, WHOLE = 5, 15  # steps
 
@@ -33,17 +33,6 @@ def train(output, *more):
 
 def resume(output, *more):
     return main(["train", "--resume", str(output / "run"), *more])
-
-
-def interrupt_at(monkeypatch, step):
-    taken = Progress.step
-
-    def interrupt(self, epoch, step_in_epoch, losses, memory):
-        taken(self, epoch, step_in_epoch, losses, memory)
-        if (epoch - 1) * EPOCH + step_in_epoch == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Progress, "step", interrupt)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +87,7 @@ def test_resumed_with_more_steps_and_then_without_it_equals_the_uninterrupted(co
 
 
 def test_a_run_that_was_interrupted_stops_at_the_same_step(stopped, tmp_path, monkeypatch, capsys):
-    interrupt_at(monkeypatch, 3)
+    stop_at(monkeypatch, 3, EPOCH)
     assert train(tmp_path, "--steps", "7") == 143
     monkeypatch.undo()
     assert f"--resume {tmp_path / 'run'} --steps 7" in capsys.readouterr().err
@@ -127,7 +116,7 @@ def test_a_stopped_run_resumed_with_the_same_steps_stays_as_it_is(copy, stopped)
 
 
 def test_weights_of_an_earlier_stop_are_not_taken_for_the_runs(copy, monkeypatch, capsys):
-    interrupt_at(monkeypatch, 9)
+    stop_at(monkeypatch, 9, EPOCH)
     assert resume(copy) == 143
     monkeypatch.undo()
     capsys.readouterr()

@@ -1,7 +1,6 @@
 """Runs of the real command, in this process, on scikit-learn's digits with a very small Swin."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from safetensors.torch import load_file
 
 from localprop.cli import main
 from localprop.report.losses import read_losses
-from localprop.report.progress import Progress
 from localprop.report.results import read_results
+from stopped import stop_at
 
 SMALL = [
     *["--model-kwargs", "patch_size=4", "window_size=2", "embed_dim=12", "depths=(1,1)", "num_heads=(1,2)"],
@@ -161,14 +160,7 @@ def test_config_yaml_is_all_that_a_second_run_needs(plain, tmp_path):
 
 @pytest.mark.parametrize(("number", "step"), [*((signal.SIGTERM, step) for step in (1, 5, 6)), (signal.SIGINT, 3)])
 def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted(lively, tmp_path, monkeypatch, number, step):
-    taken = Progress.step
-
-    def interrupt(self, epoch, step_in_epoch, losses, memory):
-        taken(self, epoch, step_in_epoch, losses, memory)
-        if (epoch - 1) * STEPS_PER_EPOCH + step_in_epoch == step:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Progress, "step", interrupt)
+    stop_at(monkeypatch, step, STEPS_PER_EPOCH, number)
     assert train(tmp_path, *LIVELY) == 128 + number
     monkeypatch.undo()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
