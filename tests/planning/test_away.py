@@ -8,19 +8,14 @@ import pytest
 from torch import nn
 
 from localprop import localize, plan
-from localprop.memory.cost import Costs
 from localprop.memory.speed import MACHINES
-from localprop.planning.planner import Planner
 from localprop.planning.plans import Plan
 from localprop.planning.reporting import plan_lines
-from localprop.planning.schedules import Link
-from localprop.planning.search.finder import Finder
-from localprop.planning.search.trials import Terms, Trials
+from localprop.planning.search.trials import Terms
 from localprop.planning.simulation import record_step, simulate_step
 from localprop.settings.config import OptimConfig
 from localprop.settings.plan import PlanConfig
-from localprop.settings.recipe import Recipe
-from localprop.tracing.chains import chain
+from small_plans import finder as finder_of
 from tiny import CLASSES, SIZE, split
 
 BATCH = 16
@@ -58,10 +53,7 @@ def wide():
 
 
 def finder(device="cuda", **changes):
-    model = wide()
-    costs, optim = {False: Costs(model, chain(model, SIZE))}, OptimConfig(opt="sgd", **changes)
-    planner = Planner(model, costs, Recipe(), {}, optim, None, BATCH, device, None, Link(1.0))
-    return Finder(Trials(planner, (1,), []))
+    return finder_of(wide(), BATCH, device, opt="sgd", **changes)
 
 
 def test_they_rest_on_the_host_where_nothing_else_fits():
