@@ -19,6 +19,7 @@ from localprop.planning.reporting import plan_lines, plan_report
 from localprop.planning.schedules import Link
 from localprop.planning.search.names import covering
 from localprop.planning.search.proposals import proposals
+from localprop.planning.search.trials import Terms
 from localprop.planning.simulation import simulate_step
 from localprop.runs.headroom import choose_for_budget
 from localprop.settings.config import LocalConfig, ModelConfig, OptimConfig, TrainConfig
@@ -118,6 +119,14 @@ def test_half_is_half_of_the_time_and_the_first_of_four_modules_a_quarter():
     freeze = [found[name].trials.planner.recipe.freeze for name in ("exact", "frozen", "local")]
     assert freeze == [None, ("patch_embed", "blocks.[0-1]"), ("patch_embed", "blocks.0")]
     assert found["local"].trials.planner.recipe.method == Recipe.method
+
+
+def test_the_first_module_is_what_is_frozen_and_nothing_else():
+    trials = open_proposals(build("mlp")).finders["local"].trials
+    trials.planner.recipe = replace(trials.planner.recipe, freeze=("1", "4"))
+    ways, states = trials.ways("local", Terms()), trials.states(Terms())
+    for limit in (1.001 * ways.least(states), 2.0**40):
+        assert ways.fastest(limit, states).ends == [2, 3, 4]
 
 
 def test_a_model_that_cannot_be_cut_is_not_frozen():
