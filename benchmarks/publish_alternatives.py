@@ -84,7 +84,12 @@ def main() -> None:
 def _models(name: str) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
     found = json.loads(path.read_text())["models"] if path.exists() else {}
-    return {model: found[model] for model in NAMES if model in found}
+    names = [rival.name for rival in rivals()]  # in whose order each model has its rows, whenever they were made
+    models = {model: found[model] for model in NAMES if model in found}
+    return {
+        model: own | {"rows": {name: own["rows"][name] for name in names if name in own["rows"]}}
+        for model, own in models.items()
+    }
 
 
 def _batches(models: dict[str, Any]) -> str:
