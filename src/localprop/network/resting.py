@@ -2,30 +2,49 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Resting(Protocol):
-    """A boundary on its way to the host and back."""
+class Resting:
+    """A boundary on its way to the host and back.
+
+    Args:
+        boundary: the boundary, on the device.
+    """
+
+    def __init__(self, boundary: Tensor) -> None:
+        self._needs_gradient = boundary.requires_grad
+        self._back: Tensor | None = None
 
     def settle(self) -> None:
-        """Lets the device's memory be used for something else, as soon as the copy is done."""
+        """Lets the device wait for the copy that was begun last; then what was copied may be freed, or used."""
+        raise NotImplementedError
 
     def fetch(self) -> None:
-        """Begins to bring it back."""
+        """Begins to bring the boundary back; nothing happens if that has been done."""
+        if self._back is None:
+            self._back = self._returning()
+
+    def _returning(self) -> Tensor:
+        """The boundary on the device, once `settle` has waited."""
+        raise NotImplementedError
 
     def take(self) -> Tensor:
         """The boundary on the device, bit for bit, to be used at once."""
+        self.fetch()
+        self.settle()
+        back, self._back = self._back, None
+        assert back is not None
+        return back.requires_grad_(self._needs_gradient)
 
 
 Away = Callable[[Tensor], Resting]
 """Sends a boundary to the host."""
 
 
-class OnHost:
+class OnHost(Resting):
     """A boundary in the host's pinned memory.
 
     It travels on a stream of its own: out while the module that it enters runs for the first time, and back while the
@@ -37,8 +56,8 @@ class OnHost:
     """
 
     def __init__(self, boundary: Tensor, stream: torch.cuda.Stream | None = None) -> None:
-        self._stream, self._device, self._needs_gradient = stream, boundary.device, boundary.requires_grad
-        self._back: Tensor | None = None
+        super().__init__(boundary)
+        self._stream, self._device = stream, boundary.device
         self._host = torch.empty_like(boundary, device="cpu", pin_memory=stream is not None, requires_grad=False)
         self._copy(self._host, boundary)
 
@@ -53,19 +72,10 @@ class OnHost:
         if self._stream:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def fetch(self) -> None:
-        """See `Resting.fetch`."""
-        if self._back is None:
-            self._back = torch.empty_like(self._host, device=self._device)
-            self._copy(self._back, self._host)
-
-    def take(self) -> Tensor:
-        """See `Resting.take`."""
-        self.fetch()
-        self.settle()
-        back, self._back = self._back, None
-        assert back is not None
-        return back.requires_grad_(self._needs_gradient)
+    def _returning(self) -> Tensor:
+        back = torch.empty_like(self._host, device=self._device)
+        self._copy(back, self._host)
+        return back
 
 
 def to_host(device: torch.device) -> Away | None:

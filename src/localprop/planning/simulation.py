@@ -18,6 +18,7 @@ from localprop.memory.tracker import Tracker
 from localprop.network.carry import Carry
 from localprop.network.network import LocalNetwork
 from localprop.network.phase import Phase
+from localprop.network.resting import Resting
 from localprop.parallel.averaging import average
 from localprop.planning.fake_training import Neighbours, fake_training
 from localprop.planning.steps import Mark, OnHost, PredictedStep, Record, predicted_step
@@ -223,30 +224,21 @@ class _Link:
         self._tracker.clock.wait(until)
 
 
-class _Away:
+class _Away(Resting):
     """A boundary that rests on the host: see `localprop.network.resting`."""
 
     def __init__(self, link: _Link, boundary: Tensor) -> None:
-        self._link = link
-        self._back: Tensor | None = None
-        self._layout, self._dtype = (boundary.shape, boundary.stride()), boundary.dtype
+        super().__init__(boundary)
+        self._link, self._layout, self._dtype = link, (boundary.shape, boundary.stride()), boundary.dtype
         self._there = link.copied(boundary.nbytes)
-        self._needs_gradient = boundary.requires_grad
 
     def settle(self) -> None:
         self._link.wait(self._there)
 
-    def fetch(self) -> None:
-        if self._back is None:
-            self._back = torch.empty_strided(*self._layout, dtype=self._dtype)
-            self._there = self._link.copied(self._back.nbytes)
-
-    def take(self) -> Tensor:
-        self.fetch()
-        self.settle()
-        back, self._back = self._back, None
-        assert back is not None
-        return back.requires_grad_(self._needs_gradient)
+    def _returning(self) -> Tensor:
+        back = torch.empty_strided(*self._layout, dtype=self._dtype)
+        self._there = self._link.copied(back.nbytes)
+        return back
 
 
 class _Copies:
