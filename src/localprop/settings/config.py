@@ -198,7 +198,7 @@ class OptimConfig:
     offload_optimizer: bool = False
     """Keep the optimizer states of modules at rest in the host's memory; needs CUDA. Trains bit for bit the same."""
     offload_boundaries: bool = False
-    """The same for what exact training keeps between modules (--method end-to-end --modules K, or --finish)."""
+    """Keep the boundaries between modules of exact training in the host's memory; needs CUDA, and changes no bit."""
 
     def __post_init__(self) -> None:
         require_within_bounds(self)

@@ -36,7 +36,7 @@ class PlanConfig:
     offload_optimizer: bool = False
     """Keep the optimizer states of modules at rest in the host's memory."""
     offload_boundaries: bool = False
-    """Keep there what exact training keeps between modules, too."""
+    """Keep the boundaries between modules of exact training in the host's memory."""
     num_classes: OptionalInt = None
     """Number of labels (default: the model's own)."""
     device: Literal["cpu", "cuda"] = "cpu"
